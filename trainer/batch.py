@@ -1,0 +1,198 @@
+"""Pairs -> model.Batch: gather, then draw masks, mismatched sentences and answers.
+
+Every draw is a pure function of (seed, epoch, pair, purpose), so a pair gets the same masks, the
+same other sentence and the same answer at any world size, in any process, after any restart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.batch import Batch
+from shards.dataset import Dataset, ranges
+from shards.errors import DataError
+from shards.order import I64, U64, below, draw, fold, uniform
+from shards.sampler import Plan, Stream
+
+# Purposes of draws; the sampler uses 1 and 2.
+_SENTENCE, _TOKEN, _TOKEN_ID, _OBJECT, _DONOR, _DONOR_OBJECT, _ANSWER = range(3, 10)
+
+# Of the masked words and objects: 80 % masked or zeroed, 10 % replaced, 10 % kept (LXMERT sec. 3.1)
+_MASKED, _REPLACED = 0.8, 0.9
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """seed of all draws; token_mask and object_mask are probabilities; the ids are the
+    vocabulary's; qa: give answers to question pairs."""
+
+    seed: int
+    token_mask: float
+    object_mask: float
+    cls_id: int
+    sep_id: int
+    mask_id: int
+    vocab_size: int
+
+
+def make_batch(
+    data: Dataset, streams: tuple[Stream, ...], plan: Plan, settings: BatchSettings
+) -> Batch:
+    """The batch of a plan's pairs, on the CPU."""
+    m = data.merged
+    pair = data.pairs_of(streams, plan)
+    image = data.image_of(pair)
+    # One key a pair: everything drawn for it starts here.
+    key = draw(fold(settings.seed), plan.epoch, pair)
+    sentence = _sentences(data, pair, image, plan.mismatched, key)
+    matched = ~plan.mismatched
+
+    tokens, token_start, lm_position, lm_target = _tokens(data, sentence, key, settings)
+
+    distinct, image_index = np.unique(image, return_inverse=True)
+    objects = int(m.image_objects[distinct].max(initial=0))
+    masks = _objects(data, image, objects, key, settings)
+
+    answer_pair, answer_target = _answers(data, pair, matched, key)
+    labels = (
+        data.gather_labels(distinct, objects)
+        if data.manifest.schema.labels
+        else (None, None, None, None)
+    )
+
+    def tensor(array: NDArray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array))
+
+    names = ("object_label", "object_conf", "attribute_label", "attribute_conf")
+    return Batch(
+        tokens=tensor(tokens),
+        token_start=tensor(token_start),
+        features=tensor(data.gather_features(distinct, objects)),
+        boxes=tensor(data.gather_boxes(distinct, objects)),
+        num_objects=tensor(m.image_objects[distinct].astype(np.int64)),
+        image_index=tensor(image_index.astype(np.int64)),
+        lm_position=tensor(lm_position),
+        lm_target=tensor(lm_target),
+        object_position=tensor(masks.position),
+        zero_position=tensor(masks.zero),
+        swap_position=tensor(masks.swap),
+        swap_features=tensor(data.gather_objects(masks.donor_image, masks.donor_object)),
+        **{n: None if v is None else tensor(v) for n, v in zip(names, labels, strict=True)},
+        matched=tensor(matched.astype(np.int64)),
+        answer_pair=tensor(answer_pair),
+        answer_target=tensor(answer_target),
+        pair_id=tensor(pair),
+        sentence_id=tensor(sentence),
+        source=tensor(m.source[pair].astype(np.int64)),
+    )
+
+
+def _sentences(
+    data: Dataset, pair: I64, image: I64, mismatched: NDArray[np.bool_], key: U64
+) -> I64:
+    """The sentence shown with each pair: its own, or one of another image, uniform over all."""
+    sentence = pair.copy()
+    total = len(data.merged.source)
+    todo = np.flatnonzero(mismatched)
+    if len(todo) and len(data.merged.image_pair) < 3:
+        raise DataError("matching needs sentences of at least two images, the data set has one")
+    attempt = 0
+    while len(todo):
+        other = below(draw(0, key[todo], _SENTENCE, attempt), total)
+        sentence[todo] = other
+        todo = todo[data.image_of(other) == image[todo]]
+        attempt += 1
+    return sentence
+
+
+def _tokens(
+    data: Dataset, sentence: I64, key: U64, settings: BatchSettings
+) -> tuple[I64, I64, I64, I64]:
+    """Packed ids with [CLS] and [SEP], starts, and the masked positions with their targets."""
+    m = data.merged
+    length = m.token_start[sentence + 1] - m.token_start[sentence]
+    words = m.tokens[ranges(m.token_start[sentence], length)].astype(np.int64)
+    start = np.concatenate([[0], np.cumsum(length + 2)]).astype(np.int64)
+    at = ranges(start[:-1] + 1, length)
+    word = ranges(np.zeros_like(length), length)
+    row_key = np.repeat(key, length)
+
+    bits = uniform(draw(0, row_key, _TOKEN, word))
+    masked = bits < settings.token_mask
+    # The same draw says what a masked word becomes: its place in [0, p) is uniform too.
+    fate = bits[masked] / max(settings.token_mask, 1e-12)
+    shown = words.copy()
+    shown[masked] = np.where(
+        fate < _MASKED,
+        settings.mask_id,
+        np.where(
+            fate < _REPLACED,
+            below(draw(0, row_key[masked], _TOKEN_ID, word[masked]), settings.vocab_size),
+            words[masked],
+        ),
+    )
+    tokens = np.empty(start[-1], dtype=np.int64)
+    tokens[start[:-1]] = settings.cls_id
+    tokens[start[1:] - 1] = settings.sep_id
+    tokens[at] = shown
+    return tokens, start, at[masked], words[masked]
+
+
+@dataclass(frozen=True)
+class _ObjectMasks:
+    """Flat positions in (pairs * objects): masked, zeroed, replaced; and the donors of the last."""
+
+    position: I64
+    zero: I64
+    swap: I64
+    donor_image: I64
+    donor_object: I64
+
+
+def _objects(
+    data: Dataset, image: I64, objects: int, key: U64, settings: BatchSettings
+) -> _ObjectMasks:
+    """Masked objects. The donor of a replaced RoI is an object of another image of the same shard
+    (the shard is at hand wherever the pair is); in a shard of one image it is zeroed instead."""
+    m = data.merged
+    slot = np.arange(objects)
+    bits = uniform(draw(0, key[:, None], _OBJECT, slot[None, :]))
+    real = slot[None, :] < m.image_objects[image][:, None]
+    row, column = np.nonzero((bits < settings.object_mask) & real)
+    fate = bits[row, column] / max(settings.object_mask, 1e-12)
+    shard = data.shard_of_image(image[row])
+    first, size = m.shard_image[shard], m.shard_image[shard + 1] - m.shard_image[shard]
+    alone = size < 2
+    zero = (fate < _MASKED) | (alone & (fate < _REPLACED))
+    swap = (fate >= _MASKED) & (fate < _REPLACED) & ~alone
+    position = row * objects + column
+
+    row, column, first, size = row[swap], column[swap], first[swap], size[swap]
+    donor = first + below(draw(0, key[row], _DONOR, column), size - 1)
+    donor += donor >= image[row]
+    which = below(draw(0, key[row], _DONOR_OBJECT, column), m.image_objects[donor].astype(np.int64))
+    return _ObjectMasks(position, position[zero], position[swap], donor, which)
+
+
+def _answers(data: Dataset, pair: I64, matched: NDArray[np.bool_], key: U64) -> tuple[I64, I64]:
+    """Matched pairs with an answer in the table, and one answer each, drawn by its score."""
+    m = data.merged
+    begin, end = m.answer_start[pair], m.answer_start[pair + 1]
+    rows = np.flatnonzero(matched & (end > begin))
+    length = end[rows] - begin[rows]
+    flat = ranges(begin[rows], length)
+    # Fixed point, so that sums are exact and a draw does not depend on the rest of the batch.
+    score = np.rint(np.maximum(m.answer_score[flat], 0.0) * 2.0**20).astype(np.int64)
+    cumulative = np.concatenate([[0], np.cumsum(score)])
+    ends = np.cumsum(length)
+    before, total = cumulative[ends - length], cumulative[ends] - cumulative[ends - length]
+    rows_with = total > 0
+    rows, before, total = rows[rows_with], before[rows_with], total[rows_with]
+    # Invert each row's cumulative distribution at one uniform draw.
+    target = before + below(draw(0, key[rows], _ANSWER), total)
+    chosen = np.searchsorted(cumulative, target, side="right") - 1
+    return rows.astype(np.int64), m.answer_id[flat[chosen]].astype(np.int64)

@@ -1,0 +1,211 @@
+"""The configuration of a run: one typed tree, a YAML file, overrides `key.path=value`.
+
+A key that does not exist or a value that does not fit is a ConfigError that names it. The resolved
+tree is stored with the run and in every checkpoint.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from model.config import ModelConfig
+from shards.sampler import SamplerSettings
+
+OBJECTIVES = (
+    "masked_lm",
+    "masked_feature",
+    "masked_object",
+    "masked_attribute",
+    "matching",
+    "qa",
+)
+
+
+class ConfigError(ValueError):
+    """The configuration, or what it asks of this data set or checkpoint, is wrong."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunSection(Section):
+    """Where the run lives. Everything it writes is under storage/name."""
+
+    name: str = "lxmert"
+    """The same name resumes the run from its newest whole checkpoint."""
+    storage: str = "runs"
+    """A folder or an s3:// URL that every worker can write."""
+    tensorboard: str | None = None
+    """Folder for TensorBoard events, written by rank 0; by default storage/name/tensorboard, or
+    runs/name/tensorboard where the storage is remote (event files grow, objects cannot)."""
+    seed: int = 9595
+    """Of the initial weights, the order, the masks and dropout."""
+
+
+class DataSection(Section):
+    train: str
+    """Folder or s3:// URL of a data set built by `lxscale shards build`."""
+    validation: str | None = None
+    cache: str | None = None
+    """Node cache of remote shards and of merged tables; by default LXSCALE_CACHE or
+    ~/.cache/lxscale."""
+    loader_workers: int = Field(0, ge=0)
+    """Processes that make batches ahead of the step, per training worker; 0 makes them in it."""
+    prefetch: int = Field(2, ge=1)
+    """Steps that each loader worker keeps ready."""
+
+
+class SamplerSection(Section):
+    mode: Literal["natural", "balanced"] = "natural"
+    window: int = Field(0, ge=0)
+    """Shards per shuffle window; 0 = all, the exact global shuffle of the original."""
+    mismatch: float = Field(0.5, ge=0, le=1)
+    """The paper's probability that a pair gets another image's sentence."""
+    question_share: float = Field(0.5, ge=0, le=1)
+    """`balanced` only: the exact share of question pairs."""
+
+    def settings(self, seed: int) -> SamplerSettings:
+        return SamplerSettings(seed=seed, **self.model_dump())
+
+
+class ObjectiveSection(Section):
+    """Weights of the objectives; 0 leaves one out. Visual losses are means over the masked objects
+    here, which equals the released code's mean over all objects times 1/0.15."""
+
+    masked_lm: float = Field(1.0, ge=0)
+    masked_feature: float = Field(1.0, ge=0)
+    masked_object: float = Field(1.0, ge=0)
+    masked_attribute: float = Field(1.0, ge=0)
+    matching: float = Field(1.0, ge=0)
+    qa: float = Field(1.0, ge=0)
+    qa_from_epoch: float = Field(0.0, ge=0)
+    """QA joins after so many epochs; the paper's schedule is 10 of 20."""
+    token_mask: float = Field(0.15, ge=0, le=1)
+    object_mask: float = Field(0.15, ge=0, le=1)
+    label_scope: Literal["masked", "all"] = "masked"
+    """Objects that carry the label losses: the masked ones (paper) or all (released code)."""
+    feature_loss: Literal["l2", "smooth_l1"] = "l2"
+    """paper: L2; released code: SmoothL1."""
+
+    def weights(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in OBJECTIVES}
+
+
+class OptimizerSection(Section):
+    name: Literal["adamw", "bert_adam"] = "adamw"
+    """bert_adam: the original's Adam, without bias correction."""
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-6, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    no_decay: tuple[str, ...] = ()
+    """Parameters whose name contains one of these have no weight decay ("bias", "LayerNorm");
+    the original decays everything."""
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps with linearly rising rate; it then falls linearly to 0."""
+    clip_norm: float = Field(1.0, ge=0)
+    """Global gradient norm; 0 = no clipping."""
+
+
+class TrainSection(Section):
+    epochs: float | None = Field(None, gt=0)
+    """Of the training set's pairs; give this or `steps`."""
+    steps: int | None = Field(None, ge=0)
+    global_batch: int = Field(256, ge=1)
+    """Pairs per optimizer step over all workers, whatever their number."""
+    accumulation: int = Field(1, ge=1)
+    """Micro-batches per step and worker."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    log_every: int = Field(10, ge=1)
+    validate_every: int = Field(0, ge=0)
+    """Steps between validations; 0 = only at the end."""
+    validation_batch: int = Field(256, ge=1)
+    init_from: str | None = None
+    """Initial weights: a Hugging Face folder or a released .pth; by default from scratch."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of train.epochs and train.steps")
+        return self
+
+
+class CheckpointSection(Section):
+    every: int = Field(1000, ge=1)
+    """Steps between checkpoints; one more is written at the end and on a clean stop."""
+    keep: int = Field(3, ge=1)
+    """Newest generations that are kept."""
+    override_data_state: bool = False
+    """Resume although the data set or an order-relevant setting differs from the checkpoint's."""
+
+
+class ClusterSection(Section):
+    workers: int = Field(1, ge=1)
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: float = Field(0, ge=0)
+    max_failures: int = Field(3, ge=-1)
+    start_timeout_s: float = Field(60, gt=0)
+    process_group_timeout_s: float = Field(300, gt=0)
+    health_check_interval_s: float = Field(1, gt=0)
+
+
+class RunConfig(Section):
+    run: RunSection = RunSection()
+    data: DataSection
+    sampler: SamplerSection = SamplerSection()
+    model: ModelConfig = ModelConfig()
+    objectives: ObjectiveSection = ObjectiveSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    train: TrainSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    cluster: ClusterSection = ClusterSection()
+
+
+def parse_config(tree: dict[str, Any], origin: str) -> RunConfig:
+    """Validate a configuration tree; a ConfigError names every wrong key and value."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = []
+        for e in error.errors():
+            key = ".".join(str(part) for part in e["loc"]) or "(top level)"
+            if e["type"] == "extra_forbidden":
+                lines.append(f"{key}: no such key")
+            else:
+                lines.append(f"{key}: {e['msg']}")
+        raise ConfigError(f"{origin}: " + "; ".join(lines)) from None
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read a YAML file and apply overrides of the form `section.key=value` (value as YAML)."""
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections at the top level")
+    for override in overrides:
+        key, eq, text = override.partition("=")
+        if not eq or not key:
+            raise ConfigError(f"override {override!r}: write it as section.key=value")
+        node = tree
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"override {override!r}: {parent} is not a section")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r}: {error}") from None
+        node[last] = value
+    return parse_config(tree, str(path))

@@ -1,0 +1,158 @@
+"""Metrics of a model over a data set: every objective's loss and accuracy, QA per source set.
+
+Two passes. The masked objectives and matching are measured on pairs as training sees them (masks,
+half of them mismatched, drawn with a fixed seed); QA on every question with an answer in the
+table, unmasked, with its own image.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from model.batch import Batch
+from model.losses import PreTrainingOutput
+from shards.dataset import Dataset
+from shards.sampler import Plan, SamplerSettings, SamplerState, Stream, plan
+from trainer.batch import BatchSettings, make_batch
+from trainer.engine import all_reduce_sum
+from trainer.loader import bounds
+from trainer.setup import data_streams
+
+# Draws of validation are the same in every run, whatever its seed.
+VALIDATION_SEED = 2019
+
+Forward = Callable[[Batch, frozenset[str]], PreTrainingOutput]
+"""(batch on the CPU, active objectives) -> sums, without gradient."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """blind: all features zero, which leaves the language prior. predictions: called with each
+    question's (image, question id or sentence index, predicted answer)."""
+
+    data: Dataset
+    batch: BatchSettings
+    objectives: frozenset[str]
+    batch_size: int
+    blind: bool = False
+    predict: Callable[[dict[str, Any]], None] | None = None
+
+
+def _world() -> tuple[int, int]:
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def evaluate(forward: Forward, task: Evaluation) -> dict[str, float]:
+    """Run both passes over this rank's slices; the metrics of the whole, equal on every rank."""
+    metrics: dict[str, float] = {}
+    masked = task.objectives - {"qa"}
+    if masked:
+        metrics |= _masked_pass(forward, task, masked)
+    if "qa" in task.objectives:
+        metrics |= _qa_pass(forward, task)
+    return metrics
+
+
+def _batches(
+    task: Evaluation, settings: SamplerSettings, streams: tuple[Stream, ...], drawn: BatchSettings
+) -> Iterator[Batch]:
+    """This rank's part of one epoch; every rank gets equally many batches, some perhaps empty."""
+    rank, world = _world()
+    total = streams[0].pairs
+    for begin in range(0, total, task.batch_size):
+        count = min(task.batch_size, total - begin)
+        whole: Plan = plan(settings, streams, SamplerState(begin, (begin,)), count)
+        batch = make_batch(task.data, streams, whole.slice(*bounds(count, rank, world)), drawn)
+        if task.blind:
+            batch = replace(
+                batch,
+                features=torch.zeros_like(batch.features),
+                swap_features=torch.zeros_like(batch.swap_features),
+            )
+        yield batch
+
+
+def _masked_pass(
+    forward: Forward, task: Evaluation, objectives: frozenset[str]
+) -> dict[str, float]:
+    settings = SamplerSettings(seed=VALIDATION_SEED, window=1)
+    streams = data_streams(settings, task.data)
+    names = sorted(objectives)
+    sums = torch.zeros(3, len(names), dtype=torch.float64)
+    for batch in _batches(task, settings, streams, replace(task.batch, seed=VALIDATION_SEED)):
+        out = forward(batch, objectives)
+        for i, name in enumerate(names):
+            sums[0, i] += float(out.loss_sum[name])
+            sums[1, i] += float(out.count[name])
+            if name in out.correct:
+                sums[2, i] += float(out.correct[name])
+    all_reduce_sum(sums)
+    metrics = {}
+    for i, name in enumerate(names):
+        loss, count, correct = sums[:, i].tolist()
+        metrics[f"loss/{name}"] = loss / max(count, 1)
+        if name != "masked_feature":
+            metrics[f"accuracy/{name}"] = correct / max(count, 1)
+    return metrics
+
+
+def _qa_pass(forward: Forward, task: Evaluation) -> dict[str, float]:
+    """Accuracy = the score of the predicted answer, mean over questions (VQA's soft accuracy
+    where scores are soft, exact match where they are 1)."""
+    manifest = task.data.manifest
+    settings = SamplerSettings(seed=VALIDATION_SEED, window=1, mismatch=0.0)
+    chosen = [s for s in manifest.sources if s in manifest.question_sources]
+    sizes = tuple(sum(s.pairs_per_source.get(q, 0) for q in chosen) for s in manifest.shards)
+    streams = (Stream("question", tuple(manifest.sources.index(q) for q in chosen), sizes),)
+    drawn = replace(task.batch, seed=VALIDATION_SEED, token_mask=0.0, object_mask=0.0)
+    m = task.data.merged
+    kinds = len(manifest.sources)
+    score, asked = np.zeros(kinds), np.zeros(kinds)
+    loss = np.zeros(2)
+    answers = task.data.answers() if task.predict else []
+    for batch in _batches(task, settings, streams, drawn):
+        out = forward(batch, frozenset({"qa"}))
+        loss += [float(out.loss_sum["qa"]), float(out.count["qa"])]
+        predicted = out.answer_prediction.cpu().numpy()
+        for pair, source, answer in zip(
+            batch.pair_id[batch.answer_pair].tolist(),
+            batch.source[batch.answer_pair].tolist(),
+            predicted.tolist(),
+            strict=True,
+        ):
+            span = slice(int(m.answer_start[pair]), int(m.answer_start[pair + 1]))
+            hit = m.answer_id[span] == answer
+            score[source] += float(m.answer_score[span][hit].sum())
+            asked[source] += 1
+            if task.predict:
+                task.predict(_prediction(task.data, pair, answers[answer]))
+    sums = torch.from_numpy(np.concatenate([score, asked, loss]))
+    all_reduce_sum(sums)
+    score, asked, loss = np.split(sums.numpy(), [kinds, 2 * kinds])
+    metrics = {
+        "loss/qa": loss[0] / max(loss[1], 1),
+        "accuracy/qa": score.sum() / max(asked.sum(), 1),
+    }
+    for i, name in enumerate(manifest.sources):
+        if asked[i] and len(chosen) > 1:
+            metrics[f"accuracy/qa/{name}"] = score[i] / asked[i]
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _prediction(data: Dataset, pair: int, answer: str) -> dict[str, Any]:
+    image = int(data.image_of(np.asarray([pair]))[0])
+    record = json.loads(data.record(image))
+    sentence = record["sentences"][pair - int(data.merged.image_pair[image])]
+    found = {"image": record["image"], "question": sentence["text"], "answer": answer}
+    if "id" in sentence:
+        found = {"question_id": sentence["id"], **found}
+    return found

@@ -1,0 +1,305 @@
+"""Training: restore, then steps of batch, counts, forward, backward, update, log, save.
+
+Runs in every worker; torch.distributed must be up. Nothing here knows who placed the workers.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from model.batch import Batch
+from model.interchange import load_weights_for
+from model.losses import PreTrainingOutput, objective_counts
+from model.lxmert import LxmertForPreTraining, init_weights
+from shards import store
+from shards.dataset import Dataset, open_dataset
+from shards.order import fold
+from shards.sampler import SamplerState, advance, start_state
+from trainer import setup
+from trainer.checkpoint import claim_attempt
+from trainer.config import ConfigError, RunConfig
+from trainer.engine import all_reduce_sum, build_engine, set_learning_rate
+from trainer.evaluate import Evaluation, evaluate
+from trainer.loader import Share, Step, load_steps, steps_ahead
+from trainer.optimizer import learning_rate
+from trainer.progress import Progress, setup_logging
+from trainer.restore import check_data_state, parameter_shapes, restore, set_masters
+from trainer.saver import Saver
+
+log = logging.getLogger("lxscale")
+
+_DROPOUT = 100  # purpose of draws; shards and batches use lower ones
+
+
+@dataclass(frozen=True)
+class Control:
+    """What the placement gives to the loop.
+
+    should_stop: polled each step on every rank, never blocks; all ranks then stop at one step,
+    save and return. report: rank 0's numbers after each logged step, may be dropped.
+    """
+
+    should_stop: Callable[[], bool] = lambda: False
+    report: Callable[[dict[str, float]], None] = lambda _: None
+
+
+def train(config: RunConfig, control: Control) -> dict[str, Any]:
+    """Train to the end of the run, going on from its newest whole checkpoint.
+
+    Returns {"step", "consumed", "stopped", "metrics"}; "stopped" when should_stop ended it early.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    setup_logging(rank)
+    url = setup.run_url(config)
+    attempt = _agree(lambda: claim_attempt(url))
+
+    data = open_dataset(config.data.train, config.data.cache)
+    settings = config.sampler.settings(config.run.seed)
+    streams = setup.data_streams(settings, data)
+    weights = setup.resolve_objectives(config, data)
+    batch_settings = setup.batch_settings(config, data)
+
+    model_config = setup.resolve_model(config, data)
+    model = LxmertForPreTraining(model_config)
+    init_weights(model, config.run.seed)
+    if config.train.init_from:
+        load_weights_for(model, config.train.init_from)
+    first = {name: p.detach().clone() for name, p in model.named_parameters()}
+    shapes = parameter_shapes(model)
+    engine = build_engine(model, config)
+    if config.train.precision == "bf16":
+        set_masters(engine, first)
+    del first
+
+    generation = restore(engine, url, shapes)
+    now = setup.data_state(config, data)
+    state, step = start_state(streams), 0
+    if generation is not None:
+        check_data_state(
+            generation.manifest["data_state"], now, config.checkpoint.override_data_state
+        )
+        step = generation.step
+        state = SamplerState.from_json(generation.manifest["sampler"])
+        if len(state.cursors) != len(streams):  # overridden: another sampler mode
+            state = advance(settings, start_state(streams), state.consumed)
+    pairs = data.manifest.num_pairs
+    length = setup.run_length(config, pairs, step, state.consumed)
+    if rank == 0:
+        _announce(config, url, attempt, world, step, length, data)
+        _describe_run(config, url, data)
+
+    saver = Saver(url, attempt, config.checkpoint.keep)
+    saver.saved_step = step if generation is not None else -1
+    progress = Progress(config, attempt, step, length.steps) if rank == 0 else None
+    body = {
+        "world_size": world,
+        "zero_stage": config.train.zero_stage,
+        "parameters": shapes,
+        "model": model_config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json"),
+        "data_state": now,
+        "objectives": weights,
+        "vocab_sha256": data.manifest.vocab_sha256,
+        "answers_sha256": data.manifest.answers_sha256,
+    }
+
+    def save() -> None:
+        if saver.saved_step != step:
+            saver.save(engine, step, {**body, "sampler": state.to_json()})
+
+    def validate() -> dict[str, float]:
+        if config.data.validation is None:
+            return {}
+        metrics = _validate(engine, config, weights)
+        if progress:
+            progress.validation(step, metrics)
+        return metrics
+
+    share = Share(rank, world, config.train.accumulation)
+    ahead = steps_ahead(settings, state, config.train.global_batch, length.total)
+    batches = load_steps(
+        data,
+        settings,
+        streams,
+        batch_settings,
+        share,
+        ahead,
+        config.data.loader_workers,
+        config.data.prefetch,
+    )
+    stopped, validated, metrics = False, -1, {}
+    while state.consumed < length.total:
+        count = min(config.train.global_batch, length.total - state.consumed)
+        began = time.monotonic()
+        micro = next(batches)
+        waited = time.monotonic() - began
+
+        active = {
+            name: w
+            for name, w in weights.items()
+            if name != "qa" or state.consumed >= config.objectives.qa_from_epoch * pairs
+        }
+        counts, stopped = _global_counts(micro, active, config, control.should_stop())
+        if stopped:
+            break
+        rate = learning_rate(config.optimizer, state.consumed, count, length.total)
+        set_learning_rate(engine, rate)
+        seed = fold(config.run.seed, _DROPOUT, step, rank)
+        sums = train_step(engine, micro, active, counts, config, seed)
+
+        state = advance(settings, state, count)
+        step += 1
+        if progress:
+            values = {f"loss/{name}": sums[name] / max(counts[name], 1.0) for name in active}
+            values["loss"] = sum(active[name] * values[f"loss/{name}"] for name in active)
+            values["lr"] = rate
+            values["epoch"] = state.consumed / pairs
+            progress.step(step, values, count, waited)
+            control.report({"step": step, **values})
+        if step % config.checkpoint.every == 0:
+            save()
+        if config.train.validate_every and step % config.train.validate_every == 0:
+            metrics, validated = validate(), step
+    save()
+    saver.wait(must_succeed=True)
+    if not stopped and validated != step:
+        metrics = validate()
+    if progress:
+        progress.close()
+    return {"step": step, "consumed": state.consumed, "stopped": stopped, "metrics": metrics}
+
+
+def train_step(
+    engine: Any,
+    micro: list[Batch],
+    weights: dict[str, float],
+    counts: dict[str, float],
+    config: RunConfig,
+    seed: int,
+) -> dict[str, float]:
+    """One optimizer step over this rank's micro-batches; the loss sums over all ranks.
+
+    The loss of an objective is its sum over the global batch / max(global count, 1), so it does
+    not depend on how pairs are spread over ranks and micro-batches.
+    """
+    device = engine.device
+    world = dist.get_world_size()
+    engine.train()
+    total = torch.zeros(len(weights), device=device)
+    # DeepSpeed averages gradients over the ranks: undo it, the counts are global already.
+    scale = torch.tensor(
+        [w * world / max(counts[name], 1.0) for name, w in weights.items()], device=device
+    )
+    for i, batch in enumerate(micro):
+        torch.manual_seed(fold(seed, i) >> 1)
+        out = _forward(engine, batch.to(device), frozenset(weights), config)
+        sums = torch.stack([out.loss_sum[name] for name in weights])
+        engine.backward((scale * sums).sum(), scale_wrt_gas=False)
+        engine.step()
+        total += sums.detach()
+    return dict(zip(weights, all_reduce_sum(total.double()).tolist(), strict=True))
+
+
+def _forward(
+    engine: Any, batch: Batch, objectives: frozenset[str], config: RunConfig
+) -> PreTrainingOutput:
+    out: PreTrainingOutput = engine(
+        batch,
+        objectives=objectives,
+        label_scope=config.objectives.label_scope,
+        feature_loss=config.objectives.feature_loss,
+    )
+    return out
+
+
+def _global_counts(
+    micro: list[Batch], active: dict[str, float], config: RunConfig, stop: bool
+) -> tuple[dict[str, float], bool]:
+    """Targets of each objective in the global batch, and whether any rank wants to stop: one
+    all-reduce, before the forward."""
+    names = sorted(active)
+    numbers = torch.zeros(len(names) + 1, dtype=torch.float64)
+    for batch in micro:
+        found = objective_counts(batch, config.objectives.label_scope)
+        numbers[:-1] += torch.tensor([float(found[n]) for n in names], dtype=torch.float64)
+    numbers[-1] = float(stop)
+    all_reduce_sum(numbers)
+    return dict(zip(names, numbers[:-1].tolist(), strict=True)), bool(numbers[-1] > 0)
+
+
+def _validate(engine: Any, config: RunConfig, weights: dict[str, float]) -> dict[str, float]:
+    data = open_dataset(str(config.data.validation), config.data.cache)
+
+    def forward(batch: Batch, objectives: frozenset[str]) -> PreTrainingOutput:
+        with torch.no_grad():
+            return _forward(engine, batch.to(engine.device), objectives, config)
+
+    engine.eval()
+    return evaluate(
+        forward,
+        Evaluation(
+            data,
+            setup.batch_settings(config, data),
+            frozenset(weights),
+            config.train.validation_batch,
+        ),
+    )
+
+
+def _agree(on_rank_0: Callable[[], Any]) -> Any:
+    """Run on rank 0 and tell all; an error of rank 0's is raised on every rank."""
+    told: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            told[0] = on_rank_0()
+        except Exception as error:
+            told[1] = error
+    dist.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
+
+
+def _announce(
+    config: RunConfig,
+    url: str,
+    attempt: int,
+    world: int,
+    step: int,
+    length: setup.Length,
+    data: Dataset,
+) -> None:
+    manifest = data.manifest
+    log.info(
+        "run %s, attempt %d | %d workers, ZeRO %d, %s | %s: %d images, %d pairs | step %d of %d",
+        url,
+        attempt,
+        world,
+        config.train.zero_stage,
+        config.train.precision,
+        manifest.name,
+        manifest.num_images,
+        manifest.num_pairs,
+        step,
+        length.steps,
+    )
+
+
+def _describe_run(config: RunConfig, url: str, data: Dataset) -> None:
+    """Make the run's folder self-contained: resolved configuration, vocabulary, answer table."""
+    import yaml
+
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    store.write_bytes(store.join(url, "config.yaml"), text.encode())
+    for name in (data.manifest.vocab_file, data.manifest.answers_file):
+        store.write_bytes(store.join(url, name), store.read_bytes(store.join(data.url, name)))
+
+
+__all__ = ["ConfigError", "Control", "Step", "train", "train_step"]

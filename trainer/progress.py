@@ -1,0 +1,98 @@
+"""What a person on call sees: one progress line, TensorBoard scalars, a record of every step."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch.utils.tensorboard import SummaryWriter
+
+from trainer.config import RunConfig
+
+log = logging.getLogger("lxscale")
+
+
+def setup_logging() -> None:
+    """One handler for the project's logger: time, message; nothing of other libraries below ERROR."""
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+
+
+def tensorboard_folder(config: RunConfig) -> Path:
+    if config.run.tensorboard:
+        return Path(config.run.tensorboard)
+    root = config.run.storage if "://" not in config.run.storage else "runs"
+    return Path(root) / config.run.name / "tensorboard"
+
+
+class Progress:
+    """Rank 0's view of a run. Holds open files only; `close` when the run ends."""
+
+    def __init__(self, config: RunConfig, attempt: int, start_step: int, total_steps: int) -> None:
+        folder = tensorboard_folder(config)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Events after the restored step belong to steps that are done again.
+        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=10)
+        path = folder / f"steps-a{attempt:06d}.jsonl"
+        self._record: TextIO = path.open("a", buffering=1)
+        self._every = config.train.log_every
+        self._total = total_steps
+        self._time = time.monotonic()
+        self._pairs = 0
+
+    def step(self, step: int, values: Mapping[str, float], pairs: int, seconds: float) -> None:
+        """Record a finished step; `pairs` of it over all ranks, `seconds` it waited for data."""
+        self._record.write(json.dumps({"step": step, "pairs": pairs, **values}) + "\n")
+        self._pairs += pairs
+        if step % self._every and step != self._total:
+            return
+        now = time.monotonic()
+        rate = self._pairs / max(now - self._time, 1e-9)
+        self._time, self._pairs = now, 0
+        for name, value in values.items():
+            self._writer.add_scalar(f"train/{name}", value, step)
+        self._writer.add_scalar("speed/pairs_per_second", rate, step)
+        self._writer.add_scalar("speed/data_wait_seconds", seconds, step)
+        losses = " ".join(
+            f"{name.removeprefix('loss/')} {value:.3f}"
+            for name, value in values.items()
+            if name.startswith("loss/")
+        )
+        log.info(
+            "step %d/%d | %s | lr %.2e | %.0f pairs/s | left %s",
+            step,
+            self._total,
+            losses,
+            values["lr"],
+            rate,
+            _duration((self._total - step) * (pairs / max(rate, 1e-9))),
+        )
+
+    def validation(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(f"validation/{name}", value, step)
+        self._writer.flush()
+        log.info("validation at step %d | %s", step, format_metrics(metrics))
+
+    def close(self) -> None:
+        self._writer.close()
+        self._record.close()
+
+
+def format_metrics(metrics: Mapping[str, Any]) -> str:
+    return " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+
+
+def _duration(seconds: float) -> str:
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}"

@@ -1,0 +1,112 @@
+"""What a run is made of, derived from its configuration and its data set."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from model.config import ModelConfig
+from shards import store
+from shards.dataset import Dataset
+from shards.sampler import SamplerSettings, Stream, streams_of
+from shards.tokenizer import load_tokenizer
+from trainer.batch import BatchSettings
+from trainer.config import ConfigError, RunConfig
+
+log = logging.getLogger("lxscale")
+
+
+def run_url(config: RunConfig) -> str:
+    return store.join(config.run.storage, config.run.name)
+
+
+def resolve_model(config: RunConfig, data: Dataset) -> ModelConfig:
+    """The model's sizes with those that the data set fixes; ConfigError where both are given and
+    differ."""
+    schema = data.manifest.schema
+    fixed = {
+        "vocab_size": schema.vocab_size,
+        "num_answers": data.manifest.num_answers,
+        "feature_dim": schema.feature_dim,
+    }
+    if schema.labels:
+        fixed["num_object_classes"] = schema.num_object_classes
+        fixed["num_attribute_classes"] = schema.num_attribute_classes
+    for key, value in fixed.items():
+        given = getattr(config.model, key)
+        if key in config.model.model_fields_set and given != value:
+            raise ConfigError(
+                f"model.{key}={given}, but the data set {data.url} has {value}: leave the key out "
+                "or use another data set"
+            )
+    return ModelConfig.model_validate({**config.model.model_dump(), **fixed})
+
+
+def resolve_objectives(config: RunConfig, data: Dataset) -> dict[str, float]:
+    """Weights of the objectives that this data set has labels for, and which are left out."""
+    weights = {name: w for name, w in config.objectives.weights().items() if w > 0}
+    absent = []
+    if not data.manifest.schema.labels:
+        absent += [n for n in ("masked_object", "masked_attribute") if n in weights]
+    if not len(data.merged.answer_id) and "qa" in weights:
+        absent.append("qa")
+    if absent:
+        log.info("left out, as the data set has no labels for them: %s", ", ".join(absent))
+    weights = {name: w for name, w in weights.items() if name not in absent}
+    if not weights:
+        raise ConfigError(
+            "no objective is left: give one a weight that this data set has labels for"
+        )
+    return weights
+
+
+def batch_settings(config: RunConfig, data: Dataset) -> BatchSettings:
+    vocab = load_tokenizer(store.join(data.url, data.manifest.vocab_file), cache=data.cache)
+    return BatchSettings(
+        seed=config.run.seed,
+        token_mask=config.objectives.token_mask,
+        object_mask=config.objectives.object_mask,
+        cls_id=vocab.token_to_id("[CLS]"),
+        sep_id=vocab.token_to_id("[SEP]"),
+        mask_id=vocab.token_to_id("[MASK]"),
+        vocab_size=data.manifest.schema.vocab_size,
+    )
+
+
+def data_streams(settings: SamplerSettings, data: Dataset) -> tuple[Stream, ...]:
+    manifest = data.manifest
+    return streams_of(
+        settings,
+        [dict(s.pairs_per_source) for s in manifest.shards],
+        list(manifest.sources),
+        list(manifest.question_sources),
+    )
+
+
+def data_state(config: RunConfig, data: Dataset) -> dict[str, Any]:
+    """Everything that the stream of batches depends on, beside the sampler's integers."""
+    state: dict[str, Any] = {"manifest": data.manifest.fingerprint, "run.seed": config.run.seed}
+    state |= {f"sampler.{k}": v for k, v in config.sampler.model_dump().items()}
+    for key in ("token_mask", "object_mask"):
+        state[f"objectives.{key}"] = getattr(config.objectives, key)
+    return state
+
+
+@dataclass(frozen=True)
+class Length:
+    """total: pairs of the whole run; steps: optimizer steps, finished ones included."""
+
+    total: int
+    steps: int
+
+
+def run_length(config: RunConfig, pairs: int, done_steps: int, consumed: int) -> Length:
+    """The length of a run of which some steps are done, perhaps with another global batch."""
+    batch = config.train.global_batch
+    if config.train.steps is not None:
+        left = max(config.train.steps - done_steps, 0)
+        return Length(consumed + left * batch, done_steps + left)
+    assert config.train.epochs is not None
+    total = max(round(config.train.epochs * pairs), consumed)
+    return Length(total, done_steps - (consumed - total) // batch)
