@@ -7,6 +7,7 @@ memory-mapped one by one as the order reaches them.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from shards import store
 from shards.cache import default_cache, local_file, write_once
-from shards.manifest import Manifest, load_manifest
+from shards.manifest import FileInfo, Manifest, load_manifest
 from shards.order import I64
 from shards.sampler import Plan, Stream
 from shards.table import map_arrays, open_table, save_arrays
@@ -216,6 +217,14 @@ class Dataset:
         for i, (shard, offset) in enumerate(zip(shards, offsets.tolist(), strict=True)):
             flat[i] = self.tar(shard)[offset : offset + dim * 2]
         return out
+
+    def answers(self) -> list[str]:
+        """The answer table: the answer of each id."""
+        return list(json.loads(self.file(self.manifest.answers).read_text()))
+
+    def file(self, info: FileInfo) -> Path:
+        """A verified local copy of the vocabulary or the answer table."""
+        return local_file(store.join(self.url, info.file), info.sha256, info.size, self.cache)
 
     def record(self, image: int) -> bytes:
         """The JSON of an image record."""

@@ -106,7 +106,7 @@ def streams_of(
         return Stream(name, tuple(sources.index(s) for s in members), sizes)
 
     if settings.mode == "natural":
-        streams = (stream("all", sources),)
+        streams: tuple[Stream, ...] = (stream("all", sources),)
     else:
         captions = [s for s in sources if s not in questions]
         asked = [s for s in sources if s in questions]

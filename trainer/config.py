@@ -166,6 +166,10 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     cluster: ClusterSection = ClusterSection()
 
+    def given(self) -> dict[str, Any]:
+        """What was set, as plain data: parse_config gives an equal tree that still knows it."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
 
 def parse_config(tree: dict[str, Any], origin: str) -> RunConfig:
     """Validate a configuration tree; a ConfigError names every wrong key and value."""

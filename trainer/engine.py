@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -14,14 +15,19 @@ from trainer.config import RunConfig
 from trainer.optimizer import build_optimizer
 
 
-def prepare_environment() -> None:
-    """Settings that DeepSpeed reads when it is imported; call before anything imports it."""
+def import_deepspeed() -> Any:
+    """The deepspeed module, quiet, for the accelerator at hand, and with no build at run time."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # DeepSpeed would JIT-build a shared-memory op that training never uses, and a worker killed in
     # that build leaves a lock on which the next one hangs.
-    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
 
 
 def engine_settings(config: RunConfig, world: int) -> dict[str, Any]:
@@ -46,13 +52,8 @@ def engine_settings(config: RunConfig, world: int) -> dict[str, Any]:
 
 def build_engine(model: nn.Module, config: RunConfig) -> Any:
     """Wrap a model (fp32, on the CPU) in a DeepSpeed engine; torch.distributed must be up."""
-    prepare_environment()
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.ERROR)
     optimizer = build_optimizer(model, config.optimizer)
-    engine, *_ = deepspeed.initialize(
+    engine, *_ = import_deepspeed().initialize(
         model=model,
         optimizer=optimizer,
         config=engine_settings(config, dist.get_world_size()),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -71,14 +72,12 @@ class _StepBatches(TorchDataset[list[Batch]]):
         )
         return [make_batch(self.data, self.streams, s, self.batch) for s in slices]
 
-    def __getstate__(self) -> dict[str, object]:
+    def __getstate__(self) -> dict[str, Any]:
         # A worker maps the files itself: only names travel.
         return {**self.__dict__, "data": (self.data.url, self.data.cache)}
 
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        url, cache = state["data"]  # type: ignore[misc]
-        self.data = open_dataset(url, cache)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"data": open_dataset(*state["data"])})
 
 
 def load_steps(

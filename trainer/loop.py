@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
 
 from model.batch import Batch
 from model.interchange import load_weights_for
@@ -67,6 +68,7 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
     batch_settings = setup.batch_settings(config, data)
 
     model_config = setup.resolve_model(config, data)
+    resolved = config.model_copy(update={"model": model_config}).model_dump(mode="json")
     model = LxmertForPreTraining(model_config)
     init_weights(model, config.run.seed)
     if config.train.init_from:
@@ -89,11 +91,11 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
         state = SamplerState.from_json(generation.manifest["sampler"])
         if len(state.cursors) != len(streams):  # overridden: another sampler mode
             state = advance(settings, start_state(streams), state.consumed)
-    pairs = data.manifest.num_pairs
+    pairs = data.manifest.pairs
     length = setup.run_length(config, pairs, step, state.consumed)
     if rank == 0:
         _announce(config, url, attempt, world, step, length, data)
-        _describe_run(config, url, data)
+        _describe_run(resolved, url, data)
 
     saver = Saver(url, attempt, config.checkpoint.keep)
     saver.saved_step = step if generation is not None else -1
@@ -102,12 +104,11 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
         "world_size": world,
         "zero_stage": config.train.zero_stage,
         "parameters": shapes,
-        "model": model_config.model_dump(mode="json"),
-        "config": config.model_dump(mode="json"),
+        "config": resolved,
         "data_state": now,
         "objectives": weights,
-        "vocab_sha256": data.manifest.vocab_sha256,
-        "answers_sha256": data.manifest.answers_sha256,
+        "vocab_sha256": data.manifest.vocab.sha256,
+        "answers_sha256": data.manifest.answers.sha256,
     }
 
     def save() -> None:
@@ -285,21 +286,19 @@ def _announce(
         config.train.zero_stage,
         config.train.precision,
         manifest.name,
-        manifest.num_images,
-        manifest.num_pairs,
+        manifest.images,
+        manifest.pairs,
         step,
         length.steps,
     )
 
 
-def _describe_run(config: RunConfig, url: str, data: Dataset) -> None:
+def _describe_run(resolved: dict[str, Any], url: str, data: Dataset) -> None:
     """Make the run's folder self-contained: resolved configuration, vocabulary, answer table."""
-    import yaml
-
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    text = yaml.safe_dump(resolved, sort_keys=False)
     store.write_bytes(store.join(url, "config.yaml"), text.encode())
-    for name in (data.manifest.vocab_file, data.manifest.answers_file):
-        store.write_bytes(store.join(url, name), store.read_bytes(store.join(data.url, name)))
+    for info in (data.manifest.vocab, data.manifest.answers):
+        store.write_bytes(store.join(url, info.file), data.file(info).read_bytes())
 
 
 __all__ = ["ConfigError", "Control", "Step", "train", "train_step"]

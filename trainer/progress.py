@@ -17,14 +17,14 @@ from trainer.config import RunConfig
 log = logging.getLogger("lxscale")
 
 
-def setup_logging() -> None:
-    """One handler for the project's logger: time, message; nothing of other libraries below ERROR."""
+def setup_logging(rank: int = 0) -> None:
+    """The project's log on stdout: time, message; only errors from ranks other than 0."""
     if not log.handlers:
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
-        log.setLevel(logging.INFO)
         log.propagate = False
+    log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
 
 
 def tensorboard_folder(config: RunConfig) -> Path:

@@ -27,7 +27,7 @@ def resolve_model(config: RunConfig, data: Dataset) -> ModelConfig:
     schema = data.manifest.schema
     fixed = {
         "vocab_size": schema.vocab_size,
-        "num_answers": data.manifest.num_answers,
+        "num_answers": data.manifest.answers.count,
         "feature_dim": schema.feature_dim,
     }
     if schema.labels:
@@ -46,7 +46,7 @@ def resolve_model(config: RunConfig, data: Dataset) -> ModelConfig:
 def resolve_objectives(config: RunConfig, data: Dataset) -> dict[str, float]:
     """Weights of the objectives that this data set has labels for, and which are left out."""
     weights = {name: w for name, w in config.objectives.weights().items() if w > 0}
-    absent = []
+    absent: list[str] = []
     if not data.manifest.schema.labels:
         absent += [n for n in ("masked_object", "masked_attribute") if n in weights]
     if not len(data.merged.answer_id) and "qa" in weights:
@@ -56,20 +56,27 @@ def resolve_objectives(config: RunConfig, data: Dataset) -> dict[str, float]:
     weights = {name: w for name, w in weights.items() if name not in absent}
     if not weights:
         raise ConfigError(
-            "no objective is left: give one a weight that this data set has labels for"
+            "no objective is left: give a weight to one that this data set has labels for"
         )
     return weights
 
 
 def batch_settings(config: RunConfig, data: Dataset) -> BatchSettings:
-    vocab = load_tokenizer(store.join(data.url, data.manifest.vocab_file), cache=data.cache)
+    vocab = load_tokenizer(data.file(data.manifest.vocab))
+
+    def token_id(token: str) -> int:
+        found = vocab.token_to_id(token)
+        if found is None:
+            raise ConfigError(f"the vocabulary of {data.url} has no {token}: rebuild the data set")
+        return found
+
     return BatchSettings(
         seed=config.run.seed,
         token_mask=config.objectives.token_mask,
         object_mask=config.objectives.object_mask,
-        cls_id=vocab.token_to_id("[CLS]"),
-        sep_id=vocab.token_to_id("[SEP]"),
-        mask_id=vocab.token_to_id("[MASK]"),
+        cls_id=token_id("[CLS]"),
+        sep_id=token_id("[SEP]"),
+        mask_id=token_id("[MASK]"),
         vocab_size=data.manifest.schema.vocab_size,
     )
 

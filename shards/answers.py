@@ -1,0 +1,80 @@
+"""Answers: their normal form and the joint answer table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from shards.errors import DataError
+
+# The normal form of LXMERT's joint answer table (LXMERT paper, section 3.1, and released code).
+_NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_WHOLE = {"grey": "gray"} | {word: str(i) for i, word in enumerate(_NUMBERS, 1)}
+
+
+def normalise_answer(answer: str) -> str:
+    """Lower case, no final '.', no leading article, number words one…ten as digits, grey → gray."""
+    text = answer.strip().lower().removesuffix(".").strip()
+    for article in ("a ", "an ", "the "):
+        text = text.removeprefix(article).strip()
+    return _WHOLE.get(text, text)
+
+
+def normalise_answers(answers: Mapping[str, float]) -> dict[str, float]:
+    """{normal form: score}; answers that become equal keep the higher score."""
+    out: dict[str, float] = {}
+    for answer, score in answers.items():
+        normal = normalise_answer(answer)
+        if normal:
+            out[normal] = max(score, out.get(normal, 0.0))
+    return out
+
+
+def answer_index(table: Sequence[str]) -> dict[str, int]:
+    """Normal form → answer id. Where entries of the table share one, an entry that is itself in
+    normal form goes first."""
+    index: dict[str, int] = {}
+    for i, answer in enumerate(table):
+        if normalise_answer(answer) == answer:
+            index.setdefault(answer, i)
+    for i, answer in enumerate(table):
+        index.setdefault(normalise_answer(answer), i)
+    index.pop("", None)
+    return index
+
+
+def count_answers(all_answers: Iterable[Mapping[str, float]], min_count: int = 1) -> list[str]:
+    """An answer table out of the data: by falling number of sentences, then by name."""
+    counts: dict[str, int] = {}
+    for answers in all_answers:
+        for answer in normalise_answers(answers):
+            counts[answer] = counts.get(answer, 0) + 1
+    kept = [(-n, answer) for answer, n in counts.items() if n >= min_count]
+    return [answer for _, answer in sorted(kept)]
+
+
+def load_answers(path: str | Path) -> list[str]:
+    """An answer table: a JSON list of strings, or LXMERT's all_ans.json `[{"ans": …}, …]`.
+
+    Raises DataError naming the file and entry for anything else and for repeated answers.
+    """
+    try:
+        document = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot read the answer table {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise DataError(f"the answer table {path} is not JSON: {error}") from None
+    if not isinstance(document, list):
+        raise DataError(f"the answer table {path} is not a list")
+    table = [entry.get("ans") if isinstance(entry, dict) else entry for entry in document]
+    seen: dict[str, int] = {}
+    for i, answer in enumerate(table):
+        if not isinstance(answer, str):
+            raise DataError(f"the answer table {path}: entry {i} is not an answer")
+        if answer in seen:
+            raise DataError(
+                f"the answer table {path}: {answer!r:.60} is entry {seen[answer]} and {i}"
+            )
+        seen[answer] = i
+    return list(seen)
