@@ -145,7 +145,9 @@ def _final(error: BaseException, url: str) -> DataError | None:
             "name a profile in AWS_PROFILE"
         )
     if 300 <= status < 500 and status not in (408, 409, 429):
-        return DataError(f"{url}: refused by {_endpoint()} ({code or status}: {text}): check the URL")
+        return DataError(
+            f"{url}: refused by {_endpoint()} ({code or status}: {text}): check the URL"
+        )
     if isinstance(error, OSError | asyncio.TimeoutError) or _is_network_error(error):
         return None
     return DataError(f"{url}: {name}: {text}")

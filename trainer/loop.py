@@ -44,11 +44,10 @@ class Control:
     """What the placement gives to the loop.
 
     should_stop: polled each step on every rank, never blocks; all ranks then stop at one step,
-    save and return. report: rank 0's numbers after each logged step, may be dropped.
+    save and return.
     """
 
     should_stop: Callable[[], bool] = lambda: False
-    report: Callable[[dict[str, float]], None] = lambda _: None
 
 
 def train(config: RunConfig, control: Control) -> dict[str, Any]:
@@ -163,7 +162,6 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
             values["lr"] = rate
             values["epoch"] = state.consumed / pairs
             progress.step(step, values, count, waited)
-            control.report({"step": step, **values})
         if step % config.checkpoint.every == 0:
             save()
         if config.train.validate_every and step % config.train.validate_every == 0:

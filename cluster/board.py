@@ -1,0 +1,111 @@
+"""The board: a small actor through which the driver and the workers tell each other things.
+
+Workers put their log lines and, at the end, the result there; the driver puts the wish to stop.
+Nothing else passes between them, and no tensor ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from typing import Any
+
+import ray
+
+# How often workers send lines and look for a stop, and the driver looks for lines, in seconds.
+INTERVAL_S = 0.5
+
+
+@ray.remote(num_cpus=0)
+class Board:
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._stop = False
+        self._result: dict[str, Any] | None = None
+
+    def exchange(self, lines: list[str]) -> bool:
+        """A worker's new log lines; tells whether it should stop."""
+        self._lines += lines
+        return self._stop
+
+    def stop(self) -> None:
+        self._stop = True
+
+    def finish(self, result: dict[str, Any]) -> None:
+        self._result = result
+
+    def drain(self) -> list[str]:
+        """The log lines since the last call."""
+        lines, self._lines = self._lines, []
+        return lines
+
+    def result(self) -> dict[str, Any] | None:
+        return self._result
+
+
+class WorkerSide:
+    """A worker's end of the board: a thread that never lets the step wait."""
+
+    def __init__(self, board: Any, logger: logging.Logger) -> None:
+        self._board = board
+        self._logger = logger
+        self._lines: list[str] = []
+        self._lock = threading.Lock()
+        self._stop = False
+        self._closed = threading.Event()
+        self._handler = _Lines(self._add)
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        logger.handlers = [self._handler]
+        logger.propagate = False
+        self._thread = threading.Thread(target=self._run, name="lxscale-board", daemon=True)
+        self._thread.start()
+
+    def should_stop(self) -> bool:
+        return self._stop
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._closed.set()
+        self._thread.join()
+        self._exchange()
+        self._logger.handlers = []
+
+    def _add(self, line: str) -> None:
+        with self._lock:
+            self._lines.append(line)
+
+    def _run(self) -> None:
+        while not self._closed.wait(INTERVAL_S):
+            self._exchange()
+
+    def _exchange(self) -> None:
+        with self._lock:
+            lines, self._lines = self._lines, []
+        # A driver that is gone takes the board with it; Ray then ends this worker.
+        with contextlib.suppress(ray.exceptions.RayError):
+            self._stop = ray.get(self._board.exchange.remote(lines)) or self._stop
+
+
+class _Lines(logging.Handler):
+    def __init__(self, add: Any) -> None:
+        super().__init__()
+        self._add = add
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._add(self.format(record))
+
+
+def show(board: Any) -> None:
+    """Print the workers' new lines."""
+    for line in ray.get(board.drain.remote()):
+        print(line, flush=True)
+
+
+def wait_for_lines(board: Any, thread: threading.Thread) -> None:
+    """Show the workers' lines until the thread ends."""
+    while thread.is_alive():
+        show(board)
+        time.sleep(INTERVAL_S)
+    show(board)
