@@ -36,8 +36,10 @@ def staging_folder(out: str, staging: str | Path | None = None) -> Iterator[Path
     folder = parent / f"{_PREFIX}{secrets.token_hex(6)}"
     folder.mkdir()
     try:
-        with open(folder / "lock", "w") as lock:
+        with open(folder / "unlocked", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            # It gets its name when it is held: other builds take a free lock for a dead build's.
+            os.rename(folder / "unlocked", folder / "lock")
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -136,7 +136,7 @@ def _final(error: BaseException, url: str) -> DataError | None:
         return NotFoundError(f"{url} does not exist")
     if isinstance(error, PermissionError):
         return DataError(
-            f"{url}: access denied at {_endpoint()} ({text}): check AWS_ACCESS_KEY_ID, "
+            f"{url}: access denied at {_endpoint()} ({code or text}): check AWS_ACCESS_KEY_ID, "
             "AWS_SECRET_ACCESS_KEY and the bucket's policy"
         )
     if name in ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +29,7 @@ def shared_data() -> Path:
     return SHARED / "data"
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
@@ -35,7 +38,7 @@ def _free_port() -> int:
 @pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
     """URL of a bucket on a moto server of its own; exports endpoint and credentials."""
-    port = _free_port()
+    port = free_port()
     server = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
         stdout=subprocess.DEVNULL,
@@ -70,6 +73,67 @@ def _make_bucket(name: str, server: subprocess.Popen[bytes], port: int) -> None:
         assert time.monotonic() < deadline, "moto_server does not listen"
         time.sleep(0.1)
     s3fs.S3FileSystem(skip_instance_cache=True).mkdir(name)
+
+
+class FlakyProxy(ThreadingHTTPServer):
+    """Forwards to the S3 server; the first `fail` requests get a 503, or a body that breaks off."""
+
+    daemon_threads = True
+
+    allow_reuse_address = True
+
+    def __init__(self, target: str, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), ProxyHandler)
+        self.target = target.removeprefix("http://")
+        self.fail, self.kind, self.requests = 0, "503", 0
+        self.lock = threading.Lock()
+
+
+class ProxyHandler(BaseHTTPRequestHandler):
+    server: FlakyProxy
+    protocol_version = "HTTP/1.1"  # clients ask for "100 Continue" before they send a body
+
+    def _forward(self) -> None:
+        with self.server.lock:
+            failing = self.server.requests < self.server.fail
+            self.server.requests += 1
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if failing and self.server.kind == "503":
+            self.send_response(503)
+            self.send_header("Content-Length", "0")
+            self.send_header("Connection", "close")
+            self.end_headers()
+            return
+        upstream = http.client.HTTPConnection(self.server.target)
+        headers = {k: v for k, v in self.headers.items() if k.lower() != "expect"}
+        upstream.request(self.command, self.path, body, headers)
+        answer = upstream.getresponse()
+        data = answer.read()
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("transfer-encoding", "connection", "server", "date"):
+                self.send_header(name, value)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command != "HEAD":
+            cut = failing and self.command == "GET"
+            self.wfile.write(data[: len(data) // 2] if cut else data)
+        self.close_connection = True
+
+    do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _forward  # noqa: N815
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def proxy(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyProxy]:
+    server = FlakyProxy(os.environ["AWS_ENDPOINT_URL"])
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 MakeRecords = Callable[..., list[ImageRecord]]

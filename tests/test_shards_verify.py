@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MakeRecords
 
 from shards.build import BuildSettings, build
 from shards.cache import hash_file
@@ -18,6 +17,7 @@ from shards.errors import DataError
 from shards.manifest import Manifest, load_manifest
 from shards.table import Table, map_arrays, open_table, save_arrays
 from shards.verify import verify
+from tests.conftest import MakeRecords
 
 TAR, TABLE = "shard-000001.tar", "shard-000001.table.safetensors"
 
