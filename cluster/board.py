@@ -18,8 +18,9 @@ import ray
 INTERVAL_S = 0.5
 
 
-@ray.remote(num_cpus=0)
 class Board:
+    """The actor; `ray.remote` makes it one."""
+
     def __init__(self) -> None:
         self._lines: list[str] = []
         self._stop = False

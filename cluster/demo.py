@@ -1,4 +1,4 @@
-"""`lxscale demo`: real pictures and questions to a trained, resumable LXMERT, and what it learned."""
+"""`lxscale demo`: real pictures and questions to a trained LXMERT, and what it learned."""
 
 from __future__ import annotations
 

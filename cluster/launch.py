@@ -59,8 +59,9 @@ class _EndOnUserErrors(DefaultFailurePolicy):
 
 class _Trainer(TorchTrainer):
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        arguments["failure_policy"] = _EndOnUserErrors(self.run_config.failure_config)
-        return super()._initialize_and_run_controller(**arguments)
+        run_config: Any = self.run_config
+        arguments["failure_policy"] = _EndOnUserErrors(run_config.failure_config)
+        return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
 
 
 def _final_message(error: BaseException) -> str | None:
@@ -81,7 +82,7 @@ def launch(config: RunConfig, *, ray_address: str | None = None, loop: Loop = tr
     """
     config = absolute_paths(config)
     with _ray(config, ray_address), _scratch() as scratch:
-        board = Board.remote()
+        board: Any = ray.remote(num_cpus=0)(Board).remote()
         trainer = _Trainer(
             _work,
             train_loop_config={"config": config.given(), "board": board, "loop": loop},
@@ -97,9 +98,7 @@ def launch(config: RunConfig, *, ray_address: str | None = None, loop: Loop = tr
             run_config=ray.train.RunConfig(
                 name="lxscale",
                 storage_path=scratch,
-                failure_config=ray.train.FailureConfig(
-                    max_failures=config.cluster.max_failures
-                ),
+                failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
             ),
         )
         failure: list[BaseException] = []

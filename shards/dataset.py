@@ -166,7 +166,7 @@ class Dataset:
         """Features of images, (images, objects, feature_dim), zero-padded."""
         dim = self.manifest.schema.feature_dim
         out = np.empty((len(images), objects, dim), dtype=np.float16)
-        flat = out.reshape(len(images), -1).view(np.uint8)
+        flat = out.reshape(len(images), objects * dim).view(np.uint8)
         shards = self.shard_of_image(images)
         offsets = self.merged.features_offset[images]
         sizes = self.merged.image_objects[images].astype(np.int64) * dim * 2

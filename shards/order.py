@@ -143,7 +143,7 @@ class EpochOrder:
 def epoch_order(
     sizes: tuple[int, ...], seed: int, epoch: int, window: int, stream: int = 0
 ) -> EpochOrder:
-    """The order of `epoch` over shards with `sizes` pairs; window 0 = all shards (exact shuffle)."""
+    """The order of `epoch` over shards with `sizes` pairs; window 0 = all shards."""
     key = fold(seed, epoch, stream)
     shard_order = np.argsort(draw(key, np.arange(len(sizes))), kind="stable").astype(np.int64)
     start = np.concatenate([[0], np.cumsum(np.asarray(sizes, dtype=np.int64)[shard_order])])

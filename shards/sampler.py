@@ -111,7 +111,8 @@ def streams_of(
         captions = [s for s in sources if s not in questions]
         asked = [s for s in sources if s in questions]
         streams = (stream("question", asked), stream("caption", captions))
-        for part, share in zip(streams, (settings.question_share, 1 - settings.question_share)):
+        shares = (settings.question_share, 1 - settings.question_share)
+        for part, share in zip(streams, shares, strict=True):
             if share > 0 and not part.pairs:
                 raise DataError(
                     f"the sampler wants a share of {share:g} {part.name} pairs, but the data set "

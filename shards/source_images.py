@@ -31,7 +31,7 @@ from PIL import Image
 from shards.errors import DataError
 from shards.record import ImageRecord, Report, Sentence, check_sentence
 
-EXTRACTOR = "grid-colour-hog-1"  # change the number with anything that changes a feature
+EXTRACTOR = "grid-colour-hog-2"  # change the number with anything that changes a feature
 Progress = Callable[[int, int | None], None]
 
 # Levels of each layout, (columns, rows), coarse to fine. A level of k boxes along an axis has boxes
@@ -74,19 +74,23 @@ def grid_boxes(n: int = 36) -> NDArray[np.float32]:
 def describe(
     image: Image.Image, boxes: NDArray[np.float32], feature_dim: int = 2048
 ) -> NDArray[np.float16]:
-    """Features of the boxes of an RGB image, f16 (n, feature_dim), values in 0..1.
+    """Features of the boxes of an RGB image, f16 (n, feature_dim), values in -1..1.
 
-    Per box, resized to 32 × 32: mean and standard deviation of each channel (6), 16-bin histogram
-    of each channel (48), 4 × 4 mean colours (48), and a histogram of oriented gradients (Dalal &
-    Triggs 2005; 9 orientations, cells of 8 × 8, blocks of 2 × 2: 324); zero-padded. Deterministic.
+    Per box, resized to 32 × 32: mean and standard deviation of each channel (6); a joint colour
+    histogram of 4 levels a channel (64) in which a pixel counts by how far it is from the picture's
+    median colour, as square roots (Hellinger's map); 4 × 4 mean differences from that colour (48);
+    a histogram of oriented gradients (Dalal & Triggs 2005; 9 orientations, cells of 8 × 8, blocks
+    of 2 × 2: 324); zero-padded. Deterministic. Without the difference from the median, a plain
+    background outweighs everything in front of it.
     """
     from skimage.feature import hog
 
-    used = 6 + 48 + 48 + 324
+    used = 6 + 64 + 48 + 324
     if feature_dim < used:
         raise DataError(f"feature_dim is {feature_dim}: these features need at least {used}")
     width, height = image.size
     out = np.zeros((len(boxes), feature_dim), dtype=np.float16)
+    median = np.median(np.asarray(image, dtype=np.float32).reshape(-1, 3), axis=0) / 255.0
     for i, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
         left, top = min(round(x1 * width), width - 1), min(round(y1 * height), height - 1)
         right, bottom = max(round(x2 * width), left + 1), max(round(y2 * height), top + 1)
@@ -95,9 +99,13 @@ def describe(
         )
         pixels = np.asarray(crop, dtype=np.float32) / 255.0
         flat = pixels.reshape(-1, 3)
-        bins = np.minimum((flat * 16).astype(np.int64), 15) + np.arange(3) * 16
-        histogram = np.bincount(bins.reshape(-1), minlength=48) / len(flat)
-        grid = pixels.reshape(4, _SIDE // 4, 4, _SIDE // 4, 3).mean(axis=(1, 3))
+        levels = np.minimum((flat * 4).astype(np.int64), 3)
+        bins = levels @ np.asarray([16, 4, 1])
+        difference = pixels - median
+        weight = np.abs(difference).mean(axis=-1).reshape(-1)
+        histogram = np.bincount(bins, weights=weight, minlength=64)
+        histogram = np.sqrt(histogram / max(float(weight.sum()), 1.0))
+        grid = difference.reshape(4, _SIDE // 4, 4, _SIDE // 4, 3).mean(axis=(1, 3))
         # The luminance weights of ITU-R BT.601.
         grey = pixels @ np.asarray([0.299, 0.587, 0.114], dtype=np.float32)
         gradients = hog(grey, orientations=9, pixels_per_cell=(8, 8), cells_per_block=(2, 2))

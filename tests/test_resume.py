@@ -108,7 +108,10 @@ def test_another_world_size_goes_on_with_the_pairs_that_follow(
         for step in range(1, 9):
             for name, value in expected[step].items():
                 assert found[step][name] == pytest.approx(value, rel=1e-5), (a, b, step, name)
-        one, two = find_generation(str(tmp_path / "whole")), find_generation(str(tmp_path / f"run-{a}"))
+        one, two = (
+            find_generation(str(tmp_path / "whole")),
+            find_generation(str(tmp_path / f"run-{a}")),
+        )
         assert one.manifest["sampler"] == two.manifest["sampler"]
         assert two.manifest["world_size"] == after
 

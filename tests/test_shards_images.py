@@ -91,7 +91,7 @@ def test_grids_and_features() -> None:
     features = describe(image, grid_boxes(36))
     assert features.shape == (36, 2048) and features.dtype == np.float16
     np.testing.assert_array_equal(features[:, :6], [[1, 0, 0, 0, 0, 0]] * 36)
-    with pytest.raises(DataError, match="at least 426"):
+    with pytest.raises(DataError, match="at least 442"):
         describe(image, grid_boxes(1), 100)
 
 

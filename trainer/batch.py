@@ -54,7 +54,7 @@ def make_batch(
     tokens, token_start, lm_position, lm_target = _tokens(data, sentence, key, settings)
 
     distinct, image_index = np.unique(image, return_inverse=True)
-    objects = int(m.image_objects[distinct].max(initial=0))
+    objects = int(m.image_objects[distinct].max(initial=1))
     masks = _objects(data, image, objects, key, settings)
 
     answer_pair, answer_target = _answers(data, pair, matched, key)

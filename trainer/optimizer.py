@@ -50,7 +50,7 @@ class BertAdam(torch.optim.Optimizer):
 
 
 def parameter_groups(module: nn.Module, section: OptimizerSection) -> list[dict[str, Any]]:
-    """Parameters with and without weight decay, in the module's order; an empty group is left out."""
+    """Parameters with and without weight decay, in the module's order; no empty group."""
     decay: list[Tensor] = []
     plain: list[Tensor] = []
     for name, parameter in module.named_parameters():

@@ -84,9 +84,9 @@ def check_same_model(generation: Generation, shapes: dict[str, list[int]]) -> No
     for name in sorted(saved.keys() | shapes.keys()):
         if saved.get(name) != shapes.get(name):
             raise CheckpointError(
-                f"{generation.url} is a checkpoint of another model: {name} is "
-                f"{saved.get(name, 'absent')} there and {shapes.get(name, 'absent')} in this run's; "
-                "use the model settings of that run, or another run.name"
+                f"{generation.url} is a checkpoint of another model: {name} has shape "
+                f"{saved.get(name, 'none')} there and {shapes.get(name, 'none')} here; use the "
+                "model settings of that run, or another run.name"
             )
 
 
