@@ -207,8 +207,8 @@ def generations(run_url: str) -> Iterator[Generation | str]:
 def find_generation(path: str) -> Generation:
     """The generation named by a run's folder or URL (its newest) or by a manifest's."""
     if path.endswith(".json"):
-        run_url, _, name = path.rpartition("/checkpoints/")
-        found = _read_manifest(run_url or ".", name) if name else f"{path}: not in a run's folder"
+        run_url, inside, name = path.rpartition("/checkpoints/")
+        found = _read_manifest(run_url, name) if inside else f"{path} is not in a run's folder"
         if isinstance(found, str):
             raise CheckpointError(found)
         return found

@@ -79,6 +79,6 @@ def learning_rate(section: OptimizerSection, consumed: int, count: int, total: i
     the same curve when the global batch changes.
     """
     warmup = section.warmup * total
-    if consumed + count < warmup:
-        return section.lr * (consumed + count) / warmup
-    return section.lr * (total - consumed) / (total - warmup)
+    rising = (consumed + count) / warmup if warmup else 1.0
+    falling = (total - consumed) / (total - warmup)
+    return section.lr * min(rising, falling, 1.0)
