@@ -69,7 +69,9 @@ def run_ranks(world: int, jobs: list[Job], timeout: float = 240) -> list[str]:
     return found
 
 
-def config_tree(data: Path, storage: Path, name: str, **sections: dict[str, Any]) -> dict[str, Any]:
+def config_tree(
+    data: Path, storage: Path, name: str, /, **sections: dict[str, Any]
+) -> dict[str, Any]:
     """A run of a very small LXMERT; `sections` are merged over the defaults."""
     tree: dict[str, Any] = {
         "run": {"name": name, "storage": str(storage), "seed": 5},

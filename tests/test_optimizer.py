@@ -56,7 +56,7 @@ def test_the_rate_rises_to_the_peak_and_falls_to_zero() -> None:
     rates = [learning_rate(section, 10 * step, 10, 1000) for step in range(100)]
     assert rates[0] == pytest.approx(0.2)
     assert rates[8] == pytest.approx(1.8)
-    assert max(rates) == pytest.approx(2.0) and rates.index(max(rates)) == 10
+    assert max(rates) == pytest.approx(2.0) and rates.index(max(rates)) == 9
     assert rates[55] == pytest.approx(1.0)
     assert rates[99] == pytest.approx(2.0 * 10 / 900)
     assert all(r > 0 for r in rates)
