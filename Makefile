@@ -24,7 +24,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/line.py
 
 # PIP_CONSTRAINT reaches the isolated environments in which packages are built, too.
 $(READY): pyproject.toml constraints.txt

@@ -272,8 +272,12 @@ def table_arrays(
     answers: dict[str, int],
     schema: Schema,
     report: Report,
+    must_know: bool,
 ) -> dict[str, Any]:
-    """The arrays of a shard's table (see `shards.table.Table`) from its records' JSON."""
+    """The arrays of a shard's table (see `shards.table.Table`) from its records' JSON.
+
+    must_know: an answer that is not in the table is a DataError; else it is left out and reported.
+    """
     numbers = {source: i for i, source in enumerate(sources)}
     texts: list[str] = []
     source_of: list[int] = []
@@ -291,6 +295,12 @@ def table_arrays(
                 if answer in answers:
                     ids.append(answers[answer])
                     scores.append(score)
+                elif must_know:
+                    raise DataError(
+                        f"image {document['image']}, {sentence['text']!r:.60}: the answer "
+                        f"{answer!r:.40} is not in the answer table: add it there, or --skip-bad "
+                        "leaves such answers out and counts them"
+                    )
                 else:
                     report.add("answers that are not in the answer table", answer)
             answer_counts.append(len(ids) - before)
@@ -348,8 +358,10 @@ def _finish(
     infos = []
     for shard in shards:
         table = shard.name.removesuffix(".tar") + ".table.safetensors"
+        # A table that the user gave should have every answer; one made from the data need not.
+        must_know = settings.answers is not None and not settings.skip_bad
         arrays = table_arrays(
-            _documents(shard), shard.offsets, sources, tokenizer, index, schema, report
+            _documents(shard), shard.offsets, sources, tokenizer, index, schema, report, must_know
         )
         save_arrays(folder / table, arrays)
         shard.spool.unlink()

@@ -36,6 +36,12 @@ def contents(folder: Path) -> dict[str, str]:
 def test_what_is_written_is_what_was_given(tmp_path: Path, make_records: MakeRecords) -> None:
     records = make_records(10, labels=True)
     settings = replace(SETTINGS, answers=["blue", "green", "red"])
+    with pytest.raises(
+        DataError, match=r"image pictures/image 0.*'rare' is not in the answer table"
+    ):
+        build(records, tmp_path, settings)
+    assert list(tmp_path.iterdir()) == []
+    settings = replace(settings, skip_bad=True)
     report = Report()
     manifest = build(records, tmp_path, settings, report=report)
     assert manifest == load_manifest(str(tmp_path))

@@ -204,6 +204,7 @@ def test_real_rows(shared_data: Path, tmp_path: Path) -> None:
         "bottom-up-attention",
         vocab=shared_data / "bert-base-uncased-vocab.txt",
         answers=load_answers(shared_data / "lxmert_all_ans.json"),
+        skip_bad=True,
     )
     records = list(read_tsv([tsv], [sentences], report=report))
     manifest = build(records, tmp_path / "data", settings, report=report)
