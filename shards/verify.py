@@ -179,7 +179,14 @@ def _verify_members(
     if manifest.schema.labels and table.labels_offset is not None:
         offsets["labels"] = table.labels_offset.tolist()
     due = table_arrays(
-        documents, offsets, manifest.sources, tokenizer, answers, manifest.schema, Report()
+        documents,
+        offsets,
+        manifest.sources,
+        tokenizer,
+        answers,
+        manifest.schema,
+        Report(),
+        must_know=False,
     )
     for name, array in due.items():
         stored = getattr(table, name)
