@@ -22,7 +22,7 @@ from trainer.setup import run_url
 # A grid of 1 + 9 overlapping boxes is enough for pictures of 64 x 64 with one shape each.
 BOXES = 10
 # `--full` goes on for this many epochs: enough for 99 % of the held-out questions.
-FULL_EPOCHS = 14
+FULL_EPOCHS = 8
 
 
 def demo(full: bool, overrides: list[str], ray_address: str | None) -> int:

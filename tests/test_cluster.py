@@ -113,13 +113,13 @@ def start(data: Path, tmp_path: Path) -> Iterator[Start]:
 
 
 def final_losses(output: str) -> list[str]:
-    return re.findall(r"step 60/60 \| (.*) \| lr", output)
+    return re.findall(r"step 400/400 \| (.*) \| lr", output)
 
 
 def test_a_lost_worker_a_lost_job_and_ctrl_c_cost_no_step(start: Start, tmp_path: Path) -> None:
-    """One run of 60 steps through every kind of end; its result is the uninterrupted one's."""
-    sizes = {"steps": 60, "log_every": 1}
-    often = {"every": 5}
+    """One run of 400 steps through every kind of end; its result is the uninterrupted one's."""
+    sizes = {"steps": 400, "log_every": 10, "global_batch": 48}
+    often = {"every": 40}
     steady = {"train": sizes, "checkpoint": often}
 
     job = start(**steady, run={"name": "whole", "storage": str(tmp_path), "seed": 5})
@@ -129,10 +129,10 @@ def test_a_lost_worker_a_lost_job_and_ctrl_c_cost_no_step(start: Start, tmp_path
 
     # kill -9 of a worker: Ray starts the group again, which goes on.
     job = start(**steady)
-    job.wait_for("step 12/60")
+    job.wait_for("step 90/400")
     os.kill(job.workers()[0], signal.SIGKILL)
     job.wait_for("attempt 2")
-    job.wait_for("step 22/60")
+    job.wait_for("step 160/400")
     # kill -9 of the driver: everything that it started ends too.
     os.kill(job.process.pid, signal.SIGKILL)
     job.process.wait()
@@ -140,7 +140,7 @@ def test_a_lost_worker_a_lost_job_and_ctrl_c_cost_no_step(start: Start, tmp_path
 
     # The same command again; then Ctrl-C.
     job = start(**steady)
-    job.wait_for("step 32/60")
+    job.wait_for("step 230/400")
     job.process.send_signal(signal.SIGINT)
     status = job.finish()
     if status == 130:  # not a machine so quick that it had finished
@@ -152,7 +152,7 @@ def test_a_lost_worker_a_lost_job_and_ctrl_c_cost_no_step(start: Start, tmp_path
         status = job.finish()
     assert status == 0, job.output
     assert final_losses(job.output) == [expected]
-    assert find_generation(str(tmp_path / "run")).step == 60
+    assert find_generation(str(tmp_path / "run")).step == 400
 
 
 def test_an_error_of_the_users_in_a_worker_ends_the_run_at_once(start: Start) -> None:
