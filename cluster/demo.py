@@ -88,12 +88,13 @@ def summary(
 ) -> str:
     """What the demo prints at its end."""
     url = run_url(config)
-    pairs_per_second = result["trained_pairs"] / max(result["train_seconds"], 1e-9)
+    # A run that was complete already trained nothing now.
+    speed = f"{result['pairs'] / result['seconds']:,.0f} pairs/s, " if result["pairs"] else ""
     return f"""
 easy-VQA, 9,673 held-out questions
   accuracy                {seeing:7.2%}
   the same model, blind   {blind:7.2%}   (features zeroed: what the questions alone give away)
-training   {pairs_per_second:,.0f} pairs/s, {config.cluster.workers} workers, \
+training   {speed}{config.cluster.workers} workers, \
 step {result["step"]}
 time       data {seconds[0]:.0f} s, training {seconds[1]:.0f} s, evaluation {seconds[2]:.0f} s
 run        {url}

@@ -55,6 +55,11 @@ class Batch:
     attribute_label: Tensor | None = None
     attribute_conf: Tensor | None = None
 
+    @property
+    def pairs(self) -> int:
+        """M."""
+        return len(self.image_index)
+
     def to(self, device: torch.device | str) -> Batch:
         return self._map(lambda t: t.to(device, non_blocking=True))
 

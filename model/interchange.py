@@ -13,6 +13,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from model.config import ModelConfig
@@ -40,6 +41,7 @@ _HF_NAMES = {
     "initializer_range": "initializer_range",
 }
 _TIED = "cls.predictions.decoder.weight"
+_EMBEDDING = "lxmert.embeddings.word_embeddings.weight"
 
 
 def config_from_huggingface(tree: dict[str, Any]) -> ModelConfig:
@@ -68,7 +70,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if path.is_dir():
-        path = path / "model.safetensors"
+        # Older folders have the weights as a pickle, of which only tensors are read.
+        names = ("model.safetensors", "pytorch_model.bin")
+        path = next((path / n for n in names if (path / n).is_file()), path / names[0])
     try:
         if path.suffix == ".safetensors":
             weights = safetensors.torch.load_file(path)
@@ -83,7 +87,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise ModelError(f"{path} is not a file of weights: {first}") from None
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise ModelError(f"{path} is not a dictionary of tensors: name a file of weights")
-    return {_our_name(name): value for name, value in weights.items()}
+    ours: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        if _our_name(name) in ours:
+            raise ModelError(f"{path} has {_our_name(name)} twice, the second time as {name}")
+        ours[_our_name(name)] = value
+    return ours
 
 
 def _our_name(name: str) -> str:
@@ -98,8 +107,7 @@ def load_weights_for(model: LxmertForPreTraining, path: str | Path) -> None:
     weights = read_weights(path)
     weights.pop("lxmert.embeddings.position_ids", None)  # a buffer of old versions
     own = model.state_dict()
-    tied = "lxmert.embeddings.word_embeddings.weight"
-    weights.setdefault(_TIED, weights.get(tied, own[tied]))
+    weights.setdefault(_TIED, weights.get(_EMBEDDING, own[_EMBEDDING]))
     for name in sorted(own.keys() | weights.keys()):
         if name not in weights:
             raise ModelError(f"{path} has no {name}: is it an LXMERT with its pre-training heads?")
@@ -110,11 +118,18 @@ def load_weights_for(model: LxmertForPreTraining, path: str | Path) -> None:
                 f"{path}: {name} is {list(weights[name].shape)}, this model's is "
                 f"{list(own[name].shape)}: use the sizes of that file, or another file"
             )
+        if not weights[name].is_floating_point():
+            raise ModelError(f"{path}: {name} is {weights[name].dtype}: weights are floats")
+    if not torch.equal(weights[_TIED], weights[_EMBEDDING]):  # one parameter here
+        raise ModelError(
+            f"{path}: {_TIED} differs from {_EMBEDDING}; an LXMERT ties them: use another file"
+        )
     model.load_state_dict(weights)
 
 
 def load_huggingface(folder: str | Path) -> LxmertForPreTraining:
-    """The model of a `save_pretrained` folder (config.json and model.safetensors)."""
+    """The model of a `save_pretrained` folder: config.json and model.safetensors, or the older
+    pytorch_model.bin. ModelError names the file and the key that do not fit."""
     path = Path(folder) / "config.json"
     try:
         tree = json.loads(path.read_text())
@@ -122,7 +137,15 @@ def load_huggingface(folder: str | Path) -> LxmertForPreTraining:
         raise ModelError(f"cannot read {path}: {error}") from None
     if not isinstance(tree, dict) or tree.get("model_type") != "lxmert":
         raise ModelError(f"{path} is not the configuration of an LXMERT")
-    model = LxmertForPreTraining(config_from_huggingface(tree))
+    if tree.get("hidden_act", "gelu") != "gelu":
+        raise ModelError(f"{path}: hidden_act is {tree['hidden_act']}, LXMERT's is gelu")
+    try:
+        config = config_from_huggingface(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(_HF_NAMES.get(str(part), str(part)) for part in first["loc"])
+        raise ModelError(f"{path}: {key + ': ' if key else ''}{first['msg']}") from None
+    model = LxmertForPreTraining(config)
     load_weights_for(model, folder)
     return model
 

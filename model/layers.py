@@ -46,7 +46,8 @@ class Attention(nn.Module):
         else:
             score = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
             if bias is not None:
-                score = score.masked_fill(~bias, float("-inf"))
+                # Finite, so that a query that may see nothing has weights and no NaN.
+                score = score.masked_fill(~bias, torch.finfo(score.dtype).min)
             weights = score.softmax(-1)
             keep.append(weights.detach())
             out = F.dropout(weights, p, self.training) @ v

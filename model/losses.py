@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.batch import Batch
+from model.errors import ModelError
 
 ALL_OBJECTIVES = frozenset(
     {"masked_lm", "masked_feature", "masked_object", "masked_attribute", "matching", "qa"}
@@ -54,6 +55,14 @@ class PreTrainingOutput:
     count: dict[str, int]
     correct: dict[str, Tensor]
     answer_prediction: Tensor
+
+
+def check_objectives(objectives: frozenset[str]) -> None:
+    """ModelError unless these are some of ALL_OBJECTIVES."""
+    unknown = sorted(objectives - ALL_OBJECTIVES)
+    if unknown or not objectives:
+        what = f"{unknown[0]} is not an objective" if unknown else "no objective is active"
+        raise ModelError(f"{what}: choose from {', '.join(sorted(ALL_OBJECTIVES))}")
 
 
 def real_objects(batch: Batch) -> Tensor:
@@ -103,7 +112,7 @@ def objective_sums(
 
     def label(values: Tensor | None, name: str) -> Tensor:
         if values is None:
-            raise ValueError(f"the batch has no labels for {name}: leave the objective out")
+            raise ModelError(f"the batch has no labels for {name}: leave the objective out")
         return values[batch.image_index].flatten()[logits.label_position]
 
     if "masked_lm" in objectives:

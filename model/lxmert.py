@@ -28,6 +28,7 @@ from model.losses import (
     LabelScope,
     Logits,
     PreTrainingOutput,
+    check_objectives,
     objective_sums,
     real_objects,
 )
@@ -184,7 +185,11 @@ class LxmertForPreTraining(nn.Module):
         label_scope: LabelScope = "masked",
         feature_loss: FeatureLoss = "l2",
     ) -> PreTrainingOutput:
-        """Loss sums, counts and hits of `objectives` over the batch (see losses.py)."""
+        """Loss sums, counts and hits of `objectives` over the batch (see losses.py).
+
+        Raises ModelError when `objectives` is empty or has a name that is none.
+        """
+        check_objectives(objectives)
         trunk, row, column = self.encode(batch)
         logits = self.decode(batch, trunk, row, column, objectives, label_scope)
         return objective_sums(batch, logits, objectives, label_scope, feature_loss)
@@ -207,7 +212,9 @@ class LxmertForPreTraining(nn.Module):
         flat[batch.zero_position] = 0
         flat[batch.swap_position] = batch.swap_features
         objects = features.shape[1]
-        real = torch.arange(objects, device=device) < batch.num_objects[batch.image_index, None]
+        # An image without objects shows its first, empty place: attention needs something to see.
+        seen = batch.num_objects[batch.image_index, None].clamp(min=1)
+        real = torch.arange(objects, device=device) < seen
         dtype = self.cls.seq_relationship.weight.dtype
         trunk = self.lxmert(
             ids,

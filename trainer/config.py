@@ -147,12 +147,21 @@ class CheckpointSection(Section):
 
 class ClusterSection(Section):
     workers: int = Field(1, ge=1)
+    """Training processes. More than there are cores share them."""
     cpus_per_worker: float = Field(1, gt=0)
+    """Cores that Ray reserves for a worker, and its threads."""
     gpus_per_worker: float = Field(0, ge=0)
+    """0 trains on the CPU."""
     max_failures: int = Field(3, ge=-1)
+    """Lost worker groups that are started again before the run ends; -1 = any number. Ray's
+    default of 0 ends a run at its first lost node."""
     start_timeout_s: float = Field(60, gt=0)
+    """How long Ray waits for all workers to be placed and started."""
     process_group_timeout_s: float = Field(300, gt=0)
+    """How long a collective may hang; torch's 1800 s would cost half an hour for each lost peer
+    whose connection does not break."""
     health_check_interval_s: float = Field(1, gt=0)
+    """How often Ray looks whether workers live; its own default is 2 s."""
 
 
 class RunConfig(Section):

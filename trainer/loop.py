@@ -53,7 +53,8 @@ class Control:
 def train(config: RunConfig, control: Control) -> dict[str, Any]:
     """Train to the end of the run, going on from its newest whole checkpoint.
 
-    Returns {"step", "consumed", "stopped", "metrics"}; "stopped" when should_stop ended it early.
+    Returns {"step", "consumed", "stopped", "metrics", "pairs", "seconds"}: "stopped" when
+    should_stop ended it early; pairs and seconds of this attempt's steps.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     setup_logging(rank)
@@ -135,6 +136,7 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
         config.data.prefetch,
     )
     stopped, validated, metrics = False, -1, {}
+    trained_pairs, trained_seconds = 0, 0.0
     while state.consumed < length.total:
         count = min(config.train.global_batch, length.total - state.consumed)
         began = time.monotonic()
@@ -156,6 +158,8 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
 
         state = advance(settings, state, count)
         step += 1
+        trained_pairs += count
+        trained_seconds += time.monotonic() - began
         if progress:
             values = {f"loss/{name}": sums[name] / max(counts[name], 1.0) for name in active}
             values["loss"] = sum(active[name] * values[f"loss/{name}"] for name in active)
@@ -172,7 +176,14 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
         metrics = validate()
     if progress:
         progress.close()
-    return {"step": step, "consumed": state.consumed, "stopped": stopped, "metrics": metrics}
+    return {
+        "step": step,
+        "consumed": state.consumed,
+        "stopped": stopped,
+        "metrics": metrics,
+        "pairs": trained_pairs,
+        "seconds": trained_seconds,
+    }
 
 
 def train_step(

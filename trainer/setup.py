@@ -40,6 +40,11 @@ def resolve_model(config: RunConfig, data: Dataset) -> ModelConfig:
                 f"model.{key}={given}, but the data set {data.url} has {value}: leave the key out "
                 "or use another data set"
             )
+    if schema.max_tokens > config.model.max_positions:
+        raise ConfigError(
+            f"model.max_positions={config.model.max_positions}, but sentences of {data.url} have up "
+            f"to {schema.max_tokens} tokens: give at least that"
+        )
     return ModelConfig.model_validate({**config.model.model_dump(), **fixed})
 
 
@@ -57,6 +62,11 @@ def resolve_objectives(config: RunConfig, data: Dataset) -> dict[str, float]:
     if not weights:
         raise ConfigError(
             "no objective is left: give a weight to one that this data set has labels for"
+        )
+    if set(weights) == {"qa"} and config.objectives.qa_from_epoch > 0:
+        raise ConfigError(
+            f"objectives.qa_from_epoch={config.objectives.qa_from_epoch:g} leaves no objective for "
+            "the epochs before: give another one a weight"
         )
     return weights
 
