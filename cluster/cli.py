@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from cluster.errors import USER_ERRORS
 from shards.commands import add_shards_parser
 from trainer.config import load_config
 from trainer.export import evaluate_checkpoint, export_huggingface
@@ -16,15 +17,12 @@ from trainer.setup import run_url
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Exit status: 0 done, 1 problems found, 2 a user's error, 130 stopped."""
-    # Ray takes a second to import: commands that need it import it.
     arguments = _parser().parse_args(argv)
     setup_logging()
-    from cluster.launch import USER_ERRORS, LaunchError
-
     try:
         status: int = arguments.func(arguments)
         return status
-    except (*USER_ERRORS, LaunchError) as error:
+    except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -68,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    # Ray takes a second to import: only commands that need it do.
     from cluster.launch import launch
 
     config = load_config(arguments.config, arguments.overrides)

@@ -27,21 +27,15 @@ from ray.train.v2._internal.execution.failure_handling.failure_policy import Fai
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from cluster.board import Board, WorkerSide, wait_for_lines
-from model.errors import ModelError
-from shards.errors import DataError
-from trainer.checkpoint import CheckpointError
-from trainer.config import ConfigError, RunConfig, parse_config
+from cluster.errors import FINAL_ERRORS, LaunchError
+from trainer.config import RunConfig, parse_config
 from trainer.loop import Control, train
+from trainer.progress import tensorboard_folder
 
-USER_ERRORS = (ConfigError, DataError, ModelError, CheckpointError)
 Loop = Callable[[RunConfig, Control], dict[str, Any]]
 
 # Ray's object store carries a configuration and log lines here: its smallest size will do.
 _OBJECT_STORE_BYTES = 80 << 20
-
-
-class LaunchError(RuntimeError):
-    """The workers could not be placed, or failed more often than cluster.max_failures."""
 
 
 class FinalError(RuntimeError):
@@ -78,7 +72,7 @@ def launch(config: RunConfig, *, ray_address: str | None = None, loop: Loop = tr
     """Run `loop` in config.cluster.workers workers and return what rank 0's returns.
 
     The first SIGINT or SIGTERM asks for a clean stop (the loop saves and returns), the second
-    aborts. Raises one of USER_ERRORS with the worker's message, or LaunchError.
+    aborts. Raises one of FINAL_ERRORS with the worker's message, or LaunchError.
     """
     config = absolute_paths(config)
     with _ray(config, ray_address), _scratch() as scratch:
@@ -131,7 +125,7 @@ def _work(given: dict[str, Any]) -> None:
         result = given["loop"](config, Control(side.should_stop))
         if rank == 0:
             ray.get(given["board"].finish.remote(result))
-    except USER_ERRORS as error:
+    except FINAL_ERRORS as error:
         raise FinalError(f"{type(error).__name__}:{error}") from error
     finally:
         side.close()
@@ -142,7 +136,7 @@ def _explain(error: BaseException, config: RunConfig) -> BaseException:
     message = _final_message(error)
     if message is not None:
         name, _, text = message.partition(":")
-        kinds = {kind.__name__: kind for kind in USER_ERRORS}
+        kinds = {kind.__name__: kind for kind in FINAL_ERRORS}
         return kinds.get(name, LaunchError)(text)
     if isinstance(error, TrainingFailedError):
         last = str(error).strip().splitlines()[-1]
@@ -160,8 +154,9 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         return path if path is None or "://" in path else str(Path(path).absolute())
 
     given = config.given()
+    given.setdefault("run", {})["tensorboard"] = str(tensorboard_folder(config).absolute())
     for section, keys in (
-        ("run", ("storage", "tensorboard")),
+        ("run", ("storage",)),
         ("data", ("train", "validation", "cache")),
         ("train", ("init_from",)),
     ):

@@ -26,11 +26,11 @@ class Job:
     """A running `lxscale train` and every process that it started, found by a mark in their
     environment."""
 
-    def __init__(self, config: Path, *overrides: str) -> None:
+    def __init__(self, config: Path, *arguments: str) -> None:
         self.mark = f"LXSCALE_TEST_JOB={secrets.token_hex(8)}"
         key, _, value = self.mark.partition("=")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.cli", "train", str(config), *overrides],
+            [sys.executable, "-m", "cluster.cli", "train", str(config), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -96,15 +96,16 @@ Start = Callable[..., Job]
 
 @pytest.fixture
 def start(data: Path, tmp_path: Path) -> Iterator[Start]:
-    """Starts a job on a run named `run`; keyword arguments are sections of its configuration."""
+    """Starts a job on a run named `run`; keyword arguments are sections of its configuration, and
+    the address of the Ray cluster to join."""
     jobs: list[Job] = []
 
-    def start(**sections: dict[str, Any]) -> Job:
+    def start(address: str | None = None, **sections: dict[str, Any]) -> Job:
         tree = config_tree(data, tmp_path, "run", **sections)
         tree.setdefault("cluster", {"workers": 2, "cpus_per_worker": 0.5})
         path = tmp_path / "run.yaml"
         path.write_text(yaml.safe_dump(tree))
-        jobs.append(Job(path))
+        jobs.append(Job(path, *(["--ray-address", address] if address else [])))
         return jobs[-1]
 
     yield start

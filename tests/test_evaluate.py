@@ -15,7 +15,8 @@ from shards.build import BuildSettings, build
 from shards.dataset import open_dataset
 from tests.conftest import small_records
 from tests.ranks import config_tree, run_ranks
-from trainer.checkpoint import CheckpointError, find_generation, load_weights
+from trainer.checkpoint import find_generation, load_weights
+from trainer.config import ConfigError
 from trainer.export import evaluate_checkpoint, load_model
 
 
@@ -114,7 +115,7 @@ def test_an_export_has_the_weights_of_the_checkpoint(trained: Path) -> None:
 def test_a_data_set_of_another_vocabulary_is_refused(trained: Path) -> None:
     other = trained / "other"
     build(small_records(9, seed=3), other, BuildSettings("o", "test", vocab_size=65))
-    with pytest.raises(CheckpointError, match="another vocabulary"):
+    with pytest.raises(ConfigError, match="another vocabulary"):
         evaluate_checkpoint(str(trained / "run"), str(other))
 
 

@@ -48,17 +48,13 @@ def evaluate_checkpoint(
 ) -> dict[str, float]:
     """Every objective's metrics of a checkpoint over a data set, on this machine.
 
-    Raises CheckpointError when the data set has another vocabulary or answer table than the model
-    was trained with.
+    Raises ConfigError when the data set has another vocabulary or answer table than the model was
+    trained with.
     """
     model, config, generation = load_model(path)
     data = open_dataset(data_url, cache or config.data.cache)
-    for key, thing in (("vocab", "vocabulary"), ("answers", "answer table")):
-        if generation.manifest[f"{key}_sha256"] != getattr(data.manifest, key).sha256:
-            raise CheckpointError(
-                f"{data_url} has another {thing} than the data set that {generation.url} was "
-                f"trained on: build it with that run's {thing}"
-            )
+    manifest = generation.manifest
+    setup.check_same_tables(data, manifest["vocab_sha256"], manifest["answers_sha256"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
     found: list[dict[str, Any]] = []

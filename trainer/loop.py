@@ -24,7 +24,7 @@ from shards.dataset import Dataset, open_dataset
 from shards.order import fold
 from shards.sampler import SamplerState, advance, start_state
 from trainer import setup
-from trainer.checkpoint import claim_attempt
+from trainer.checkpoint import Generation, claim_attempt
 from trainer.config import ConfigError, RunConfig
 from trainer.engine import all_reduce_sum, build_engine, set_learning_rate
 from trainer.evaluate import Evaluation, evaluate
@@ -65,6 +65,12 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
     settings = config.sampler.settings(config.run.seed)
     streams = setup.data_streams(settings, data)
     weights = setup.resolve_objectives(config, data)
+    validation = None
+    if config.data.validation:
+        validation = open_dataset(config.data.validation, config.data.cache)
+        setup.check_same_tables(
+            validation, data.manifest.vocab.sha256, data.manifest.answers.sha256
+        )
     batch_settings = setup.batch_settings(config, data)
 
     model_config = setup.resolve_model(config, data)
@@ -82,15 +88,7 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
 
     generation = restore(engine, url, shapes)
     now = setup.data_state(config, data)
-    state, step = start_state(streams), 0
-    if generation is not None:
-        check_data_state(
-            generation.manifest["data_state"], now, config.checkpoint.override_data_state
-        )
-        step = generation.step
-        state = SamplerState.from_json(generation.manifest["sampler"])
-        if len(state.cursors) != len(streams):  # overridden: another sampler mode
-            state = advance(settings, start_state(streams), state.consumed)
+    state, step = _position(generation, config, now, start_state(streams))
     pairs = data.manifest.pairs
     length = setup.run_length(config, pairs, step, state.consumed)
     if rank == 0:
@@ -116,9 +114,9 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
             saver.save(engine, step, {**body, "sampler": state.to_json()})
 
     def validate() -> dict[str, float]:
-        if config.data.validation is None:
+        if validation is None:
             return {}
-        metrics = _validate(engine, config, weights)
+        metrics = _validate(engine, config, validation, weights)
         if progress:
             progress.validation(step, metrics)
         return metrics
@@ -186,6 +184,20 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
     }
 
 
+def _position(
+    generation: Generation | None, config: RunConfig, now: dict[str, Any], fresh: SamplerState
+) -> tuple[SamplerState, int]:
+    """Where in the data the run stands, and how many steps it has done."""
+    if generation is None:
+        return fresh, 0
+    override = config.checkpoint.override_data_state
+    check_data_state(generation.manifest["data_state"], now, override)
+    state = SamplerState.from_json(generation.manifest["sampler"])
+    if len(state.cursors) != len(fresh.cursors):  # overridden: another sampler mode
+        state = advance(config.sampler.settings(config.run.seed), fresh, state.consumed)
+    return state, generation.step
+
+
 def train_step(
     engine: Any,
     micro: list[Batch],
@@ -244,9 +256,9 @@ def _global_counts(
     return dict(zip(names, numbers[:-1].tolist(), strict=True)), bool(numbers[-1] > 0)
 
 
-def _validate(engine: Any, config: RunConfig, weights: dict[str, float]) -> dict[str, float]:
-    data = open_dataset(str(config.data.validation), config.data.cache)
-
+def _validate(
+    engine: Any, config: RunConfig, data: Dataset, weights: dict[str, float]
+) -> dict[str, float]:
     def forward(batch: Batch, objectives: frozenset[str]) -> PreTrainingOutput:
         with torch.no_grad():
             return _forward(engine, batch.to(engine.device), objectives, config)

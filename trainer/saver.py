@@ -51,7 +51,7 @@ class Saver:
         stall = time.monotonic() - began
         self.saved_step = step
         self._thread = threading.Thread(
-            target=self._write, args=(step, snap, manifest, stall), name="lxscale-save"
+            target=self._write, args=(step, snap, manifest, stall), name="lxscale-save", daemon=True
         )
         self._thread.start()
 

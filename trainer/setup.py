@@ -42,10 +42,23 @@ def resolve_model(config: RunConfig, data: Dataset) -> ModelConfig:
             )
     if schema.max_tokens > config.model.max_positions:
         raise ConfigError(
-            f"model.max_positions={config.model.max_positions}, but sentences of {data.url} have up "
-            f"to {schema.max_tokens} tokens: give at least that"
+            f"model.max_positions={config.model.max_positions}, but sentences of {data.url} have "
+            f"up to {schema.max_tokens} tokens: give at least that"
         )
     return ModelConfig.model_validate({**config.model.model_dump(), **fixed})
+
+
+def check_same_tables(data: Dataset, vocab_sha256: str, answers_sha256: str) -> None:
+    """ConfigError unless token and answer ids of a data set mean what they meant in training."""
+    for thing, info, trained, option in (
+        ("vocabulary", data.manifest.vocab, vocab_sha256, "--vocab"),
+        ("answer table", data.manifest.answers, answers_sha256, "--answers"),
+    ):
+        if info.sha256 != trained:
+            raise ConfigError(
+                f"{data.url} has another {thing} than the training set: build it with {option} and "
+                f"the training set's {info.file}"
+            )
 
 
 def resolve_objectives(config: RunConfig, data: Dataset) -> dict[str, float]:
