@@ -312,6 +312,8 @@ def _announce(
         step,
         length.steps,
     )
+    if absent := setup.absent_objectives(config, data):
+        log.info("left out, as the data set has no labels for them: %s", ", ".join(absent))
 
 
 def _describe_run(resolved: dict[str, Any], url: str, data: Dataset) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +12,6 @@ from shards.sampler import SamplerSettings, Stream, streams_of
 from shards.tokenizer import load_tokenizer
 from trainer.batch import BatchSettings
 from trainer.config import ConfigError, RunConfig
-
-log = logging.getLogger("lxscale")
 
 
 def run_url(config: RunConfig) -> str:
@@ -61,17 +58,20 @@ def check_same_tables(data: Dataset, vocab_sha256: str, answers_sha256: str) -> 
             )
 
 
-def resolve_objectives(config: RunConfig, data: Dataset) -> dict[str, float]:
-    """Weights of the objectives that this data set has labels for, and which are left out."""
-    weights = {name: w for name, w in config.objectives.weights().items() if w > 0}
-    absent: list[str] = []
+def absent_objectives(config: RunConfig, data: Dataset) -> list[str]:
+    """Objectives that have a weight and that the data set has no labels for."""
+    absent = []
     if not data.manifest.schema.labels:
-        absent += [n for n in ("masked_object", "masked_attribute") if n in weights]
-    if not len(data.merged.answer_id) and "qa" in weights:
+        absent += ["masked_object", "masked_attribute"]
+    if not len(data.merged.answer_id):
         absent.append("qa")
-    if absent:
-        log.info("left out, as the data set has no labels for them: %s", ", ".join(absent))
-    weights = {name: w for name, w in weights.items() if name not in absent}
+    return [name for name in absent if config.objectives.weights()[name] > 0]
+
+
+def resolve_objectives(config: RunConfig, data: Dataset) -> dict[str, float]:
+    """Weights of the objectives that are trained; ConfigError when none is left."""
+    absent = absent_objectives(config, data)
+    weights = {n: w for n, w in config.objectives.weights().items() if w > 0 and n not in absent}
     if not weights:
         raise ConfigError(
             "no objective is left: give a weight to one that this data set has labels for"
