@@ -36,6 +36,7 @@ Loop = Callable[[RunConfig, Control], dict[str, Any]]
 
 # Ray's object store carries a configuration and log lines here: its smallest size will do.
 _OBJECT_STORE_BYTES = 80 << 20
+_RAY_FOLDER = "lxscale-ray-"
 
 
 class FinalError(RuntimeError):
@@ -201,8 +202,9 @@ def _ray(config: RunConfig, address: str | None) -> Iterator[None]:
     if address:
         options["address"] = address
     else:
+        _remove_leftovers()
         # Sockets live below it, and their paths may not be long.
-        folder = tempfile.mkdtemp(prefix="lxscale-ray-")
+        folder = tempfile.mkdtemp(prefix=f"{_RAY_FOLDER}{os.getpid()}-")
         needed = int(cluster.workers * cluster.cpus_per_worker + 0.999)
         options |= {
             "address": "local",
@@ -226,6 +228,14 @@ def _ray(config: RunConfig, address: str | None) -> Iterator[None]:
         ray.shutdown()
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_leftovers() -> None:
+    """Remove the folders of Rays whose driver was killed."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_RAY_FOLDER}*"):
+        pid = path.name.removeprefix(_RAY_FOLDER).partition("-")[0]
+        if pid.isdigit() and not Path("/proc", pid).exists():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -156,14 +156,15 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
 
         state = advance(settings, state, count)
         step += 1
+        seconds = time.monotonic() - began
         trained_pairs += count
-        trained_seconds += time.monotonic() - began
+        trained_seconds += seconds
         if progress:
             values = {f"loss/{name}": sums[name] / max(counts[name], 1.0) for name in active}
             values["loss"] = sum(active[name] * values[f"loss/{name}"] for name in active)
             values["lr"] = rate
             values["epoch"] = state.consumed / pairs
-            progress.step(step, values, count, waited)
+            progress.step(step, values, count, seconds, waited)
         if step % config.checkpoint.every == 0:
             save()
         if config.train.validate_every and step % config.train.validate_every == 0:

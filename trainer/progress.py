@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -46,22 +45,26 @@ class Progress:
         self._record: TextIO = path.open("a", buffering=1)
         self._every = config.train.log_every
         self._total = total_steps
-        self._time = time.monotonic()
-        self._pairs = 0
+        self._pairs, self._seconds, self._waited = 0, 0.0, 0.0
 
-    def step(self, step: int, values: Mapping[str, float], pairs: int, seconds: float) -> None:
-        """Record a finished step; `pairs` of it over all ranks, `seconds` it waited for data."""
+    def step(
+        self, step: int, values: Mapping[str, float], pairs: int, seconds: float, waited: float
+    ) -> None:
+        """Record a finished step: `pairs` over all ranks, `seconds` in all, of which `waited` for
+        data. Validation and saving are not in it."""
         self._record.write(json.dumps({"step": step, "pairs": pairs, **values}) + "\n")
         self._pairs += pairs
+        self._seconds += seconds
+        self._waited += waited
         if step % self._every and step != self._total:
             return
-        now = time.monotonic()
-        rate = self._pairs / max(now - self._time, 1e-9)
-        self._time, self._pairs = now, 0
+        rate = self._pairs / max(self._seconds, 1e-9)
+        share = self._waited / max(self._seconds, 1e-9)
+        self._pairs, self._seconds, self._waited = 0, 0.0, 0.0
         for name, value in values.items():
             self._writer.add_scalar(f"train/{name}", value, step)
         self._writer.add_scalar("speed/pairs_per_second", rate, step)
-        self._writer.add_scalar("speed/data_wait_seconds", seconds, step)
+        self._writer.add_scalar("speed/share_waiting_for_data", share, step)
         losses = " ".join(
             f"{name.removeprefix('loss/')} {value:.3f}"
             for name, value in values.items()
