@@ -7,15 +7,18 @@ Nothing else passes between them, and no tensor ever.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
+import sys
 import threading
-import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
 
 # How often workers send lines and look for a stop, and the driver looks for lines, in seconds.
 INTERVAL_S = 0.5
+_FOLLOW_S = 0.2
 
 
 class Board:
@@ -49,7 +52,7 @@ class Board:
 class WorkerSide:
     """A worker's end of the board: a thread that never lets the step wait."""
 
-    def __init__(self, board: Any, logger: logging.Logger) -> None:
+    def __init__(self, board: Any, logger: logging.Logger, rank: int) -> None:
         self._board = board
         self._logger = logger
         self._lines: list[str] = []
@@ -60,6 +63,10 @@ class WorkerSide:
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         logger.handlers = [self._handler]
         logger.propagate = False
+        # What libraries print, too. A crash of the interpreter itself leaves its last words in
+        # Ray's log files only.
+        self._streams = sys.stdout, sys.stderr
+        sys.stdout = sys.stderr = Printed(lambda line: self._add(f"[worker {rank}] {line}"))
         self._thread = threading.Thread(target=self._run, name="lxscale-board", daemon=True)
         self._thread.start()
 
@@ -72,6 +79,7 @@ class WorkerSide:
         self._thread.join()
         self._exchange()
         self._logger.handlers = []
+        sys.stdout, sys.stderr = self._streams
 
     def _add(self, line: str) -> None:
         with self._lock:
@@ -89,6 +97,27 @@ class WorkerSide:
             self._stop = ray.get(self._board.exchange.remote(lines)) or self._stop
 
 
+class Printed(io.TextIOBase):
+    """A text stream that passes on whole lines."""
+
+    def __init__(self, add: Callable[[str], None]) -> None:
+        self._add = add
+        self._rest = ""
+        self._lock = threading.Lock()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        with self._lock:
+            # A progress bar's redrawn line counts as one line each time.
+            *lines, self._rest = (self._rest + text).replace("\r", "\n").split("\n")
+        for line in lines:
+            if line.strip():
+                self._add(line)
+        return len(text)
+
+
 class _Lines(logging.Handler):
     def __init__(self, add: Any) -> None:
         super().__init__()
@@ -98,15 +127,19 @@ class _Lines(logging.Handler):
         self._add(self.format(record))
 
 
-def show(board: Any) -> None:
-    """Print the workers' new lines."""
-    for line in ray.get(board.drain.remote()):
-        print(line, flush=True)
+def follow(board: Any, thread: threading.Thread, stop_asked: Callable[[], bool]) -> None:
+    """Print the workers' lines until the thread ends; pass on a wish to stop."""
 
+    def show() -> None:
+        for line in ray.get(board.drain.remote()):
+            print(line, flush=True)
 
-def wait_for_lines(board: Any, thread: threading.Thread) -> None:
-    """Show the workers' lines until the thread ends."""
+    told = False
     while thread.is_alive():
-        show(board)
-        time.sleep(INTERVAL_S)
-    show(board)
+        if stop_asked() and not told:
+            told = True
+            board.stop.remote()
+            print("stopping: the workers save a checkpoint; once more to abort", flush=True)
+        show()
+        thread.join(_FOLLOW_S)
+    show()

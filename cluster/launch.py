@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,43 +17,73 @@ from typing import Any
 
 import ray
 import ray.train
-import torch
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.board import Board, WorkerSide, wait_for_lines
+from cluster.board import Board, WorkerSide, follow
 from cluster.errors import FINAL_ERRORS, LaunchError
+from cluster.local_ray import environment, local_ray, scratch
 from trainer.config import RunConfig, parse_config
 from trainer.loop import Control, train
 from trainer.progress import tensorboard_folder
 
 Loop = Callable[[RunConfig, Control], dict[str, Any]]
 
-# Ray's object store carries a configuration and log lines here: its smallest size will do.
-_OBJECT_STORE_BYTES = 80 << 20
-_RAY_FOLDER = "lxscale-ray-"
-
 
 class FinalError(RuntimeError):
     """An error in a worker that no new attempt can mend; its text is the message for the user."""
 
 
-class _EndOnUserErrors(DefaultFailurePolicy):
-    """Retries lost workers as Ray does, but not errors of the user's."""
+class _Policy(DefaultFailurePolicy):
+    """Retries lost workers as Ray does, saying so, but not errors of the user's."""
+
+    def __init__(self, failure_config: Any, board: Any) -> None:
+        super().__init__(failure_config)
+        self._board = board
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         if _final_message(training_failed_error):
             return FailureDecision.RAISE
-        return super().make_decision(training_failed_error)
+        decision = super().make_decision(training_failed_error)
+        if decision is FailureDecision.RETRY:
+            cause = _cause(training_failed_error)
+            self._board.exchange.remote([f"{cause}; the workers start again"])
+        return decision
 
 
 class _Trainer(TorchTrainer):
+    board: Any
+
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         run_config: Any = self.run_config
-        arguments["failure_policy"] = _EndOnUserErrors(run_config.failure_config)
+        arguments["failure_policy"] = _Policy(run_config.failure_config, self.board)
         return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
+
+
+def _cause(error: TrainingFailedError) -> str:
+    """Why the workers failed: which were lost, or else the traceback of those that raised."""
+    if isinstance(error, WorkerGroupError):
+        # Where one is lost, the others fail with broken connections.
+        lost = [
+            str(rank)
+            for rank, failure in sorted(error.worker_failures.items())
+            if isinstance(failure, WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError)
+        ]
+        if lost:
+            return f"lost worker {', '.join(lost)} (killed, crashed, out of memory or unreachable)"
+    elif isinstance(error, ControllerError):
+        if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+            return "no room for all workers within cluster.start_timeout_s"
+        return str(error.controller_failure)
+    return str(error).strip()
 
 
 def _final_message(error: BaseException) -> str | None:
@@ -76,8 +103,11 @@ def launch(config: RunConfig, *, ray_address: str | None = None, loop: Loop = tr
     aborts. Raises one of FINAL_ERRORS with the worker's message, or LaunchError.
     """
     config = absolute_paths(config)
-    with _ray(config, ray_address), _scratch() as scratch:
-        board: Any = ray.remote(num_cpus=0)(Board).remote()
+    # Ray sets signal handlers when it starts: ours come after.
+    with scratch() as folder, _ray(config, ray_address, folder), _counting_signals() as asked:
+        # Where the driver is: a node that is lost must not take it along.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        board: Any = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
         trainer = _Trainer(
             _work,
             train_loop_config={"config": config.given(), "board": board, "loop": loop},
@@ -90,12 +120,14 @@ def launch(config: RunConfig, *, ray_address: str | None = None, loop: Loop = tr
                 backend="cpu:gloo,cuda:nccl" if config.cluster.gpus_per_worker else "gloo",
                 timeout_s=int(config.cluster.process_group_timeout_s),
             ),
+            # Ray Train wants a place for its ledger; ours is the trainer's, so this one goes.
             run_config=ray.train.RunConfig(
                 name="lxscale",
-                storage_path=scratch,
+                storage_path=str(folder / "ledger"),
                 failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
             ),
         )
+        trainer.board = board
         failure: list[BaseException] = []
 
         def fit() -> None:
@@ -106,21 +138,20 @@ def launch(config: RunConfig, *, ray_address: str | None = None, loop: Loop = tr
 
         # In a thread of its own, Ray Train leaves SIGINT to us.
         thread = threading.Thread(target=fit, name="lxscale-fit", daemon=True)
-        with _stop_on_signal(board):
-            thread.start()
-            wait_for_lines(board, thread)
+        thread.start()
+        follow(board, thread, asked)
         if failure:
             raise _explain(failure[0], config)
         result: dict[str, Any] | None = ray.get(board.result.remote())
         if result is None:
-            raise LaunchError("the workers ended without a result: see Ray's logs")
+            raise LaunchError("the workers ended without a result")
         return result
 
 
 def _work(given: dict[str, Any]) -> None:
     """What runs in every worker: the loop, with the board around it."""
-    side = WorkerSide(given["board"], logging.getLogger("lxscale"))
     rank = ray.train.get_context().get_world_rank()
+    side = WorkerSide(given["board"], logging.getLogger("lxscale"), rank)
     try:
         config = parse_config(given["config"], "the configuration")
         result = given["loop"](config, Control(side.should_stop))
@@ -140,10 +171,10 @@ def _explain(error: BaseException, config: RunConfig) -> BaseException:
         kinds = {kind.__name__: kind for kind in FINAL_ERRORS}
         return kinds.get(name, LaunchError)(text)
     if isinstance(error, TrainingFailedError):
-        last = str(error).strip().splitlines()[-1]
         return LaunchError(
             f"the workers failed more than cluster.max_failures={config.cluster.max_failures} "
-            f"times; the last failure: {last}. The same command goes on from the last checkpoint"
+            f"times; the same command goes on from the last checkpoint. The last failure: "
+            f"{_cause(error)}"
         )
     return error
 
@@ -176,12 +207,13 @@ def _resources(config: RunConfig) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _ray(config: RunConfig, address: str | None) -> Iterator[None]:
-    """Join the Ray cluster at `address`, or start one on loopback and remove it at the end."""
+def _ray(config: RunConfig, address: str | None, folder: Path) -> Iterator[None]:
+    """Join the Ray cluster at `address`, or start one on this machine and remove it at the end."""
     cluster = config.cluster
-    environment = {
+    settings = {
         "RAY_TRAIN_V2_ENABLED": "1",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(cluster.health_check_interval_s),
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(cluster.health_check_timeout_s),
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(cluster.start_timeout_s),
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
         "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -190,83 +222,53 @@ def _ray(config: RunConfig, address: str | None) -> Iterator[None]:
         # Worker processes share the cores: without this each would take all of them.
         "OMP_NUM_THREADS": str(max(1, int(cluster.cpus_per_worker))),
     }
-    for key, value in environment.items():
-        os.environ.setdefault(key, value)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    options: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-        "configure_logging": True,
-    }
-    folder = None
-    if address:
-        options["address"] = address
-    else:
-        _remove_leftovers()
-        # Sockets live below it, and their paths may not be long.
-        folder = tempfile.mkdtemp(prefix=f"{_RAY_FOLDER}{os.getpid()}-")
-        needed = int(cluster.workers * cluster.cpus_per_worker + 0.999)
-        options |= {
-            "address": "local",
-            "_node_ip_address": "127.0.0.1",
-            "include_dashboard": False,
-            "num_cpus": max(needed, os.cpu_count() or 1),
-            "num_gpus": torch.cuda.device_count() if cluster.gpus_per_worker else 0,
-            "object_store_memory": _OBJECT_STORE_BYTES,
-            "_temp_dir": folder,
-        }
-    try:
+    # Ray prints what its daemons say, many lines a lost worker, whatever log_to_driver is; the
+    # failure policy says it in one.
+    vars(ray._private.worker)["print_to_stdstream"] = lambda *_, **__: None
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    with environment(settings):
         try:
-            ray.init(**options)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            with contextlib.ExitStack() as stack:
+                try:
+                    if address:
+                        ray.init(address, **options)
+                        stack.callback(ray.shutdown)
+                    else:
+                        stack.enter_context(local_ray(cluster, folder, options))
+                except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+                    if isinstance(error, LaunchError):
+                        raise
+                    first = (str(error).strip().splitlines() or [repr(error)])[0]
+                    raise LaunchError(
+                        f"cannot {'join Ray at ' + address if address else 'start Ray'}: {first}"
+                    ) from error
+                yield
+        except ray.exceptions.RayError as error:
             raise LaunchError(
-                f"cannot {'join Ray at ' + address if address else 'start Ray'}: {first}"
+                f"Ray failed: {str(error).strip().splitlines()[0]}. The same command goes on from "
+                "the last checkpoint"
             ) from error
-        yield
-    finally:
-        ray.shutdown()
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_leftovers() -> None:
-    """Remove the folders of Rays whose driver was killed."""
-    for path in Path(tempfile.gettempdir()).glob(f"{_RAY_FOLDER}*"):
-        pid = path.name.removeprefix(_RAY_FOLDER).partition("-")[0]
-        if pid.isdigit() and not Path("/proc", pid).exists():
-            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _scratch() -> Iterator[str]:
-    """Ray Train wants a place for its ledger; ours is the trainer's, so this one is thrown away."""
-    folder = tempfile.mkdtemp(prefix="lxscale-train-")
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def _counting_signals() -> Iterator[Callable[[], bool]]:
+    """Yields whether SIGINT or SIGTERM has come, which asks for a clean stop; a second one raises
+    KeyboardInterrupt here. The handler does nothing else: it may interrupt anything."""
+    count = 0
 
-
-@contextlib.contextmanager
-def _stop_on_signal(board: Any) -> Iterator[None]:
-    """The first SIGINT or SIGTERM asks the workers to save and stop; the second raises here."""
-    asked = False
-
-    def handle(number: int, _frame: Any) -> None:
-        nonlocal asked
-        if asked:
+    def handle(_number: int, _frame: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > 1:
             raise KeyboardInterrupt
-        asked = True
-        print("stopping: the workers save a checkpoint; once more to abort", flush=True)
-        board.stop.remote()
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: False
         return
     before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield lambda: count > 0
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)

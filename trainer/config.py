@@ -162,6 +162,9 @@ class ClusterSection(Section):
     whose connection does not break."""
     health_check_interval_s: float = Field(1, gt=0)
     """How often Ray looks whether workers live; its own default is 2 s."""
+    health_check_timeout_s: float = Field(120, gt=0)
+    """How long a worker may leave Ray's question unanswered before it counts as lost; Ray's
+    default is 600 s. It answers from a thread of its own, during long steps too."""
 
 
 class RunConfig(Section):

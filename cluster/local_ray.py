@@ -1,0 +1,140 @@
+"""A Ray of one node for one command: loopback only, in a folder of its own, nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray._private.ray_constants as ray_constants
+import torch
+
+from cluster import reaper
+from cluster.errors import LaunchError
+from trainer.config import ClusterSection
+
+# Ray's object store carries a configuration and log lines here: its smallest size will do.
+_OBJECT_STORE_BYTES = 80 << 20
+_PREFIX = "lxscale-"
+# Below this folder Ray makes sockets, whose whole paths may have 107 bytes.
+_LONGEST_ROOT = 24
+# A failed run's logs are there for a week; a folder so young may not be locked yet.
+_KEEP_FAILED_S, _STARTING_S = 7 * 86400, 60
+
+_ENVIRONMENT = {
+    # ray.init turns 127.0.0.1 into the address of a network card unless this says that there are
+    # no other nodes; every server of Ray's then listens on loopback only.
+    ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
+    # By default workers run at nice 15 and starve beside anything else on the machine.
+    "RAY_worker_niceness": "0",
+    # Workers for tasks, of which there are none; watching for nodes that a cloud takes away.
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+
+
+@contextlib.contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """Set variables that are not set yet, for a while; child processes inherit them."""
+    added = [key for key in values if key not in os.environ]
+    os.environ.update({key: values[key] for key in added})
+    try:
+        yield
+    finally:
+        for key in added:
+            os.environ.pop(key, None)
+
+
+@contextlib.contextmanager
+def local_ray(cluster: ClusterSection, folder: Path, options: dict[str, Any]) -> Iterator[None]:
+    """Start Ray for cluster.workers workers and end it. Cores may be over-subscribed, GPUs not."""
+    gpus = torch.cuda.device_count() if cluster.gpus_per_worker else 0
+    if cluster.workers * cluster.gpus_per_worker > gpus:
+        raise LaunchError(
+            f"cluster.workers={cluster.workers} with cluster.gpus_per_worker="
+            f"{cluster.gpus_per_worker:g} need more than the {gpus} GPUs of this machine: lower "
+            "them, or join a cluster with --ray-address"
+        )
+    cores = int(cluster.workers * cluster.cpus_per_worker + 0.999)
+    session = str(folder)
+    watch = reaper.start(folder)
+    with environment({**_ENVIRONMENT, reaper.MARK: session}), _one_node():
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                num_cpus=max(cores, os.cpu_count() or 1),
+                num_gpus=gpus,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _temp_dir=str(folder),
+                **options,
+            )
+            yield
+        finally:
+            ray.shutdown()
+            reaper.reap(session)
+            reaper.stop(watch)
+
+
+@contextlib.contextmanager
+def _one_node() -> Iterator[None]:
+    """Ray read the variable when it was imported."""
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A temporary folder with a short path; those of drivers that were killed are removed first.
+
+    After a LaunchError it is kept, with the logs of Ray and of the workers, and the error names it.
+    """
+    root = Path(tempfile.gettempdir())
+    if len(str(root)) > _LONGEST_ROOT and Path("/tmp").is_dir():
+        root = Path("/tmp")
+    _sweep(root)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
+    lock = (folder / "lock").open("w")
+    # Freed by the kernel when this process ends, however it ends.
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    failed = False
+    try:
+        yield folder
+    except LaunchError as error:
+        failed = any(folder.glob("session_*"))
+        if not failed:
+            raise
+        logs = folder.with_name(f"{folder.name}-failed")
+        folder.rename(logs)
+        raise LaunchError(f"{error}. Logs of Ray and of the workers: {logs}") from error
+    finally:
+        lock.close()
+        if not failed:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(root: Path) -> None:
+    """Remove folders of ours that no living process holds."""
+    for folder in root.glob(f"{_PREFIX}*"):
+        try:
+            age = time.time() - folder.stat().st_mtime
+            failed = folder.name.endswith("-failed")
+            if age < (_KEEP_FAILED_S if failed else _STARTING_S):
+                continue
+            with (folder / "lock").open("r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            logging.getLogger(__name__).debug("%s is in use, or not ours", folder)
