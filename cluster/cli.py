@@ -17,7 +17,7 @@ from trainer.setup import run_url
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Exit status: 0 done, 1 problems found, 2 a user's error, 130 stopped."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     setup_logging()
     try:
         status: int = arguments.func(arguments)
@@ -28,6 +28,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("aborted", file=sys.stderr)
         return 130
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse gives a list of positionals no more once an option stood between.
+    if "overrides" in arguments and not any(r.startswith("-") for r in rest):
+        arguments.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -55,7 +55,7 @@ class _Policy(DefaultFailurePolicy):
         decision = super().make_decision(training_failed_error)
         if decision is FailureDecision.RETRY:
             cause = _cause(training_failed_error)
-            self._board.exchange.remote([f"{cause}; the workers start again"])
+            self._board.exchange.remote([f"{cause}; starting again"])
         return decision
 
 
@@ -217,6 +217,8 @@ def _ray(config: RunConfig, address: str | None, folder: Path) -> Iterator[None]
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(cluster.start_timeout_s),
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
         "RAY_TRAIN_METRICS_ENABLED": "0",
+        # Ray Train's own print writes each line twice.
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         # Worker processes share the cores: without this each would take all of them.

@@ -18,6 +18,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from cluster import local_ray, reaper
 from cluster.board import Printed
+from cluster.cli import _parse
 from cluster.errors import LaunchError
 from cluster.launch import _cause, launch
 from tests.conftest import subprocess_environment
@@ -51,7 +52,8 @@ def test_a_bug_is_shown_and_the_logs_are_kept(
     assert list(kept.glob("session_*/logs/worker-*")), message
     shutil.rmtree(kept)
     output = capfd.readouterr().out
-    assert "[worker 0] from a library\n" in output
+    assert output.count("[worker 0] from a library\n") == 1
+    assert output.count("[worker 0] child ") == 1
     child = output.partition("[worker 0] child ")[2].split()[0]
     assert not Path("/proc", child).exists()
     assert local_ray.ray_constants.ENABLE_RAY_CLUSTER
@@ -122,6 +124,15 @@ def test_a_lost_worker_is_named_and_its_peers_are_not() -> None:
     error = WorkerGroupError("long", {0: RuntimeError("connection closed by peer"), 1: lost})
     assert _cause(error).startswith("lost worker 1 (")
     assert _cause(WorkerGroupError("trace", {0: KeyError("x")})).endswith("trace")
+
+
+def test_overrides_may_come_after_options() -> None:
+    for line in ("train a.yaml --ray-address x b.c=1", "train --ray-address x a.yaml b.c=1"):
+        assert _parse(line.split()).overrides == ["b.c=1"]
+    assert _parse(["demo", "--full", "b.c=1"]).overrides == ["b.c=1"]
+    for line in ("train a.yaml --ray-address x --wrong", "export a --out b c"):
+        with pytest.raises(SystemExit):
+            _parse(line.split())
 
 
 def test_printed_text_is_passed_on_in_lines() -> None:
