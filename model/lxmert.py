@@ -286,6 +286,3 @@ def init_weights(model: LxmertForPreTraining, seed: int) -> None:
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.weight.fill_(1.0)
-
-
-__all__ = ["LxmertForPreTraining", "LxmertModel", "TrunkOutput", "init_weights"]

@@ -100,10 +100,6 @@ class Manifest:
         return _fingerprint(self._document())
 
     @property
-    def vocab_file(self) -> str:
-        return self.vocab.file
-
-    @property
     def num_answers(self) -> int:
         return self.answers.count
 

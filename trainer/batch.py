@@ -28,7 +28,7 @@ _MASKED, _REPLACED = 0.8, 0.9
 @dataclass(frozen=True)
 class BatchSettings:
     """seed of all draws; token_mask and object_mask are probabilities; the ids are the
-    vocabulary's; qa: give answers to question pairs."""
+    vocabulary's."""
 
     seed: int
     token_mask: float

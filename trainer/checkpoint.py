@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 import secrets
 from collections.abc import Iterator
@@ -35,7 +34,6 @@ FORMAT = "lxscale-checkpoint-1"
 _MANIFEST = re.compile(r"^step-(\d+)-a(\d+)\.json$")
 _OBJECT = re.compile(r"^step-(\d+)-a(\d+)-r(\d+)-[0-9a-f]+\.safetensors$")
 _ATTEMPT = re.compile(r"^(\d+)-([0-9a-f]+)\.json$")
-log = logging.getLogger("lxscale")
 
 
 class CheckpointError(RuntimeError):

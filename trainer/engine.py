@@ -45,7 +45,6 @@ def engine_settings(config: RunConfig, world: int) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "bf16" if bf16 and stage < 2 else "fp32"},
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
 

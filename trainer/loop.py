@@ -25,10 +25,10 @@ from shards.order import fold
 from shards.sampler import SamplerState, advance, start_state
 from trainer import setup
 from trainer.checkpoint import Generation, claim_attempt
-from trainer.config import ConfigError, RunConfig
+from trainer.config import RunConfig
 from trainer.engine import all_reduce_sum, build_engine, set_learning_rate
 from trainer.evaluate import Evaluation, evaluate
-from trainer.loader import Share, Step, load_steps, steps_ahead
+from trainer.loader import Share, load_steps, steps_ahead
 from trainer.optimizer import learning_rate
 from trainer.progress import Progress, setup_logging
 from trainer.restore import check_data_state, parameter_shapes, restore, set_masters
@@ -323,6 +323,3 @@ def _describe_run(resolved: dict[str, Any], url: str, data: Dataset) -> None:
     store.write_bytes(store.join(url, "config.yaml"), text.encode())
     for info in (data.manifest.vocab, data.manifest.answers):
         store.write_bytes(store.join(url, info.file), data.file(info).read_bytes())
-
-
-__all__ = ["ConfigError", "Control", "Step", "train", "train_step"]
