@@ -187,9 +187,14 @@ def absolute_paths(config: RunConfig) -> RunConfig:
 
     given = config.given()
     given.setdefault("run", {})["tensorboard"] = str(tensorboard_folder(config).absolute())
+    given["data"]["train"] = (
+        absolute(config.data.train)
+        if isinstance(config.data.train, str)
+        else [{**p, "url": absolute(p["url"])} for p in given["data"]["train"]]
+    )
     for section, keys in (
         ("run", ("storage",)),
-        ("data", ("train", "validation", "cache")),
+        ("data", ("validation", "cache")),
         ("train", ("init_from",)),
     ):
         for key in keys:

@@ -1,13 +1,16 @@
 """The node's cache: verified files under the name of their content.
 
-A file is downloaded to a temporary name and hashed on the way, synced, and renamed to its sha256;
-it is read back and hashed once more at its first open. A lock per file lets one process of the
-node do each of this while the others wait. Nothing is trusted for being there: a marker remembers
-which (path, size, mtime, inode) has been verified, so an unchanged file is hashed once per node.
+A file is downloaded to a temporary name, synced, hashed as it lies there, and only then renamed to
+its sha256. A lock per file lets one process of the node do this while the others wait. Nothing is
+trusted for being there: a marker remembers which (path, size, mtime, ctime, inode) has been
+verified, so an unchanged file is hashed once per node and a changed one is hashed again.
 
     CACHE/files/<sha256>      verified downloads; <sha256>.damaged is the last bad one
     CACHE/verified/<name>     markers, of cached files and of local data sets used in place
     CACHE/locks/<name>        held while a file is fetched, verified or written
+
+Under a byte limit (`Room`) the files due last make room for those due first. A process holds a
+shared lock on each file that it has mapped, and no file in use is evicted.
 """
 
 from __future__ import annotations
@@ -19,13 +22,35 @@ import json
 import logging
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from shards import store
 from shards.errors import DataError
+from shards.store import DEFAULT_RETRY, Retry
 
 log = logging.getLogger("lxscale")
+
+
+@dataclass(frozen=True)
+class Room:
+    """A byte limit of files/, and the future by which it is kept.
+
+    due: sha256 -> when the file is needed next; a file of no known future is due at infinity.
+    before: no file due earlier than this is evicted. patience: seconds to wait for files in use.
+    """
+
+    limit: int
+    due: Callable[[str], float]
+    before: float = 0.0
+    patience: float = 60.0
+
+
+class BusyError(DataError):
+    """Another process has the file's lock, or there is no room, and the caller does not wait."""
 
 
 def default_cache() -> Path:
@@ -36,11 +61,21 @@ def default_cache() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "lxscale"
 
 
-def local_file(url: str, sha256: str, size: int, cache_dir: str | Path | None = None) -> Path:
+def local_file(
+    url: str,
+    sha256: str,
+    size: int,
+    cache_dir: str | Path | None = None,
+    *,
+    room: Room | None = None,
+    retry: Retry = DEFAULT_RETRY,
+    wait: bool = True,
+) -> Path:
     """A verified local path with the content of `url`; sha256 in hex, size in bytes.
 
     Local files are used in place. Raises DataError naming the file when a local one is damaged
-    or missing, or when object storage delivers the wrong content twice.
+    or missing, or when object storage delivers the wrong content repeatedly; with wait=False
+    BusyError where another process is at it.
     """
     cache = Path(cache_dir) if cache_dir else default_cache()
     if path := store.local_path(url):
@@ -56,12 +91,46 @@ def local_file(url: str, sha256: str, size: int, cache_dir: str | Path | None = 
                             f"{path} is damaged: {problem}; restore it or build it again"
                         )
         return path
-    path = cache / "files" / sha256
+    path = cached_path(cache, sha256)
     with _explained(cache):
         if not _is_marked(path, sha256, size, cache):
-            with _lock(cache, sha256):
-                _fetch_until_good(url, path, sha256, size, cache)
+            asked = time.time()
+            with _lock(cache, sha256, wait) as lock:
+                if not _is_whole(path, sha256, size, cache, url):
+                    # One outage, one error: who waited for a failed try does not repeat it.
+                    if problem := _failed_since(lock, asked):
+                        raise DataError(problem)
+                    try:
+                        _fetch(url, path, sha256, size, cache, room, retry, wait)
+                    except DataError as error:
+                        if wait:
+                            _note(lock, str(error))
+                        raise
     return path
+
+
+def cached_path(cache: Path, sha256: str) -> Path:
+    """Where the file of this content lies once it is fetched."""
+    return cache / "files" / sha256
+
+
+def is_local(url: str, sha256: str, size: int, cache: Path) -> bool:
+    """Whether `local_file` would return at once."""
+    path = store.local_path(url)
+    return _is_marked(path.absolute() if path else cached_path(cache, sha256), sha256, size, cache)
+
+
+def open_shared(path: Path) -> IO[bytes] | None:
+    """The file, protected from eviction until the caller closes it; None if it has gone."""
+    try:
+        f = open(path, "rb")  # noqa: SIM115
+    except FileNotFoundError:
+        return None
+    fcntl.flock(f, fcntl.LOCK_SH)
+    if os.fstat(f.fileno()).st_nlink:
+        return f
+    f.close()  # evicted between the two
+    return None
 
 
 def write_once(path: str | Path, build: Callable[[Path], None]) -> Path:
@@ -77,23 +146,49 @@ def write_once(path: str | Path, build: Callable[[Path], None]) -> Path:
     return path
 
 
-def _fetch_until_good(url: str, path: Path, sha256: str, size: int, cache: Path) -> None:
-    problem = "not fetched"
-    for attempt in range(3):
-        if path.exists():
-            if _is_marked(path, sha256, size, cache):
-                return
-            problem = _verify(path, sha256, size, cache) or ""
-            if not problem:
-                return
-            log.warning("%s is damaged (%s): set aside, fetching %s again", path, problem, url)
-            os.replace(path, path.with_suffix(".damaged"))
-        if attempt == 2:
-            break
-        with _renamed_when_done(path) as temporary, open(temporary, "wb") as f:
-            store.download(url, f, size)
-            f.flush()
-            os.fsync(f.fileno())
+# --- fetching -----------------------------------------------------------------------------------
+
+
+def _is_whole(path: Path, sha256: str, size: int, cache: Path, url: str) -> bool:
+    """Whether the cached file is there and good; a bad one is set aside."""
+    if not path.exists():
+        return False
+    if _is_marked(path, sha256, size, cache):
+        return True
+    problem = _verify(path, sha256, size, cache)
+    if problem:
+        log.warning("%s is damaged (%s): set aside, fetching %s again", path, problem, url)
+        os.replace(path, path.with_suffix(".damaged"))
+    return not problem
+
+
+def _fetch(
+    url: str,
+    path: Path,
+    sha256: str,
+    size: int,
+    cache: Path,
+    room: Room | None,
+    retry: Retry,
+    wait: bool,
+) -> None:
+    problem: str | None = None
+    for _ in range(3):
+        with _renamed_when_done(path) as temporary:
+            if room:
+                _make_room(cache, temporary, size, room, wait)
+            with open(temporary, "r+b" if room else "wb") as f:
+                store.download(url, f, size, retry)
+                f.truncate()
+                f.flush()
+                os.fsync(f.fileno())
+            problem = _problem(temporary, sha256, size)
+            if problem:
+                temporary.unlink()
+        if not problem:
+            _mark(path, sha256, cache)
+            return
+        log.warning("%s arrived damaged (%s)", url, problem)
     raise DataError(
         f"{url} does not have the content that its manifest names ({problem}): upload it again or "
         "rebuild the data set"
@@ -102,7 +197,7 @@ def _fetch_until_good(url: str, path: Path, sha256: str, size: int, cache: Path)
 
 @contextlib.contextmanager
 def _renamed_when_done(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that becomes `path` when the block succeeds.
+    """A temporary path beside `path` that becomes `path` when the block succeeds and leaves it.
 
     The caller holds the lock of `path`, so other temporary files of it belong to dead processes.
     """
@@ -112,12 +207,84 @@ def _renamed_when_done(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        store.sync_folder(path.parent)
+        if temporary.exists():
+            with open(temporary, "rb") as f:
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+            store.sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+# --- room ---------------------------------------------------------------------------------------
+
+
+def _make_room(cache: Path, temporary: Path, size: int, room: Room, wait: bool) -> None:
+    """Create `temporary` with its full size, once files/ has room for it."""
+    began = time.monotonic()
+    while True:
+        with _lock(cache, "room"):
+            if _evict(cache, size, room):
+                with open(temporary, "wb") as f:
+                    f.truncate(size)  # counts from now on
+                return
+        if not wait:
+            raise BusyError(f"no room in {cache} before the files there are used")
+        if time.monotonic() - began > room.patience:
+            raise DataError(
+                f"the cache {cache} is full: its limit of {room.limit:,} bytes is taken by files "
+                f"in use, and {size:,} more are needed; raise data.cache_limit_gb, lower "
+                "sampler.window, or give runs on the same node caches of their own"
+            )
+        time.sleep(0.1)
+
+
+def _evict(cache: Path, size: int, room: Room) -> bool:
+    """Remove the files that are due last until `size` bytes fit into the limit."""
+    entries = []
+    used = 0
+    with os.scandir(cache / "files") as found:
+        for entry in found:
+            with contextlib.suppress(FileNotFoundError):
+                status = entry.stat()
+                used += status.st_size
+                entries.append((entry.name, status.st_size, status.st_mtime))
+    if used + size <= room.limit:
+        return True
+
+    def due(name: str) -> float:
+        return float("inf") if name.endswith((".damaged", ".tmp")) else room.due(name)
+
+    ranked = sorted(entries, key=lambda e: (-due(e[0]), e[2]))
+    for name, bytes_, _ in ranked:
+        if used + size <= room.limit:
+            break
+        if due(name) > room.before and _remove_unused(cache, name):
+            used -= bytes_
+    return used + size <= room.limit
+
+
+def _remove_unused(cache: Path, name: str) -> bool:
+    """Remove a file of files/ unless a process has it open or is fetching it."""
+    path = cache / "files" / name
+    if name.endswith(".tmp"):  # of a dead process, if nobody holds the lock of its target
+        with contextlib.suppress(BusyError), _lock(cache, name.split(".")[1], wait=False):
+            path.unlink(missing_ok=True)
+            return True
+        return False
+    try:
+        with open(path, "rb") as f:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:
+        return True
+    (cache / "verified" / _name_of(path)).unlink(missing_ok=True)
+    return True
+
+
+# --- verification -------------------------------------------------------------------------------
 
 
 def hash_file(path: str | Path) -> str:
@@ -126,20 +293,31 @@ def hash_file(path: str | Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _verify(path: Path, sha256: str, size: int, cache: Path) -> str | None:
-    """What is wrong with the file; None, and a marker, where it is good."""
-    before = _marker_text(path, sha256)
+def _problem(path: Path, sha256: str, size: int) -> str | None:
+    """What is wrong with the file's content."""
     actual = path.stat().st_size
     if actual != size:
         return f"{actual} bytes instead of {size}"
     found = hash_file(path)
     if found != sha256:
         return f"sha256 {found[:12]}… instead of {sha256[:12]}…"
-    # The marker describes the file as it was before hashing: a change meanwhile invalidates it.
+    return None
+
+
+def _verify(path: Path, sha256: str, size: int, cache: Path) -> str | None:
+    """What is wrong with the file; None, and a marker, where it is good."""
+    before = _marker_text(path, sha256)
+    problem = _problem(path, sha256, size)
+    if problem is None:
+        # The marker describes the file as it was before hashing: a change meanwhile voids it.
+        _mark(path, sha256, cache, before)
+    return problem
+
+
+def _mark(path: Path, sha256: str, cache: Path, text: str | None = None) -> None:
     marker = cache / "verified" / _name_of(path)
     with _renamed_when_done(marker) as temporary:
-        temporary.write_text(before)
-    return None
+        temporary.write_text(text or _marker_text(path, sha256))
 
 
 def _is_marked(path: Path, sha256: str, size: int, cache: Path) -> bool:
@@ -153,21 +331,47 @@ def _is_marked(path: Path, sha256: str, size: int, cache: Path) -> bool:
 
 def _marker_text(path: Path, sha256: str) -> str:
     s = path.stat()
-    return json.dumps([str(path), s.st_size, s.st_mtime_ns, s.st_ino, sha256])
+    # No program can set ctime: a change that puts mtime back is still seen.
+    return json.dumps([str(path), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, sha256])
 
 
 def _name_of(path: Path) -> str:
     return hashlib.sha256(str(path).encode()).hexdigest()[:40]
 
 
+# --- locks --------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
-def _lock(folder: Path, name: str) -> Iterator[None]:
+def _lock(folder: Path, name: str, wait: bool = True) -> Iterator[IO[str]]:
     """An advisory lock that the kernel releases when its process dies, however it dies."""
     locks = folder / "locks"
     locks.mkdir(parents=True, exist_ok=True)
-    with open(locks / name, "a") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
+    with open(locks / name, "a+") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise BusyError(f"{name} is being fetched by another process") from None
+        yield f
+
+
+def _note(lock: IO[str], problem: str) -> None:
+    """Leave word of a failure for those who wait for the lock."""
+    with contextlib.suppress(OSError):  # no space for it: they try for themselves
+        lock.seek(0)
+        lock.truncate()
+        lock.write(json.dumps([time.time(), problem]))
+        lock.flush()
+
+
+def _failed_since(lock: IO[str], asked: float) -> str | None:
+    """The failure that was noted after `asked`, in seconds since the epoch."""
+    lock.seek(0)
+    try:
+        noted, problem = json.loads(lock.read() or "null") or (0.0, "")
+    except ValueError:
+        return None
+    return str(problem) if noted >= asked else None
 
 
 @contextlib.contextmanager

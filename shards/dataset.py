@@ -1,14 +1,15 @@
-"""A data set as the hot path sees it: flat memory-mapped arrays and gathers, no object a sample.
+"""Data sets as the hot path sees them: flat memory-mapped arrays and gathers, no object a sample.
 
-The shards' tables are merged once per node into one file of global arrays, so that any pair's
-tokens, image and answers are found by vector operations. Features stay in the tars, which are
-memory-mapped one by one as the order reaches them.
+The tables of all shards, of one data set or of several that are mixed, are merged once per node
+into one file of global arrays, so that any pair's tokens, image and answers are found by vector
+operations. Features stay in the tars, which are memory-mapped one by one as the order reaches them.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,12 +18,14 @@ from numpy.typing import NDArray
 
 from shards import store
 from shards.cache import default_cache, local_file, write_once
-from shards.manifest import FileInfo, Manifest, load_manifest
+from shards.errors import DataError
+from shards.fetch import ShardFile, ShardFiles
+from shards.manifest import Counts, FileInfo, Manifest, load_manifest
 from shards.order import I64
-from shards.sampler import Plan, Stream
+from shards.sampler import Part, Plan, Stream
 from shards.table import map_arrays, open_table, save_arrays
 
-_LAYOUT = 1  # of the merged table; part of its file name
+_LAYOUT = 2  # of the merged table; part of its file name
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Merged:
     record_size i64[I]: in the image's tar; image_pair i64[I+1]: first pair of each image
     source u8[S]; token_start i64[S+1]; tokens; answer_start i64[S+1]; answer_id; answer_score
     by_source i64[S]: pairs sorted by (shard, source, pair); source_start i64[N, K]: where the run
-    of a shard and source begins in by_source
+    of a shard and source begins in by_source; image_of i32[S]: image of each pair
     """
 
     shard_image: I64
@@ -54,9 +57,11 @@ class Merged:
     answer_score: NDArray[np.float32]
     by_source: I64
     source_start: I64
+    image_of: NDArray[np.int32]
 
 
-def _merge(manifest: Manifest, tables: list[Path]) -> dict[str, NDArray]:
+def _merge(manifest: Manifest, tables: list[Path], kinds_of: list[list[int]]) -> dict[str, NDArray]:
+    """The merged arrays. kinds_of: for each shard, the sources of its table as the manifest's."""
     parts = [open_table(path) for path in tables]
 
     def cat(name: str) -> NDArray:
@@ -75,12 +80,16 @@ def _merge(manifest: Manifest, tables: list[Path]) -> dict[str, NDArray]:
 
     images = starts([s.images for s in manifest.shards])
     pairs = starts([s.pairs for s in manifest.shards])
-    source = cat("sentence_source")
+    numbers = [np.asarray(kinds, dtype=np.uint8) for kinds in kinds_of]
+    source = np.concatenate(
+        [number[t.sentence_source] for number, t in zip(numbers, parts, strict=True)]
+    )
     shard_of = np.repeat(np.arange(len(parts)), np.diff(pairs))
     by_source = np.lexsort((source, shard_of)).astype(np.int64)
     kinds = len(manifest.sources)
     cell = np.bincount(shard_of * kinds + source, minlength=len(parts) * kinds)
     source_start = starts(list(cell))[:-1].reshape(len(parts), kinds)
+    image_pair = chain("image_sentences")
     merged = Merged(
         shard_image=images,
         shard_pair=pairs,
@@ -92,7 +101,7 @@ def _merge(manifest: Manifest, tables: list[Path]) -> dict[str, NDArray]:
         else np.zeros(0, dtype=np.int64),
         record_offset=cat("record_offset"),
         record_size=cat("record_size"),
-        image_pair=chain("image_sentences"),
+        image_pair=image_pair,
         source=source,
         token_start=chain("token_start"),
         tokens=cat("tokens"),
@@ -101,6 +110,7 @@ def _merge(manifest: Manifest, tables: list[Path]) -> dict[str, NDArray]:
         answer_score=cat("answer_score"),
         by_source=by_source,
         source_start=np.ascontiguousarray(source_start),
+        image_of=np.repeat(np.arange(len(image_pair) - 1, dtype=np.int32), np.diff(image_pair)),
     )
     return dict(vars(merged))
 
@@ -113,42 +123,60 @@ def ranges(start: I64, length: I64) -> I64:
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """An opened data set. `manifest` and `merged` cost a few kilobytes and mapped pages."""
+class Place:
+    """A data set to open: its folder or URL, and its share of the pairs against the others'."""
 
     url: str
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Opened data sets, as one. `manifest` is that of all; `parts` says whose shards are whose.
+
+    `manifest` and `merged` cost a few kilobytes and mapped pages.
+    """
+
+    places: tuple[Place, ...]
     manifest: Manifest
+    parts: tuple[Part, ...]
     merged: Merged
+    shards: ShardFiles
     cache: Path
 
-    @cached_property
-    def _tars(self) -> dict[int, NDArray[np.uint8]]:
-        return {}
+    @property
+    def url(self) -> str:
+        """The folder or URL; of several, all."""
+        return " + ".join(p.url for p in self.places)
 
     def tar(self, shard: int) -> NDArray[np.uint8]:
         """The bytes of a shard, verified and memory-mapped on first use."""
-        if shard not in self._tars:
-            info = self.manifest.shards[shard]
-            path = local_file(store.join(self.url, info.name), info.sha256, info.size, self.cache)
-            self._tars[shard] = np.memmap(path, dtype=np.uint8, mode="r")
-        return self._tars[shard]
+        return self.shards.tar(shard)
 
-    def pairs_of(self, streams: tuple[Stream, ...], plan: Plan) -> I64:
+    # --- where things are -----------------------------------------------------------------------
+
+    def pairs_of(self, streams: Sequence[Stream], plan: Plan) -> I64:
         """The global pair ids of a plan."""
-        m = self.merged
+        if len(streams) == 1 and len(streams[0].sources) == len(self.manifest.sources):
+            return self.merged.shard_pair[plan.shard] + plan.index
         out = np.empty(len(plan), dtype=np.int64)
-        for i, stream in enumerate(streams):
+        for i in np.unique(plan.stream).tolist():
             rows = np.flatnonzero(plan.stream == i)
-            shard, index = plan.shard[rows], plan.index[rows].copy()
-            # The index counts through the stream's sources one after the other.
-            left = np.ones(len(rows), dtype=bool)
-            for s in stream.sources:
-                begin = m.source_start[shard, s]
-                size = self._source_sizes[shard, s]
-                here = left & (index < size)
-                out[rows[here]] = m.by_source[(begin + index)[here]]
-                left &= ~here
-                index = np.where(left, index - size, index)
+            out[rows] = self._pairs_in(streams[i], plan.shard[rows], plan.index[rows])
+        return out
+
+    def _pairs_in(self, stream: Stream, shard: I64, index: I64) -> I64:
+        m = self.merged
+        if len(stream.sources) == len(self.manifest.sources):
+            return m.shard_pair[shard] + index
+        # The index counts through the stream's sources one after the other.
+        out, left = np.empty_like(shard), np.ones(len(shard), dtype=bool)
+        for s in stream.sources:
+            size = self._source_sizes[shard, s]
+            here = left & (index < size)
+            out[here] = m.by_source[(m.source_start[shard, s] + index)[here]]
+            left &= ~here
+            index = np.where(left, index - size, index)
         return out
 
     @cached_property
@@ -157,65 +185,80 @@ class Dataset:
         return np.diff(flat).reshape(self.merged.source_start.shape)
 
     def image_of(self, pair: I64) -> I64:
-        return np.searchsorted(self.merged.image_pair, pair, side="right") - 1
+        return self.merged.image_of[pair].astype(np.int64)
 
     def shard_of_image(self, image: I64) -> I64:
         return np.searchsorted(self.merged.shard_image, image, side="right") - 1
 
-    def gather_features(self, images: I64, objects: int) -> NDArray[np.float16]:
-        """Features of images, (images, objects, feature_dim), zero-padded."""
-        dim = self.manifest.schema.feature_dim
-        out = np.empty((len(images), objects, dim), dtype=np.float16)
-        flat = out.reshape(len(images), objects * dim).view(np.uint8)
+    @cached_property
+    def part_pairs(self) -> I64:
+        """First pair of each part, and the number of all: i64 (parts + 1,)."""
+        edges = [p.begin for p in self.parts] + [len(self.manifest.shards)]
+        return self.merged.shard_pair[np.asarray(edges)]
+
+    @cached_property
+    def images_with_sentences(self) -> list[tuple[str, int]]:
+        """(name, images that have pairs) of each part, counting no further than two."""
+        of, edges = self.merged.image_of, self.part_pairs.tolist()
+        return [
+            (part.name, len({int(of[a]), int(of[b - 1])}) if b > a else 0)
+            for part, a, b in zip(self.parts, edges[:-1], edges[1:], strict=True)
+        ]
+
+    # --- gathers --------------------------------------------------------------------------------
+
+    def gather_images(
+        self, images: I64, features: NDArray[np.float16]
+    ) -> tuple[NDArray[np.float32], tuple[NDArray, ...] | None]:
+        """Copy images' features into `features`, (images, objects, feature_dim), zero-padded.
+
+        Returns boxes, (images, objects, 4) f32, and with labels object ids and confidences,
+        attribute ids and confidences, each (images, objects), i64 or f32; zero-padded, too.
+        """
+        m, labelled = self.merged, self.manifest.schema.labels
+        count, objects, dim = features.shape
+        row = dim * 2
+        held = m.image_objects[images].astype(np.int64)
+        small = np.zeros((2 if labelled else 1, count, objects * 16), dtype=np.uint8)
+        boxes_out = small[0].reshape(-1).data
+        labels_out = small[-1].reshape(-1).data
+        flat = features.reshape(-1).view(np.uint8)
+        out, wide, narrow = flat.data, objects * row, objects * 16
+        labels_at = m.labels_offset[images].tolist() if labelled else [0] * count
         shards = self.shard_of_image(images)
-        offsets = self.merged.features_offset[images]
-        sizes = self.merged.image_objects[images].astype(np.int64) * dim * 2
-        rows = zip(shards.tolist(), offsets.tolist(), sizes.tolist(), strict=True)
-        for i, (shard, offset, size) in enumerate(rows):
-            flat[i, :size] = self.tar(shard)[offset : offset + size]
-            flat[i, size:] = 0
-        return out
-
-    def gather_boxes(self, images: I64, objects: int) -> NDArray[np.float32]:
-        """Boxes of images, (images, objects, 4), zero-padded."""
-        out = np.zeros((len(images), objects, 4), dtype=np.float32)
-        for i, payload in enumerate(self._payloads(images, self.merged.boxes_offset, 16)):
-            out[i, : len(payload) // 16] = payload.view(np.float32).reshape(-1, 4)
-        return out
-
-    def gather_labels(
-        self, images: I64, objects: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
-        """Object ids and confidences, attribute ids and confidences, each (images, objects)."""
-        ids = np.zeros((2, len(images), objects), dtype=np.int64)
-        confidences = np.zeros((2, len(images), objects), dtype=np.float32)
-        for i, payload in enumerate(self._payloads(images, self.merged.labels_offset, 16)):
-            columns = payload.reshape(4, -1)
-            n = columns.shape[1] // 4
-            for k in range(2):
-                ids[k, i, :n] = columns[2 * k].view(np.int32)
-                confidences[k, i, :n] = columns[2 * k + 1].view(np.float32)
-        return ids[0], confidences[0], ids[1], confidences[1]
-
-    def _payloads(self, images: I64, offset: I64, width: int) -> list[NDArray[np.uint8]]:
-        sizes = self.merged.image_objects[images].astype(np.int64) * width
         rows = zip(
-            self.shard_of_image(images).tolist(),
-            offset[images].tolist(),
-            sizes.tolist(),
+            shards.tolist(),
+            m.features_offset[images].tolist(),
+            m.boxes_offset[images].tolist(),
+            labels_at,
+            held.tolist(),
+            range(0, count * wide, wide) if wide else [0] * count,
+            range(0, count * narrow, narrow) if narrow else [0] * count,
             strict=True,
         )
-        return [self.tar(shard)[at : at + size].copy() for shard, at, size in rows]
+        tars = {s: self.shards.tar(s).data for s in set(shards.tolist())}
+        for shard, feature_at, box_at, label_at, n, to, small_to in rows:
+            tar = tars[shard]
+            end = to + n * row
+            out[to:end] = tar[feature_at : feature_at + n * row]
+            if n < objects:
+                flat[end : to + wide] = 0
+            boxes_out[small_to : small_to + n * 16] = tar[box_at : box_at + n * 16]
+            if labelled:
+                labels_out[small_to : small_to + n * 16] = tar[label_at : label_at + n * 16]
+        boxes = small[0].view(np.float32).reshape(count, objects, 4)
+        return boxes, _labels(small[1], held, objects) if labelled else None
 
     def gather_objects(self, images: I64, objects: I64) -> NDArray[np.float16]:
         """Single objects' features, (n, feature_dim): object `objects[i]` of `images[i]`."""
-        dim = self.manifest.schema.feature_dim
-        out = np.empty((len(images), dim), dtype=np.float16)
-        flat = out.view(np.uint8)
-        offsets = self.merged.features_offset[images] + objects * dim * 2
-        shards = self.shard_of_image(images).tolist()
-        for i, (shard, offset) in enumerate(zip(shards, offsets.tolist(), strict=True)):
-            flat[i] = self.tar(shard)[offset : offset + dim * 2]
+        size = self.manifest.schema.feature_dim * 2
+        out = np.empty((len(images), self.manifest.schema.feature_dim), dtype=np.float16)
+        to = out.reshape(-1).view(np.uint8).data
+        offsets = (self.merged.features_offset[images] + objects * size).tolist()
+        shards = self.shard_of_image(images)
+        tars = {s: self.shards.tar(s).data for s in set(shards.tolist())}
+        for i, (shard, at) in enumerate(zip(shards.tolist(), offsets, strict=True)):
+            to[i * size : (i + 1) * size] = tars[shard][at : at + size]
         return out
 
     def answers(self) -> list[str]:
@@ -224,7 +267,8 @@ class Dataset:
 
     def file(self, info: FileInfo) -> Path:
         """A verified local copy of the vocabulary or the answer table."""
-        return local_file(store.join(self.url, info.file), info.sha256, info.size, self.cache)
+        url = store.join(self.places[0].url, info.file)
+        return local_file(url, info.sha256, info.size, self.cache)
 
     def record(self, image: int) -> bytes:
         """The JSON of an image record."""
@@ -233,21 +277,108 @@ class Dataset:
         return self.tar(shard)[at : at + size].tobytes()
 
 
-def open_dataset(url: str, cache: str | Path | None = None) -> Dataset:
-    """Open a data set; tables are fetched and merged on the node's first call.
+def _labels(raw: NDArray[np.uint8], held: I64, objects: int) -> tuple[NDArray, ...]:
+    """Label payloads, (images, objects * 16) bytes: four columns of `held` values in each row."""
+    count = len(raw)
+    words = raw.view(np.int32).reshape(-1)
+    if (held == objects).all():
+        columns = words.reshape(count, 4, objects).transpose(1, 0, 2)
+    else:
+        column = np.arange(objects)
+        inside = column < held[:, None]
+        start = np.arange(count)[:, None] * (4 * objects) + column
+        at = [np.where(inside, start + k * held[:, None], 0) for k in range(4)]
+        columns = np.stack([np.where(inside, words[a], 0) for a in at])
+    found: list[NDArray] = []
+    for k in range(4):
+        column_k = np.ascontiguousarray(columns[k])
+        found.append(column_k.astype(np.int64) if k % 2 == 0 else column_k.view(np.float32))
+    return tuple(found)
 
-    Raises DataError naming the file when the manifest or a table is missing or damaged.
+
+def open_dataset(
+    places: str | Sequence[Place],
+    cache: str | Path | None = None,
+    limit: int | None = None,
+) -> Dataset:
+    """Open a data set, or several to be mixed; tables are fetched and merged on the node's first
+    call. limit: bytes that the node's cache of remote files may hold.
+
+    Raises DataError naming the file when a manifest or a table is missing or damaged, and when
+    data sets do not fit together.
     """
+    if isinstance(places, str):
+        places = (Place(places),)
     folder = Path(cache) if cache else default_cache()
-    manifest = load_manifest(url)
+    manifests = [load_manifest(p.url) for p in places]
+    manifest = _combine(manifests, places)
+    urls = [p.url for p, m in zip(places, manifests, strict=True) for _ in m.shards]
     path = folder / f"merged-{manifest.fingerprint}-{_LAYOUT}.safetensors"
 
     def build(temporary: Path) -> None:
         tables = [
             local_file(store.join(url, s.table), s.table_sha256, s.table_size, folder)
-            for s in manifest.shards
+            for url, s in zip(urls, manifest.shards, strict=True)
         ]
-        save_arrays(temporary, _merge(manifest, tables))
+        kinds = [
+            [manifest.sources.index(s) for s in m.sources] for m in manifests for _ in m.shards
+        ]
+        save_arrays(temporary, _merge(manifest, tables, kinds))
 
     write_once(path, build)
-    return Dataset(url, manifest, Merged(**map_arrays(path)), folder)
+    ends = np.cumsum([len(m.shards) for m in manifests]).tolist()
+    parts = tuple(
+        Part(m.name, end - len(m.shards), end, p.weight)
+        for p, m, end in zip(places, manifests, ends, strict=True)
+    )
+    files = [
+        ShardFile(store.join(url, s.name), s.sha256, s.size)
+        for url, s in zip(urls, manifest.shards, strict=True)
+    ]
+    merged = Merged(**map_arrays(path))
+    return Dataset(tuple(places), manifest, parts, merged, ShardFiles(files, folder, limit), folder)
+
+
+def _combine(manifests: Sequence[Manifest], places: Sequence[Place]) -> Manifest:
+    """One manifest for data sets that are mixed; DataError where they do not fit together."""
+    first = manifests[0]
+    if len(manifests) == 1:
+        return first
+    schema = first.schema
+    for place, m in zip(places[1:], manifests[1:], strict=True):
+        for thing, one, other in (
+            ("vocabulary", first.vocab.sha256, m.vocab.sha256),
+            ("answer table", first.answers.sha256, m.answers.sha256),
+            ("feature width", schema.feature_dim, m.schema.feature_dim),
+            ("use of labels", schema.labels, m.schema.labels),
+        ):
+            if one != other:
+                raise DataError(
+                    f"{place.url} cannot be mixed with {places[0].url}: it has another {thing}; "
+                    "build both with the same --vocab, --answers and features"
+                )
+        schema = replace(
+            schema,
+            max_objects=max(schema.max_objects, m.schema.max_objects),
+            max_tokens=max(schema.max_tokens, m.schema.max_tokens),
+            num_object_classes=max(schema.num_object_classes, m.schema.num_object_classes),
+            num_attribute_classes=max(schema.num_attribute_classes, m.schema.num_attribute_classes),
+        )
+    if len({m.name for m in manifests}) != len(manifests):
+        names = ", ".join(m.name for m in manifests)
+        raise DataError(f"data sets that are mixed need distinct names, not {names}: see --name")
+    sources = tuple(sorted({s for m in manifests for s in m.sources}))
+    sentences = {s: sum(m.counts.sentences.get(s, 0) for m in manifests) for s in sources}
+    return replace(
+        first,
+        name="+".join(m.name for m in manifests),
+        schema=schema,
+        sources=sources,
+        question_sources=tuple(sorted({s for m in manifests for s in m.question_sources})),
+        counts=Counts(
+            sum(m.counts.images for m in manifests),
+            sum(m.counts.pairs for m in manifests),
+            sentences,
+        ),
+        shards=tuple(s for m in manifests for s in m.shards),
+    )

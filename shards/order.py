@@ -1,14 +1,17 @@
 """The order of an epoch as a pure function: (seed, epoch, position) -> pair.
 
 An epoch permutes the shards, cuts them into windows of W shards and walks each window through a
-bijective permutation of its pairs. Nothing of the size of the data set is ever built: an epoch's
-order holds a few integers per shard, and a position costs O(log shards).
+bijective permutation of its pairs, or of its visits: runs of k neighbouring pairs of a shard, most
+of one image. Nothing of the size of the data set is ever built: an epoch's order holds a few
+integers per shard, and a position costs O(log shards).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,20 +21,30 @@ I64 = NDArray[np.int64]
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
+_GOLDEN64 = np.uint64(_GOLDEN)
 # Eight half-rounds (four full Feistel rounds): from here on Luby-Rackoff's argument holds for a
 # round function as good as a hash, and tests find no trace of the input's order.
 _HALF_ROUNDS = 8
+_ROUND_FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # SplitMix64's
+
+VERSION = 2
+"""Of the order: another version of these functions gives another order for the same seed."""
 
 
 def mix(value: U64) -> U64:
     """SplitMix64's finaliser (Steele, Lea & Flood 2014), element by element, on uint64."""
-    value = value ^ (value >> np.uint64(30))
-    value = value * np.uint64(0xBF58476D1CE4E5B9)
-    value = value ^ (value >> np.uint64(27))
-    value = value * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
+    out = value >> np.uint64(30)
+    out ^= value
+    out *= _ROUND_FACTORS[0]
+    shifted = out >> np.uint64(27)
+    out ^= shifted
+    out *= _ROUND_FACTORS[1]
+    np.right_shift(out, np.uint64(31), out=shifted)
+    out ^= shifted
+    return out
 
 
+@lru_cache(maxsize=4096)
 def mix_int(value: int) -> int:
     """`mix` of one Python integer (taken modulo 2^64)."""
     value &= _MASK
@@ -54,17 +67,33 @@ def draw(key: int, *words: U64 | I64 | int) -> U64:
     Arrays among the words broadcast against each other. The same (key, words) give the same
     bits in any process, at any world size, in any order of asking.
     """
-    state: U64 = np.asarray(key, dtype=np.uint64).reshape(1)
+    state: int | U64 = key
     for word in words:
-        w = np.atleast_1d(np.asarray(word))  # a 0-d operand would warn of its overflow
-        w = w.astype(np.int64).view(np.uint64) if w.dtype != np.uint64 else w
-        state = mix((state + np.uint64(_GOLDEN)) ^ mix(w + np.uint64(_GOLDEN)))
-    return state
+        mixed: int | U64
+        if isinstance(word, int):
+            mixed = mix_int(word + _GOLDEN)
+        else:
+            mixed = mix(word.astype(np.uint64) + _GOLDEN64)
+        if isinstance(state, int) and isinstance(mixed, int):
+            state = mix_int((state + _GOLDEN & _MASK) ^ mixed)
+            continue
+        left: Any = state
+        left = np.uint64(left + _GOLDEN & _MASK) if isinstance(state, int) else left + _GOLDEN64
+        right: Any = np.uint64(mixed) if isinstance(mixed, int) else mixed
+        state = mix(left ^ right)
+    return np.full(1, state, dtype=np.uint64) if isinstance(state, int) else state
 
 
 def uniform(bits: U64) -> NDArray[np.float64]:
     """Random bits to float64 in [0, 1), 53 bits of resolution."""
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def chance(bits: U64, probability: float) -> NDArray[np.bool_]:
+    """Random bits to True with the given probability."""
+    if probability >= 1:
+        return np.ones(bits.shape, dtype=bool)
+    return bits < np.uint64(int(probability * 2**64))
 
 
 def below(bits: U64, bound: int | I64) -> I64:
@@ -75,76 +104,138 @@ def below(bits: U64, bound: int | I64) -> I64:
 def permute(index: I64, length: int, key: int) -> I64:
     """The images of `index` (values in [0, length)) under a keyed bijection of [0, length).
 
-    An unbalanced Feistel network over the next power of two, cycle-walked back into the range:
-    fewer than two passes on average.
+    A Feistel network on the digits (l, r) of the index in a grid of about sqrt(length) rows and
+    columns, with addition modulo their number in place of xor (Black & Rogaway 2002, "Ciphers with
+    arbitrary finite domains"), cycle-walked back into the range: the grid has less than one row
+    too many, so hardly any index walks. length is below 2^62.
     """
     if length <= 1:
         return np.zeros_like(index)
-    bits = (length - 1).bit_length()
-    low_bits = np.uint64(bits // 2)
-    low_mask = np.uint64((1 << (bits // 2)) - 1)
-    high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
+    rows = math.isqrt(length - 1) + 1
+    columns = -(-length // rows)
     keys = [np.uint64(fold(key, i)) for i in range(_HALF_ROUNDS)]
-
-    def network(x: U64) -> U64:
-        low, high = x & low_mask, x >> low_bits
-        for i, k in enumerate(keys):
-            if i % 2:
-                low = low ^ (mix(high ^ k) & low_mask)
-            else:
-                high = high ^ (mix(low ^ k) & high_mask)
-        return (high << low_bits) | low
-
-    out = network(index.astype(np.uint64))
-    outside = np.flatnonzero(out >= length)
+    out = _network(index.astype(np.uint64), rows, columns, keys)
+    outside = np.flatnonzero(out >= np.uint64(length))
     while len(outside):
-        walked = network(out[outside])
+        walked = _network(out[outside], rows, columns, keys)
         out[outside] = walked
-        outside = outside[walked >= length]
-    return out.astype(np.int64)
+        outside = outside[walked >= np.uint64(length)]
+    return out.view(np.int64)
 
 
-@dataclass(frozen=True)
+def _network(x: U64, rows: int, columns: int, keys: list[np.uint64]) -> U64:
+    sizes = np.uint64(rows), np.uint64(columns)
+    digits = [x // sizes[1], np.empty_like(x)]
+    np.subtract(x, digits[0] * sizes[1], out=digits[1])
+    shift, a, b = np.uint64(32), np.empty_like(x), np.empty_like(x)
+    for i, key in enumerate(keys):
+        changed, other, size = digits[i % 2], digits[1 - i % 2], sizes[i % 2]
+        # 32 hashed bits of the other digit, scaled to [0, size) by their product's high half.
+        np.add(other, key, out=a)
+        a *= _ROUND_FACTORS[0]
+        np.right_shift(a, shift, out=b)
+        a ^= b
+        a *= _ROUND_FACTORS[1]
+        a >>= shift
+        a *= size
+        a >>= shift
+        # Modulo size: where the sum is below it, the difference wraps around and is the larger.
+        changed += a
+        np.subtract(changed, size, out=a)
+        np.minimum(changed, a, out=changed)
+    digits[0] *= sizes[1]
+    digits[0] += digits[1]
+    return digits[0]
+
+
+@dataclass(frozen=True, eq=False)
 class EpochOrder:
     """One epoch's order over shards of given sizes.
 
-    shard_order: shard at each place of the epoch, i64 (shards,)
+    shard_order: shard at each place of the epoch, i64 (shards,); shards without pairs have none
     start:       pairs before each place, i64 (shards + 1,)
+    visits:      whole visits (of k pairs) before each place, i64 (shards + 1,)
     window:      shards per window
+    k:           pairs per visit
     key:         keyed by (seed, epoch)
     """
 
     shard_order: I64
     start: I64
+    visits: I64
     window: int
+    k: int
     key: int
 
     @property
     def pairs(self) -> int:
         return int(self.start[-1])
 
+    def window_start(self) -> I64:
+        """Pairs before each window, i64 (windows + 1,)."""
+        return np.append(self.start[: -1 : self.window], self.start[-1])
+
     def locate(self, position: I64) -> tuple[I64, I64]:
         """Positions in the epoch -> (shard, index of the pair in that shard), each i64."""
-        places = len(self.shard_order)
-        place_of = np.searchsorted(self.start, position, side="right") - 1
-        window_of = place_of // self.window
-        at = np.empty_like(position)
-        for w in np.unique(window_of):
-            begin = int(self.start[w * self.window])
-            end = int(self.start[min((w + 1) * self.window, places)])
-            chosen = window_of == w
-            local = permute(position[chosen] - begin, end - begin, fold(self.key, int(w)))
-            at[chosen] = begin + local
-        place = np.searchsorted(self.start, at, side="right") - 1
-        return self.shard_order[place], at - self.start[place]
+        if not len(position):
+            return position.copy(), position.copy()
+        first, last = (self.window_of(int(p)) for p in (position.min(), position.max()))
+        if first == last:
+            return self._locate_in(first, position)
+        shard, index = np.empty_like(position), np.empty_like(position)
+        edges = self.start[np.arange(first + 1, last + 1) * self.window]
+        window = first + np.searchsorted(edges, position, side="right")
+        for w in range(first, last + 1):
+            chosen = np.flatnonzero(window == w)
+            shard[chosen], index[chosen] = self._locate_in(w, position[chosen])
+        return shard, index
+
+    def window_of(self, position: int) -> int:
+        """The window of a position of the epoch."""
+        return (int(np.searchsorted(self.start, position, side="right")) - 1) // self.window
+
+    def _locate_in(self, window: int, position: I64) -> tuple[I64, I64]:
+        """`locate` for positions of one window."""
+        first = window * self.window
+        last = min(first + self.window, len(self.shard_order))
+        begin, end = int(self.start[first]), int(self.start[last])
+        key, local = fold(self.key, window), position - begin
+        if self.k == 1:
+            at = begin + permute(local, end - begin, key)
+            place = np.searchsorted(self.start, at, side="right") - 1
+            return self.shard_order[place], at - self.start[place]
+        # Pairs that fill no whole visit of their shard are put together to visits, too; the last
+        # of them, fewer than k, end the window.
+        visits, k = self.visits, self.k
+        whole = int(visits[last] - visits[first])
+        rest = self.start - visits * k  # such pairs before each place
+        loose = int(rest[last] - rest[first])
+        visit, offset = np.divmod(local, k)
+        units = whole + loose // k
+        shuffled = visit < units
+        visit[shuffled] = permute(visit[shuffled], units, key)
+        place, index = np.empty_like(local), np.empty_like(local)
+        here = visit < whole
+        at = int(visits[first]) + visit[here]
+        place[here] = np.searchsorted(visits, at, side="right") - 1
+        index[here] = (at - visits[place[here]]) * k + offset[here]
+        left = ~here
+        at = (visit[left] - whole) * k + offset[left]
+        at = int(rest[first]) + permute(at, loose, fold(key, 1))
+        place[left] = np.searchsorted(rest, at, side="right") - 1
+        size = self.start[place[left] + 1] - self.start[place[left]]
+        index[left] = size // k * k + at - rest[place[left]]
+        return self.shard_order[place], index
 
 
-@lru_cache(maxsize=16)
 def epoch_order(
-    sizes: tuple[int, ...], seed: int, epoch: int, window: int, stream: int = 0
+    sizes: I64, seed: int, epoch: int, window: int, stream: int = 0, k: int = 1
 ) -> EpochOrder:
-    """The order of `epoch` over shards with `sizes` pairs; window 0 = all shards."""
+    """The order of `epoch` over shards with `sizes` pairs; window 0 = all shards; visits of k."""
     key = fold(seed, epoch, stream)
-    shard_order = np.argsort(draw(key, np.arange(len(sizes))), kind="stable").astype(np.int64)
-    start = np.concatenate([[0], np.cumsum(np.asarray(sizes, dtype=np.int64)[shard_order])])
-    return EpochOrder(shard_order, start, window or max(len(sizes), 1), key)
+    visited = np.flatnonzero(sizes)
+    shard_order = visited[np.argsort(draw(key, visited), kind="stable")]
+    ordered = np.asarray(sizes, dtype=np.int64)[shard_order]
+    start = np.concatenate([[0], np.cumsum(ordered)])
+    visits = start if k == 1 else np.concatenate([[0], np.cumsum(ordered // k)])
+    return EpochOrder(shard_order, start, visits, window or max(len(visited), 1), k, key)

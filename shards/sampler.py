@@ -4,80 +4,146 @@ A sampler state is a few integers; `plan` maps (state, number of pairs) to the n
 `advance` to the state after them. Both are pure, so any rank, loader worker or restart that holds
 the state holds the future.
 
-Streams. `natural` has one stream, all pairs; the sentence of a pair is mismatched with probability
-`mismatch`. `balanced` has two, questions and captions, each with its own endless order; of the
-first c pairs of a run exactly floor(c * share) are questions and floor(c * mismatch) are
-mismatched, so over any run of steps both counts are within one of their weight.
+A stream is an endless order over some sources of one data set: when it is exhausted it goes on
+with its own next epoch. Streams of one family are mixed within each step, by exact shares
+(shards/quota.py); families alternate step by step:
+
+    natural      one family; streams for data sets and groups of sources of equal weight. A pair
+                 is mismatched with probability `mismatch`, by a coin of its own
+    balanced     one family; questions and captions apart, `question_share` of the pairs questions
+                 and `mismatch` of them mismatched, exactly
+    alternating  a family each for the masked objectives, matching and QA: a step serves one of
+                 them, as UNITER's do; `mismatch` of the matching pairs are mismatched, exactly
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import DataError
-from shards.order import I64, draw, epoch_order, fold, uniform
+from shards.order import I64, EpochOrder, chance, draw, epoch_order, fold
+from shards.quota import apportion, follow, next_taker, shares_of
 
 # Purposes of draws: part of every key, so that no two uses of a pair's randomness coincide.
 PURPOSE_MATCH, PURPOSE_ARRANGE = 1, 2
+
+FAMILIES = ("masked", "matching", "qa")
 
 
 @dataclass(frozen=True)
 class SamplerSettings:
     """Every setting that changes the order; all of them enter the data state's fingerprint.
 
-    mode:           `natural` | `balanced`
+    mode:           `natural` | `balanced` | `alternating`
     seed:           of the order and of every draw
     window:         shards per shuffle window; 0 = all (an exact global shuffle)
-    mismatch:       natural: probability; balanced: exact share of mismatched pairs
+    mismatch:       natural: probability; else: exact share of mismatched pairs
     question_share: balanced only: exact share of question pairs
+    source_weights: how often pairs of a source come, against 1 for those not named
+    families:       alternating only: weights of FAMILIES
+    sentences_per_visit: neighbouring pairs of a shard, most of one image, that come together
+    last_batch:     `wrap`: a batch may span two epochs; `short`: an epoch's last batch is short
     """
 
-    mode: Literal["natural", "balanced"] = "natural"
+    mode: Literal["natural", "balanced", "alternating"] = "natural"
     seed: int = 0
     window: int = 0
     mismatch: float = 0.5
     question_share: float = 0.5
+    source_weights: tuple[tuple[str, float], ...] = ()
+    families: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    sentences_per_visit: int = 1
+    last_batch: Literal["wrap", "short"] = "wrap"
 
 
 @dataclass(frozen=True)
-class Stream:
-    """An endless order over some sources: `sizes[i]` of its pairs are in shard i."""
+class Part:
+    """One of the data sets that a run draws from: its shards are [begin, end) of the whole's.
+
+    weight: its share against the other parts', None = by its pairs
+    """
 
     name: str
-    sources: tuple[int, ...]
-    sizes: tuple[int, ...]
+    begin: int
+    end: int
+    weight: float | None = None
 
-    @property
-    def pairs(self) -> int:
-        return sum(self.sizes)
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """An endless order over some sources of a part; `sizes[i]` of its pairs are in shard i."""
+
+    name: str
+    family: int
+    part: int
+    sources: tuple[int, ...]
+    sizes: I64
+    share: Fraction
+    """Of its family's pairs."""
+    key: int
+    """Number that keys its order, equal where the same pairs come in the same order."""
+    questions: bool = False
+    pairs: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pairs", int(self.sizes.sum()))
 
 
 @dataclass(frozen=True)
 class SamplerState:
-    """consumed: pairs taken since the run began; cursors: pairs taken from each stream."""
+    """The whole data state.
+
+    consumed: pairs taken since the run began; cursors: pairs taken from each stream; mismatched:
+    how many of them exactly (not by a coin) got another sentence; steps: steps of each family;
+    skipped: (shard, consumed when it was given up) under on_error=skip; skipped_pairs: positions
+    that were passed over for it.
+    """
 
     consumed: int
     cursors: tuple[int, ...]
+    mismatched: tuple[int, ...]
+    steps: tuple[int, ...]
+    skipped: tuple[tuple[int, int], ...] = ()
+    skipped_pairs: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "cursors": list(self.cursors)}
+        lists = {k: list(getattr(self, k)) for k in ("cursors", "mismatched", "steps")}
+        return {
+            "consumed": self.consumed,
+            **lists,
+            "skipped": [list(entry) for entry in self.skipped],
+            "skipped_pairs": self.skipped_pairs,
+        }
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> SamplerState:
-        return SamplerState(int(data["consumed"]), tuple(int(c) for c in data["cursors"]))
+        def numbers(key: str) -> tuple[int, ...]:
+            return tuple(int(n) for n in data[key])
+
+        return SamplerState(
+            int(data["consumed"]),
+            numbers("cursors"),
+            numbers("mismatched"),
+            numbers("steps"),
+            tuple((int(s), int(c)) for s, c in data["skipped"]),
+            int(data["skipped_pairs"]),
+        )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The pairs of one step, in order; every array has one element a pair.
+    """The pairs of one step, or a slice of them, in order; every array has one element a pair.
 
     stream: index into the streams; epoch: the stream's own epoch; shard and index: the pair as
     the index-th pair of its stream in that shard; mismatched: gets another image's sentence.
+    slot: its place in the step. masks: whether words and objects are masked.
     """
 
     stream: I64
@@ -85,126 +151,372 @@ class Plan:
     shard: I64
     index: I64
     mismatched: NDArray[np.bool_]
+    slot: I64
+    masks: bool = True
 
     def __len__(self) -> int:
         return len(self.stream)
 
-    def slice(self, begin: int, end: int) -> Plan:
-        return Plan(*(getattr(self, f)[begin:end] for f in self.__dataclass_fields__))
+    def take(self, rows: slice | I64) -> Plan:
+        return Plan(
+            self.stream[rows],
+            self.epoch[rows],
+            self.shard[rows],
+            self.index[rows],
+            self.mismatched[rows],
+            self.slot[rows],
+            self.masks,
+        )
+
+    def without(self, shards: Sequence[int]) -> Plan:
+        """The plan less the pairs of some shards."""
+        if not shards:
+            return self
+        return self.take(np.flatnonzero(~np.isin(self.shard, np.asarray(shards))))
+
+
+# --- streams ------------------------------------------------------------------------------------
 
 
 def streams_of(
     settings: SamplerSettings,
-    pairs_per_source: list[dict[str, int]],
-    sources: list[str],
-    questions: list[str],
+    pairs_per_source: Sequence[dict[str, int]],
+    sources: Sequence[str],
+    questions: Sequence[str],
+    parts: Sequence[Part] = (),
 ) -> tuple[Stream, ...]:
-    """The streams of a data set, given each shard's number of pairs per source."""
+    """The streams of a data set, given each shard's number of pairs per source.
 
-    def stream(name: str, members: list[str]) -> Stream:
-        sizes = tuple(sum(shard.get(s, 0) for s in members) for shard in pairs_per_source)
-        return Stream(name, tuple(sources.index(s) for s in members), sizes)
-
-    if settings.mode == "natural":
-        streams: tuple[Stream, ...] = (stream("all", sources),)
-    else:
-        captions = [s for s in sources if s not in questions]
-        asked = [s for s in sources if s in questions]
-        streams = (stream("question", asked), stream("caption", captions))
-        shares = (settings.question_share, 1 - settings.question_share)
-        for part, share in zip(streams, shares, strict=True):
-            if share > 0 and not part.pairs:
-                raise DataError(
-                    f"the sampler wants a share of {share:g} {part.name} pairs, but the data set "
-                    f"has none (sources: {', '.join(sources)}): change sampler.question_share "
-                    "or use sampler.mode=natural"
-                )
-    if not any(s.pairs for s in streams):
+    Raises DataError where the settings ask for pairs that there are none of.
+    """
+    parts = parts or (Part("all", 0, len(pairs_per_source)),)
+    names = list(sources)
+    weights = dict(settings.source_weights)
+    if unknown := set(weights) - set(names):
+        raise DataError(
+            f"sampler.source_weights names {', '.join(sorted(unknown))}, but the data set has "
+            f"{', '.join(names)}: correct the name"
+        )
+    table = np.zeros((len(pairs_per_source), len(names)), dtype=np.int64)
+    for i, shard in enumerate(pairs_per_source):
+        for name, pairs in shard.items():
+            table[i, names.index(name)] = pairs
+    if not table.sum():
         raise DataError("the data set holds no pairs: build it from sources that have sentences")
-    return streams
-
-
-def start_state(streams: tuple[Stream, ...]) -> SamplerState:
-    return SamplerState(0, (0,) * len(streams))
-
-
-def _quota(weight: float, begin: int, end: int) -> int:
-    """floor(end * w) - floor(begin * w) with w as an exact fraction: no drift at any count."""
-    w = Fraction(str(weight))
-    return int(end * w) - int(begin * w)
-
-
-def _takes(settings: SamplerSettings, state: SamplerState, count: int) -> tuple[int, ...]:
-    """How many of the next `count` pairs come from each stream."""
+    one = Fraction(1)
+    kinds: list[tuple[int, str, tuple[bool, ...], Fraction]]  # family, name, questions?, share
     if settings.mode == "natural":
-        return (count,)
-    asked = _quota(settings.question_share, state.consumed, state.consumed + count)
-    return asked, count - asked
+        kinds = [(0, "", (True, False), one)]
+    elif settings.mode == "balanced":
+        asked = Fraction(str(settings.question_share))
+        kinds = [(0, "question", (True,), asked), (0, "caption", (False,), one - asked)]
+    else:
+        kinds = [
+            (i, name, (True,) if name == "qa" else (True, False), one)
+            for i, name in enumerate(FAMILIES)
+            if settings.families[i] > 0
+        ]
+    streams: list[Stream] = []
+    for family, kind, wanted, share in kinds:
+        if share <= 0:
+            continue
+        members = [s for s in names if (s in questions) in wanted and weights.get(s, 1.0) > 0]
+        found = _streams_of_kind(settings, table, names, parts, members, weights)
+        if not found:
+            raise DataError(
+                f"the sampler wants {kind or 'some'} pairs, but the data set has none (sources: "
+                f"{', '.join(names)}): change sampler.question_share, sampler.families or "
+                "sampler.source_weights, or use sampler.mode=natural"
+            )
+        shares = shares_of([weight for *_, weight in found])
+        for (part, group, sizes, _), own in zip(found, shares, strict=True):
+            label = [kind, parts[part].name if len(parts) > 1 else ""]
+            label.append("+".join(group) if len(group) < len(members) else "")
+            streams.append(
+                Stream(
+                    "/".join(x for x in label if x) or "all",
+                    family,
+                    part,
+                    tuple(names.index(s) for s in group),
+                    sizes,
+                    own * share,
+                    len(streams),
+                    wanted == (True,),
+                )
+            )
+    if settings.last_batch == "short" and len(streams) > 1:
+        raise DataError(
+            "sampler.last_batch=short needs one stream, whose epochs end for all pairs at once: "
+            "use it with sampler.mode=natural, one data set and no source weights"
+        )
+    return tuple(streams)
 
 
-def advance(settings: SamplerSettings, state: SamplerState, count: int) -> SamplerState:
-    """The state after the next `count` pairs."""
-    takes = _takes(settings, state, count)
-    cursors = tuple(c + t for c, t in zip(state.cursors, takes, strict=True))
-    return SamplerState(state.consumed + count, cursors)
+def _streams_of_kind(
+    settings: SamplerSettings,
+    table: I64,
+    names: list[str],
+    parts: Sequence[Part],
+    members: list[str],
+    weights: dict[str, float],
+) -> list[tuple[int, list[str], I64, Fraction]]:
+    """(part, sources, sizes, weight) of each stream: a part's sources of equal weight are one."""
+    found: list[tuple[int, list[str], I64, Fraction]] = []
+    for p, part in enumerate(parts):
+        groups: dict[float, list[str]] = {}
+        for s in members:
+            groups.setdefault(weights.get(s, 1.0), []).append(s)
+        here: list[tuple[list[str], I64, Fraction]] = []
+        for weight, group in groups.items():
+            sizes = np.zeros(len(table), dtype=np.int64)
+            columns = [names.index(s) for s in group]
+            sizes[part.begin : part.end] = table[part.begin : part.end, columns].sum(1)
+            if sizes.any():
+                here.append((group, sizes, Fraction(str(weight)) * int(sizes.sum())))
+        if not here or part.weight == 0:
+            continue
+        total = sum(weight for *_, weight in here)
+        scale = Fraction(1) if part.weight is None else Fraction(str(part.weight)) / total
+        found += [(p, group, sizes, weight * scale) for group, sizes, weight in here]
+    return found
+
+
+def start_state(streams: Sequence[Stream]) -> SamplerState:
+    zeros = (0,) * len(streams)
+    return SamplerState(0, zeros, zeros, (0,) * (1 + max(s.family for s in streams)))
+
+
+# --- state and plan -----------------------------------------------------------------------------
+
+
+def family_of(settings: SamplerSettings, state: SamplerState) -> str:
+    """Which objectives the next step serves: `all`, or one of FAMILIES."""
+    return "all" if settings.mode != "alternating" else FAMILIES[_family(settings, state)]
+
+
+def _family(settings: SamplerSettings, state: SamplerState) -> int:
+    if settings.mode != "alternating":
+        return 0
+    return next_taker(shares_of(settings.families), state.steps)
+
+
+def next_count(
+    settings: SamplerSettings,
+    streams: Sequence[Stream],
+    state: SamplerState,
+    global_batch: int,
+    total: int,
+) -> int:
+    """Pairs of the next step, of a run of `total` pairs."""
+    count = min(global_batch, total - state.consumed)
+    if settings.last_batch == "short":
+        count = min(count, streams[0].pairs - state.consumed % streams[0].pairs)
+    return count
+
+
+def _takes(
+    settings: SamplerSettings, streams: Sequence[Stream], state: SamplerState, count: int
+) -> tuple[list[int], tuple[int, ...], tuple[int, ...]]:
+    """The next step's streams, how many of its pairs come from each, and how many of those are
+    mismatched (where that is exact)."""
+    family = _family(settings, state)
+    chosen = [i for i, s in enumerate(streams) if s.family == family]
+    cursors = [state.cursors[i] for i in chosen]
+    shares = [streams[i].share for i in chosen]
+    takes = apportion(shares, cursors, count)
+    if settings.mode == "natural" or (
+        settings.mode == "alternating" and FAMILIES[family] != "matching"
+    ):
+        return chosen, takes, (0,) * len(chosen)
+    before = [state.mismatched[i] for i in chosen]
+    share = Fraction(str(settings.mismatch))
+    bad = apportion((share, 1 - share), (sum(before), sum(cursors) - sum(before)), count)[0]
+    targets = [share * (c + t) for c, t in zip(cursors, takes, strict=True)]
+    return chosen, takes, follow(targets, before, bad, takes)
+
+
+def advance(
+    settings: SamplerSettings, streams: Sequence[Stream], state: SamplerState, count: int
+) -> SamplerState:
+    """The state after a step of `count` pairs."""
+    cursors, mismatched = list(state.cursors), list(state.mismatched)
+    for i, take, bad in zip(*_takes(settings, streams, state, count), strict=True):
+        cursors[i] += take
+        mismatched[i] += bad
+    steps = list(state.steps)
+    steps[_family(settings, state)] += 1
+    return replace(
+        state,
+        consumed=state.consumed + count,
+        cursors=tuple(cursors),
+        mismatched=tuple(mismatched),
+        steps=tuple(steps),
+    )
+
+
+@lru_cache(maxsize=64)
+def stream_epoch(stream: Stream, seed: int, epoch: int, window: int, k: int) -> EpochOrder:
+    """The order of one epoch of a stream."""
+    return epoch_order(stream.sizes, seed, epoch, window, stream.key, k)
 
 
 def plan(
-    settings: SamplerSettings, streams: tuple[Stream, ...], state: SamplerState, count: int
+    settings: SamplerSettings,
+    streams: Sequence[Stream],
+    state: SamplerState,
+    count: int,
+    begin: int = 0,
+    end: int | None = None,
 ) -> Plan:
-    """The next `count` pairs after `state`."""
-    parts: list[Plan] = []
-    for i, (stream, cursor, take) in enumerate(
-        zip(streams, state.cursors, _takes(settings, state, count), strict=True)
-    ):
-        position = cursor + np.arange(take, dtype=np.int64)
-        epoch = position // max(stream.pairs, 1)
-        for e in np.unique(epoch):
-            order = epoch_order(stream.sizes, settings.seed, int(e), settings.window, i)
-            shard, index = order.locate(position[epoch == e] - int(e) * stream.pairs)
-            parts.append(
-                Plan(
-                    np.full(len(shard), i),
-                    np.full(len(shard), int(e)),
-                    shard,
-                    index,
-                    _coin(settings, i, int(e), shard, index),
-                )
-            )
-    fields = Plan.__dataclass_fields__
-    joined = Plan(*(np.concatenate([getattr(p, f) for p in parts]) for f in fields))
-    return joined if settings.mode == "natural" else _arrange(settings, state, joined)
+    """Pairs [begin, end) of the step of `count` pairs after `state`."""
+    end = count if end is None else end
+    chosen, takes, bad = _takes(settings, streams, state, count)
+    slot = np.arange(begin, end)
+    if len(chosen) == 1 and settings.mode == "natural":
+        stream_of = np.full(end - begin, chosen[0])
+        position = state.cursors[chosen[0]] + slot
+        mismatched = np.zeros(end - begin, dtype=bool)
+    else:
+        order, ends, mismatched = _arrange(settings, state, takes, bad)
+        order = order[begin:end]
+        which = np.searchsorted(ends, order, side="right")
+        starts = np.asarray([state.cursors[i] for i in chosen]) - (ends - np.asarray(takes))
+        stream_of, position = np.asarray(chosen)[which], starts[which] + order
+        mismatched = mismatched[order]
+    epoch, shard, index = (np.empty(end - begin, dtype=np.int64) for _ in range(3))
+    for i in chosen:
+        rows = np.flatnonzero(stream_of == i) if len(chosen) > 1 else slice(None)
+        found = _locate(settings, streams[i], position[rows])
+        epoch[rows], shard[rows], index[rows] = found
+        if settings.mode == "natural":
+            mismatched[rows] = _coin(settings, streams[i], *found)
+    family = _family(settings, state)
+    masks = settings.mode != "alternating" or FAMILIES[family] == "masked"
+    return Plan(stream_of, epoch, shard, index, mismatched, slot, masks)
+
+
+def _locate(settings: SamplerSettings, stream: Stream, position: I64) -> tuple[I64, I64, I64]:
+    """Positions of a stream -> (epoch, shard, index)."""
+    arguments = settings.window, settings.sentences_per_visit
+    epoch = position // stream.pairs
+    first = int(epoch.min(initial=0)) if len(epoch) else 0
+    last = int(epoch.max(initial=0))
+    shard, index = np.empty_like(position), np.empty_like(position)
+    for e in range(first, last + 1):
+        rows = slice(None) if first == last else np.flatnonzero(epoch == e)
+        order = stream_epoch(stream, settings.seed, e, *arguments)
+        shard[rows], index[rows] = order.locate(position[rows] - e * stream.pairs)
+    return epoch, shard, index
 
 
 def _coin(
-    settings: SamplerSettings, stream: int, epoch: int, shard: I64, index: I64
+    settings: SamplerSettings, stream: Stream, epoch: I64, shard: I64, index: I64
 ) -> NDArray[np.bool_]:
-    key = fold(settings.seed, stream, epoch, PURPOSE_MATCH)
-    return uniform(draw(key, shard, index)) < settings.mismatch
+    """natural: whether a pair is mismatched, which no other pair and no batch decides."""
+    key = fold(settings.seed, stream.key, PURPOSE_MATCH)
+    return chance(draw(key, epoch, shard, index), settings.mismatch)
 
 
-def _arrange(settings: SamplerSettings, state: SamplerState, pairs: Plan) -> Plan:
-    """Balanced mode: set the exact number of mismatched pairs, then mix the streams in the step.
+def _arrange(
+    settings: SamplerSettings, state: SamplerState, takes: Sequence[int], bad: Sequence[int]
+) -> tuple[I64, I64, NDArray[np.bool_]]:
+    """How a step mixes its streams: which pair (counted through the streams) is in each slot, the
+    end of each stream's pairs in that count, and which pairs are mismatched."""
+    count = sum(takes)
+    key = fold(settings.seed, state.consumed, PURPOSE_ARRANGE)
+    ends = np.cumsum(np.asarray(takes, dtype=np.int64))
+    rank = draw(key, np.arange(count))
+    mismatched = np.zeros(count, dtype=bool)
+    for end, take, chosen in zip(ends.tolist(), takes, bad, strict=True):
+        # Those whose draw is lowest; the order of a stream is random already.
+        if chosen:
+            begin = end - take
+            mismatched[begin + np.argsort(rank[begin:end], kind="stable")[:chosen]] = True
+    order = np.argsort(draw(key, np.arange(count), 1), kind="stable")
+    return order, ends, mismatched
 
-    Questions and captions share the mismatched pairs in proportion (each cell of the two-way table
-    follows its own quota as far as the two exact margins allow).
+
+# --- what comes when ----------------------------------------------------------------------------
+
+
+def rates(settings: SamplerSettings, streams: Sequence[Stream]) -> list[float]:
+    """Pairs of each stream per pair consumed, in the long run."""
+    if settings.mode != "alternating":
+        return [float(s.share) for s in streams]
+    families = shares_of(settings.families)
+    return [float(s.share * families[s.family]) for s in streams]
+
+
+def next_use(
+    settings: SamplerSettings, streams: Sequence[Stream], state: SamplerState, behind: int = 0
+) -> NDArray[np.float64]:
+    """For each shard, pairs that will be consumed before its next window begins, f64 (shards,).
+
+    0 for the shards of the windows that the streams stand in, or have left less than `behind`
+    pairs ago; inf for shards that no stream visits.
     """
-    begin, end = state.consumed, state.consumed + len(pairs)
-    asked = int((pairs.stream == 0).sum())
-    bad = _quota(settings.mismatch, begin, end)
-    joint = float(Fraction(str(settings.mismatch)) * Fraction(str(settings.question_share)))
-    bad_asked = min(max(_quota(joint, begin, end), asked + bad - len(pairs), 0), asked, bad)
-    mismatched = np.zeros(len(pairs), dtype=bool)
-    key = fold(settings.seed, begin, PURPOSE_ARRANGE)
-    rank = draw(key, np.arange(len(pairs)))
-    # Which pairs of a stream: those whose draw is lowest; the order of a stream is random already.
-    mismatched[np.argsort(rank[:asked], kind="stable")[:bad_asked]] = True
-    mismatched[asked + np.argsort(rank[asked:], kind="stable")[: bad - bad_asked]] = True
-    slots = np.argsort(draw(key, np.arange(len(pairs)), 1), kind="stable")
-    return Plan(
-        pairs.stream[slots],
-        pairs.epoch[slots],
-        pairs.shard[slots],
-        pairs.index[slots],
-        mismatched[slots],
-    )
+    arguments = settings.window, settings.sentences_per_visit
+    out = np.full(len(streams[0].sizes), np.inf)
+    for stream, cursor, rate in zip(streams, state.cursors, rates(settings, streams), strict=True):
+        back = max(cursor - int(behind * rate), 0)
+        epoch = back // stream.pairs
+        offsets = []
+        for e in (epoch, epoch + 1):
+            order = stream_epoch(stream, settings.seed, e, *arguments)
+            edges = order.window_start()
+            window_of = np.arange(len(order.shard_order)) // order.window
+            begin, end = edges[window_of], edges[window_of + 1]
+            base = e * stream.pairs
+            due = np.full(len(out), np.inf)
+            due[order.shard_order] = np.where(
+                base + end > back, np.maximum(base + begin - cursor, 0), np.inf
+            )
+            offsets.append(due)
+        np.minimum(out, np.minimum(*offsets) / max(rate, 1e-12), out=out)
+    return out
+
+
+def windows_at(
+    settings: SamplerSettings, streams: Sequence[Stream], state: SamplerState, behind: int = 0
+) -> tuple[int, ...]:
+    """Which windows the streams stand in and have left less than `behind` pairs ago: `next_use` is
+    another only when these are."""
+    arguments = settings.window, settings.sentences_per_visit
+    out: list[int] = []
+    for stream, cursor, rate in zip(streams, state.cursors, rates(settings, streams), strict=True):
+        for at in (cursor, max(cursor - int(behind * rate), 0)):
+            epoch, position = divmod(at, stream.pairs)
+            order = stream_epoch(stream, settings.seed, epoch, *arguments)
+            out += [epoch, order.window_of(position)]
+    return tuple(out)
+
+
+def working_set(
+    settings: SamplerSettings, streams: Sequence[Stream], shard_bytes: I64, in_flight: int
+) -> int:
+    """Bytes of the shards that steps in flight can need at once, at most: of every stream the
+    windows that `in_flight` consecutive pairs can touch."""
+    total = 0
+    for stream, rate in zip(streams, rates(settings, streams), strict=True):
+        visited = np.flatnonzero(stream.sizes)
+        window = settings.window or len(visited)
+        smallest = int(np.sort(stream.sizes[visited])[:window].sum())
+        windows = 2 + int(in_flight * rate) // max(smallest, 1)
+        sizes = np.sort(shard_bytes[visited])[::-1]
+        total += int(sizes[: windows * window].sum())
+    used = np.any([s.sizes > 0 for s in streams], axis=0)
+    return min(total, int(shard_bytes[used].sum()))
+
+
+def steps_ahead(
+    settings: SamplerSettings,
+    streams: Sequence[Stream],
+    state: SamplerState,
+    global_batch: int,
+    total: int,
+) -> Iterator[tuple[SamplerState, int]]:
+    """(state before, number of pairs) of the steps until `total` pairs are consumed."""
+    while state.consumed < total:
+        count = next_count(settings, streams, state, global_batch, total)
+        yield state, count
+        state = advance(settings, streams, state, count)

@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 
 from model.batch import Batch
+from shards.answers import load_answers
 from shards.build import BuildSettings, build
-from shards.dataset import Dataset, open_dataset
-from shards.sampler import (
-    SamplerSettings,
-    SamplerState,
-    Stream,
-    advance,
-    plan,
-    start_state,
-    streams_of,
-)
+from shards.dataset import Dataset, Place, open_dataset
+from shards.sampler import SamplerSettings, SamplerState, advance, plan, start_state, steps_ahead
 from tests.conftest import small_records
 from trainer.batch import BatchSettings, make_batch
-from trainer.loader import Share, load_steps, steps_ahead
+from trainer.loader import LoaderSettings, Share, Trouble, load_steps
+from trainer.setup import data_streams
 
 GLOBAL_BATCH = 13
-MODES = [
-    SamplerSettings(seed=4, window=2),
-    SamplerSettings("balanced", 4, 2, mismatch=0.4, question_share=0.7),
-]
+MODES = {
+    "natural": SamplerSettings(seed=4, window=2),
+    "balanced": SamplerSettings("balanced", 4, 2, mismatch=0.4, question_share=0.7),
+    "alternating": SamplerSettings("alternating", 4, 2, families=(2.0, 1.0, 1.0)),
+    "weighted": SamplerSettings(seed=4, window=2, source_weights=(("vqa", 2.0),)),
+    "visits": SamplerSettings(seed=4, window=2, sentences_per_visit=2),
+    "short": SamplerSettings(seed=4, window=2, last_batch="short"),
+}
+IN_PROCESS = LoaderSettings()
+NATURAL = MODES["natural"]
+every_mode = pytest.mark.parametrize("mode", MODES)
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.test_batches"])
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +46,22 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return open_dataset(str(folder / "set"), folder / "cache")
 
 
+@pytest.fixture(scope="module")
+def mixed(data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Two data sets with equal vocabulary and answers, mixed three to one."""
+    folder = tmp_path_factory.mktemp("mixed")
+    first = Path(data.places[0].url)
+    answers = load_answers(first / data.manifest.answers.file)
+    settings = BuildSettings(
+        "other", "test", images_per_shard=4, vocab=first / data.manifest.vocab.file, answers=answers
+    )
+    build(small_records(14, labels=True, seed=9), folder / "set", settings)
+    places = (Place(str(first), 3.0), Place(str(folder / "set"), 1.0))
+    return open_dataset(places, folder / "cache")
+
+
 def drawn(data: Dataset, mask: float = 0.4) -> BatchSettings:
     return BatchSettings(4, mask, mask, 2, 3, 4, data.manifest.schema.vocab_size)
-
-
-def streams(data: Dataset, settings: SamplerSettings) -> tuple[Stream, ...]:
-    m = data.manifest
-    sizes = [dict(s.pairs_per_source) for s in m.shards]
-    return streams_of(settings, sizes, list(m.sources), list(m.question_sources))
 
 
 def describe(batch: Batch) -> list[dict[str, object]]:
@@ -96,12 +111,12 @@ def run(
     world: int,
     total: int,
     accumulation: int = 1,
-    workers: int = 0,
+    loader: LoaderSettings = IN_PROCESS,
     state: SamplerState | None = None,
     global_batch: int = GLOBAL_BATCH,
 ) -> list[dict[str, object]]:
     """The pairs of all ranks and micro-batches, put together again in order."""
-    parts = streams(data, settings)
+    parts = data_streams(settings, data)
     state = state or start_state(parts)
     ranks = [
         load_steps(
@@ -110,58 +125,180 @@ def run(
             parts,
             drawn(data),
             Share(rank, world, accumulation),
-            steps_ahead(settings, state, global_batch, total),
-            workers,
-            2,
+            state,
+            global_batch,
+            total,
+            loader,
         )
         for rank in range(world)
     ]
+    pairs: list[dict[str, object]] = []
+    for step in zip(*ranks, strict=True):
+        begin = len(pairs)
+        for micro in step:
+            assert not isinstance(micro, Trouble), micro
+            for batch in micro:
+                assert batch.slot.tolist() == list(
+                    range(len(pairs) - begin, len(pairs) - begin + batch.pairs)
+                )
+                pairs += describe(batch)
+    return pairs
+
+
+def _rank(queue: Any, rank: int, arguments: tuple[Any, ...]) -> None:
+    places, cache, settings, world, accumulation, workers, state, total = arguments
+    data = open_dataset(places, cache)
+    parts = data_streams(settings, data)
+    steps = load_steps(
+        data,
+        settings,
+        parts,
+        drawn(data),
+        Share(rank, world, accumulation),
+        state,
+        GLOBAL_BATCH,
+        total,
+        LoaderSettings(workers),
+    )
+    queue.put((rank, [[p for b in micro for p in describe(b)] for micro in steps]))
+
+
+def run_processes(
+    data: Dataset,
+    settings: SamplerSettings,
+    world: int,
+    total: int,
+    accumulation: int = 1,
+    workers: int = 0,
+    state: SamplerState | None = None,
+) -> list[dict[str, object]]:
+    """`run`, with a process for each rank."""
+    state = state or start_state(data_streams(settings, data))
+    arguments = (data.places, data.cache, settings, world, accumulation, workers, state, total)
+    queue = CONTEXT.Queue()
+    ranks = [CONTEXT.Process(target=_rank, args=(queue, r, arguments)) for r in range(world)]
+    for process in ranks:
+        process.start()
+    found = dict(queue.get(timeout=120) for _ in ranks)
+    for process in ranks:
+        process.join()
     return [
-        pair
-        for step in zip(*ranks, strict=True)
-        for micro in step
-        for batch in micro
-        for pair in describe(batch)
+        p for step in zip(*(found[r] for r in range(world)), strict=True) for s in step for p in s
     ]
 
 
-@pytest.mark.parametrize("settings", MODES, ids=["natural", "balanced"])
-def test_any_world_size_gives_the_same_stream(data: Dataset, settings: SamplerSettings) -> None:
-    total = 2 * data.manifest.pairs + 5
+@every_mode
+def test_any_world_size_gives_the_same_stream(data: Dataset, mode: str) -> None:
+    settings = MODES[mode]
+    total = data.manifest.pairs + 30
     expected = run(data, settings, 1, total)
     assert len(expected) == total
-    for world, accumulation in ((2, 1), (3, 2), (5, 1), (8, 3), (15, 2)):
-        assert run(data, settings, world, total, accumulation) == expected, (world, accumulation)
+    for world in (2, 3, 4, 5, 6, 8, 12, 15):
+        accumulation = 1 + world % 3
+        assert run(data, settings, world, total, accumulation) == expected, world
 
 
-def test_any_number_of_loader_workers_gives_the_same_stream(data: Dataset) -> None:
-    expected = run(data, MODES[0], 1, 60)
-    for workers in (1, 3):
-        assert run(data, MODES[0], 2, 60, workers=workers) == expected
+def test_data_sets_mixed_by_weight_give_the_same_stream(mixed: Dataset) -> None:
+    for mode in ("natural", "balanced", "alternating"):
+        settings = MODES[mode]
+        expected = run(mixed, settings, 1, 130)
+        for world in (2, 5):
+            assert run(mixed, settings, world, 130) == expected
+        # Sentences of another image are of the pair's own data set.
+        edge = int(mixed.part_pairs[1])
+        for p in expected:
+            assert (p["pair"] < edge) == (p["sentence"] < edge)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("settings", MODES, ids=["natural", "balanced"])
-def test_resuming_at_every_step_gives_the_same_tail(
-    data: Dataset, settings: SamplerSettings
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_any_number_of_loader_workers_gives_the_same_stream(data: Dataset, workers: int) -> None:
+    expected = run(data, NATURAL, 1, 60)
+    assert run(data, NATURAL, 2, 60, loader=LoaderSettings(workers)) == expected
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
+def test_loader_workers_may_start_in_any_way(
+    data: Dataset, start: Literal["fork", "spawn", "forkserver"]
 ) -> None:
-    parts, total = streams(data, settings), data.manifest.pairs + 20
+    expected = run(data, NATURAL, 1, 60)
+    assert run(data, NATURAL, 1, 60, loader=LoaderSettings(2, start=start)) == expected
+
+
+@pytest.mark.parametrize(("world", "workers"), [(2, 0), (3, 2), (6, 1), (15, 0)])
+def test_real_processes_give_the_same_stream(data: Dataset, world: int, workers: int) -> None:
+    settings = MODES["balanced"]
+    expected = run(data, settings, 1, 80)
+    assert run_processes(data, settings, world, 80, workers=workers) == expected
+
+
+def states(data: Dataset, settings: SamplerSettings, total: int) -> list[SamplerState]:
+    """The state before each step, as a checkpoint gives it back."""
+    parts = data_streams(settings, data)
+    steps = steps_ahead(settings, parts, start_state(parts), GLOBAL_BATCH, total)
+    return [SamplerState.from_json(json.loads(json.dumps(s.to_json()))) for s, _ in steps]
+
+
+@every_mode
+def test_resuming_at_every_step_gives_the_same_tail(data: Dataset, mode: str) -> None:
+    settings = MODES[mode]
+    total = data.manifest.pairs + 3 * GLOBAL_BATCH
     expected = run(data, settings, 1, total)
-    state = start_state(parts)
-    while state.consumed < total:
-        world = 1 + state.consumed % 4
-        assert run(data, settings, world, total, state=state) == expected[state.consumed :]
-        state = advance(settings, state, min(GLOBAL_BATCH, total - state.consumed))
+    for i, state in enumerate(states(data, settings, total)):
+        assert run(data, settings, 1 + i % 5, total, state=state) == expected[state.consumed :]
+
+
+def test_resuming_at_every_step_in_new_processes_gives_the_same_tail(data: Dataset) -> None:
+    settings = MODES["balanced"]
+    total = data.manifest.pairs + 3 * GLOBAL_BATCH
+    expected = run(data, settings, 1, total)
+    for i, state in enumerate(states(data, settings, total)):
+        tail = run_processes(data, settings, 1 + (i + 1) % 3, total, state=state)
+        assert tail == expected[state.consumed :], state
+
+
+def test_chains_of_world_sizes_give_the_same_stream(data: Dataset) -> None:
+    for mode in ("natural", "balanced", "alternating"):
+        settings = MODES[mode]
+        parts = data_streams(settings, data)
+        total = 10 * GLOBAL_BATCH
+        expected = run(data, settings, 1, total)
+        state, found = start_state(parts), []
+        for world in (8, 3, 5, 8, 1):
+            found += run(data, settings, world, state.consumed + 2 * GLOBAL_BATCH, state=state)
+            for _ in range(2):
+                state = advance(settings, parts, state, GLOBAL_BATCH)
+            # Saved twice with no step between: what is restored is the same.
+            state = SamplerState.from_json(json.loads(json.dumps(state.to_json())))
+            state = SamplerState.from_json(json.loads(json.dumps(state.to_json())))
+        assert found == expected
+
+
+def test_resuming_at_an_epochs_very_end_begins_the_next(data: Dataset) -> None:
+    settings, pairs = MODES["short"], data.manifest.pairs
+    expected = run(data, settings, 1, 2 * pairs)
+    at_edge = [s for s in states(data, settings, 2 * pairs) if s.consumed == pairs]
+    assert len(at_edge) == 1
+    assert run(data, settings, 4, 2 * pairs, state=at_edge[0]) == expected[pairs:]
+    ids = [p["pair"] for p in expected[pairs:]]
+    assert sorted(ids) == list(range(pairs))
 
 
 def test_a_changed_global_batch_goes_on_with_the_same_pairs(data: Dataset) -> None:
-    expected = run(data, MODES[0], 1, 120)
-    state = SamplerState(39, (39,))
-    assert run(data, MODES[0], 3, 120, state=state, global_batch=20) == expected[39:]
+    for mode in ("natural", "visits"):
+        expected = run(data, MODES[mode], 1, 120)
+        state = states(data, MODES[mode], 120)[3]
+        assert run(data, MODES[mode], 3, 120, state=state, global_batch=20) == expected[39:]
+    # Where streams are mixed, each goes on in its own order.
+    settings = MODES["balanced"]
+    expected = run(data, settings, 1, 120)
+    state = states(data, settings, 120)[3]
+    changed = run(data, settings, 3, 120, state=state, global_batch=27)
+    assert sorted(p["pair"] for p in changed) == sorted(p["pair"] for p in expected[39:])
 
 
 def test_every_epoch_holds_every_pair_once(data: Dataset) -> None:
     pairs = data.manifest.pairs
-    stream = run(data, MODES[0], 3, 3 * pairs)
+    stream = run(data, NATURAL, 3, 3 * pairs)
     for epoch in range(3):
         ids = [p["pair"] for p in stream[epoch * pairs : (epoch + 1) * pairs]]
         assert sorted(ids) == list(range(pairs))
@@ -174,7 +311,7 @@ def test_every_epoch_holds_every_pair_once(data: Dataset) -> None:
 
 def one_batch(data: Dataset, count: int, mask: float, mismatch: float = 0.5) -> Batch:
     settings = SamplerSettings(seed=11, mismatch=mismatch)
-    parts = streams(data, settings)
+    parts = data_streams(settings, data)
     return make_batch(
         data, parts, plan(settings, parts, start_state(parts), count), drawn(data, mask)
     )
@@ -239,8 +376,8 @@ def test_packed_tokens_begin_and_end_with_the_marks(data: Dataset) -> None:
 
 
 def test_an_empty_slice_is_a_batch_of_no_pairs(data: Dataset) -> None:
-    settings = MODES[0]
-    parts = streams(data, settings)
-    empty = plan(settings, parts, start_state(parts), 4).slice(2, 2)
+    settings = NATURAL
+    parts = data_streams(settings, data)
+    empty = plan(settings, parts, start_state(parts), 4, 2, 2)
     batch = make_batch(data, parts, empty, drawn(data))
     assert len(batch.matched) == len(batch.tokens) == len(batch.answer_pair) == 0

@@ -35,6 +35,7 @@ def save(run: str, attempt: int, step: int, value: float, keep: int = 2) -> None
         arrays = {k: np.full(size, value, np.float32) for k in ("master", "exp_avg", "exp_avg_sq")}
         objects.append(write_object(run, step, attempt, rank, Snapshot(index, arrays)))
     body = {"step": step, "attempt": attempt, "parameters": SHAPES, "objects": objects}
+    body["record"] = []
     commit(run, body, keep)
 
 

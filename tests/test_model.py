@@ -83,6 +83,7 @@ def make_batch(pairs: int = 6, seed: int = 0, objects: int = 5, ragged: bool = F
         pair_id=torch.arange(pairs),
         sentence_id=torch.arange(pairs),
         source=torch.zeros(pairs, dtype=torch.int64),
+        slot=torch.arange(pairs),
         object_label=integers(CONFIG.num_object_classes, images, objects),
         object_conf=torch.rand(images, objects, generator=g),
         attribute_label=integers(CONFIG.num_attribute_classes, images, objects),

@@ -24,24 +24,26 @@ def test_permute_of_a_billion_answers_for_any_position() -> None:
 
 
 @pytest.mark.parametrize("window", [0, 1, 2, 3, 100])
-def test_an_epoch_holds_every_pair_once(window: int) -> None:
-    sizes = (7, 1, 13, 0, 29, 5)
-    order = epoch_order(sizes, seed=3, epoch=1, window=window)
+@pytest.mark.parametrize("k", [1, 2, 3, 50])
+def test_an_epoch_holds_every_pair_once(window: int, k: int) -> None:
+    sizes = np.asarray([7, 1, 13, 0, 29, 5])
+    order = epoch_order(sizes, seed=3, epoch=1, window=window, k=k)
     shard, index = order.locate(np.arange(order.pairs))
     assert sorted(zip(shard.tolist(), index.tolist(), strict=True)) == [
         (s, i) for s, size in enumerate(sizes) for i in range(size)
     ]
 
 
-def test_any_cut_of_an_epoch_gives_the_same_order() -> None:
-    order = epoch_order((50, 60, 70), seed=1, epoch=0, window=2)
+@pytest.mark.parametrize("k", [1, 4])
+def test_any_cut_of_an_epoch_gives_the_same_order(k: int) -> None:
+    order = epoch_order(np.asarray([50, 60, 70]), seed=1, epoch=0, window=2, k=k)
     whole = np.stack(order.locate(np.arange(180)))
     pieces = [np.stack(order.locate(np.arange(b, min(b + 7, 180)))) for b in range(0, 180, 7)]
     assert (np.concatenate(pieces, axis=1) == whole).all()
 
 
 def test_a_window_bounds_the_shards_that_are_open_at_once() -> None:
-    order = epoch_order((100,) * 12, seed=5, epoch=0, window=3)
+    order = epoch_order(np.full(12, 100), seed=5, epoch=0, window=3)
     shard, _ = order.locate(np.arange(1200))
     for begin in range(0, 1200, 300):
         assert len(set(shard[begin : begin + 300].tolist())) == 3

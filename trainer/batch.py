@@ -6,7 +6,8 @@ same other sentence and the same answer at any world size, in any process, after
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from model.batch import Batch
 from shards.dataset import Dataset, ranges
 from shards.errors import DataError
-from shards.order import I64, U64, below, draw, fold, uniform
+from shards.order import I64, U64, below, chance, draw, fold, uniform
 from shards.sampler import Plan, Stream
 
 # Purposes of draws; the sampler uses 1 and 2.
@@ -39,10 +40,24 @@ class BatchSettings:
     vocab_size: int
 
 
+Empty = Callable[[tuple[int, ...]], torch.Tensor]
+"""Shape -> an uninitialised fp16 tensor."""
+
+
+def _empty(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float16)
+
+
 def make_batch(
-    data: Dataset, streams: tuple[Stream, ...], plan: Plan, settings: BatchSettings
+    data: Dataset,
+    streams: Sequence[Stream],
+    plan: Plan,
+    settings: BatchSettings,
+    empty: Empty = _empty,
 ) -> Batch:
-    """The batch of a plan's pairs, on the CPU."""
+    """The batch of a plan's pairs, on the CPU; `empty` gives the memory of the features."""
+    if not plan.masks:
+        settings = replace(settings, token_mask=0.0, object_mask=0.0)
     m = data.merged
     pair = data.pairs_of(streams, plan)
     image = data.image_of(pair)
@@ -58,11 +73,9 @@ def make_batch(
     masks = _objects(data, image, objects, key, settings)
 
     answer_pair, answer_target = _answers(data, pair, matched, key)
-    labels = (
-        data.gather_labels(distinct, objects)
-        if data.manifest.schema.labels
-        else (None, None, None, None)
-    )
+    features = empty((len(distinct), objects, data.manifest.schema.feature_dim))
+    boxes, found = data.gather_images(distinct, features.numpy())
+    labels = found or (None, None, None, None)
 
     def tensor(array: NDArray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array))
@@ -71,8 +84,8 @@ def make_batch(
     return Batch(
         tokens=tensor(tokens),
         token_start=tensor(token_start),
-        features=tensor(data.gather_features(distinct, objects)),
-        boxes=tensor(data.gather_boxes(distinct, objects)),
+        features=features,
+        boxes=tensor(boxes),
         num_objects=tensor(m.image_objects[distinct].astype(np.int64)),
         image_index=tensor(image_index.astype(np.int64)),
         lm_position=tensor(lm_position),
@@ -88,23 +101,31 @@ def make_batch(
         pair_id=tensor(pair),
         sentence_id=tensor(sentence),
         source=tensor(m.source[pair].astype(np.int64)),
+        slot=tensor(plan.slot),
     )
 
 
 def _sentences(
     data: Dataset, pair: I64, image: I64, mismatched: NDArray[np.bool_], key: U64
 ) -> I64:
-    """The sentence shown with each pair: its own, or one of another image, uniform over all."""
+    """The sentence shown with each pair: its own, or one of another image, uniform over all of the
+    data set that the pair is of."""
     sentence = pair.copy()
-    total = len(data.merged.source)
     todo = np.flatnonzero(mismatched)
-    if len(todo) and len(data.merged.image_pair) < 3:
-        raise DataError("matching needs sentences of at least two images, the data set has one")
+    if not len(todo):
+        return sentence
+    edges = data.part_pairs
+    part = np.searchsorted(edges, pair[todo], side="right") - 1
+    first, total = edges[part], edges[part + 1] - edges[part]
+    for name, images in data.images_with_sentences:
+        if images < 2:
+            raise DataError(f"matching needs sentences of two images, the data set {name} has one")
     attempt = 0
     while len(todo):
-        other = below(draw(0, key[todo], _SENTENCE, attempt), total)
+        other = first + below(draw(0, key[todo], _SENTENCE, attempt), total)
         sentence[todo] = other
-        todo = todo[data.image_of(other) == image[todo]]
+        again = data.image_of(other) == image[todo]
+        todo, first, total = todo[again], first[again], total[again]
         attempt += 1
     return sentence
 
@@ -121,25 +142,20 @@ def _tokens(
     word = ranges(np.zeros_like(length), length)
     row_key = np.repeat(key, length)
 
-    bits = uniform(draw(0, row_key, _TOKEN, word))
-    masked = bits < settings.token_mask
+    bits = draw(0, row_key, _TOKEN, word)
+    masked = np.flatnonzero(chance(bits, settings.token_mask))
     # The same draw says what a masked word becomes: its place in [0, p) is uniform too.
-    fate = bits[masked] / max(settings.token_mask, 1e-12)
-    shown = words.copy()
+    fate = uniform(bits[masked]) / max(settings.token_mask, 1e-12)
+    shown, target = words.copy(), words[masked]
+    other = below(draw(0, row_key[masked], _TOKEN_ID, word[masked]), settings.vocab_size)
     shown[masked] = np.where(
-        fate < _MASKED,
-        settings.mask_id,
-        np.where(
-            fate < _REPLACED,
-            below(draw(0, row_key[masked], _TOKEN_ID, word[masked]), settings.vocab_size),
-            words[masked],
-        ),
+        fate < _MASKED, settings.mask_id, np.where(fate < _REPLACED, other, target)
     )
     tokens = np.empty(start[-1], dtype=np.int64)
     tokens[start[:-1]] = settings.cls_id
     tokens[start[1:] - 1] = settings.sep_id
     tokens[at] = shown
-    return tokens, start, at[masked], words[masked]
+    return tokens, start, at[masked], target
 
 
 @dataclass(frozen=True)
@@ -160,16 +176,17 @@ def _objects(
     (the shard is at hand wherever the pair is); in a shard of one image it is zeroed instead."""
     m = data.merged
     slot = np.arange(objects)
-    bits = uniform(draw(0, key[:, None], _OBJECT, slot[None, :]))
-    real = slot[None, :] < m.image_objects[image][:, None]
-    row, column = np.nonzero((bits < settings.object_mask) & real)
-    fate = bits[row, column] / max(settings.object_mask, 1e-12)
+    bits = draw(0, key[:, None], _OBJECT, slot[None, :]).reshape(-1)
+    position = np.flatnonzero(chance(bits, settings.object_mask))
+    row, column = np.divmod(position, objects)
+    real = column < m.image_objects[image[row]]
+    position, row, column = position[real], row[real], column[real]
+    fate = uniform(bits[position]) / max(settings.object_mask, 1e-12)
     shard = data.shard_of_image(image[row])
     first, size = m.shard_image[shard], m.shard_image[shard + 1] - m.shard_image[shard]
     alone = size < 2
     zero = (fate < _MASKED) | (alone & (fate < _REPLACED))
     swap = (fate >= _MASKED) & (fate < _REPLACED) & ~alone
-    position = row * objects + column
 
     row, column, first, size = row[swap], column[swap], first[swap], size[swap]
     donor = first + below(draw(0, key[row], _DONOR, column), size - 1)

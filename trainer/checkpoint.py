@@ -2,6 +2,7 @@
 
     storage/name/attempts/000002-1f3a….json                  claimed when an attempt starts
     storage/name/checkpoints/objects/step-…-a…-r…-….safetensors   one a rank: its fragments
+    storage/name/checkpoints/record/step-…-…-a…-….jsonl      what was consumed (trainer/record.py)
     storage/name/checkpoints/step-00001000-a000002.json      the generation: written last
 
 A generation exists when its manifest does and the manifest's own hash is right; no pointer says
@@ -29,10 +30,12 @@ from torch import Tensor
 from shards import store
 from shards.errors import DataError
 from trainer.fragments import KINDS, Fragment
+from trainer.record import FOLDER as RECORD
 
-FORMAT = "lxscale-checkpoint-1"
+FORMAT = "lxscale-checkpoint-2"
 _MANIFEST = re.compile(r"^step-(\d+)-a(\d+)\.json$")
 _OBJECT = re.compile(r"^step-(\d+)-a(\d+)-r(\d+)-[0-9a-f]+\.safetensors$")
+_SEGMENT = re.compile(r"^step-\d+-(\d+)-a(\d+)-[0-9a-f]+\.jsonl$")
 _ATTEMPT = re.compile(r"^(\d+)-([0-9a-f]+)\.json$")
 
 
@@ -165,12 +168,14 @@ def prune(run_url: str, keep: int, attempt: int) -> None:
         if isinstance(generation, str):
             return  # a damaged manifest: remove no object that it might name
         used |= {o["name"] for o in generation.manifest["objects"]}
+        used |= {o["name"] for o in generation.manifest["record"]}
     newest = max((int(m[1]) for m in map(_MANIFEST.match, names) if m), default=0)
-    for name in store.list_names(store.join(folder, "objects")):
-        m = _OBJECT.match(name)
-        # An object of this attempt that is not yet in a manifest may be a save under way.
-        if m and name not in used and (int(m[2]) < attempt or int(m[1]) < newest):
-            store.delete(store.join(folder, "objects", name))
+    for inside, pattern in (("objects", _OBJECT), (RECORD, _SEGMENT)):
+        for name in store.list_names(store.join(folder, inside)):
+            m = pattern.match(name)
+            # An object of this attempt that is not yet in a manifest may be a save under way.
+            if m and name not in used and (int(m[2]) < attempt or int(m[1]) < newest):
+                store.delete(store.join(folder, inside, name))
 
 
 # --- reading ------------------------------------------------------------------------------------

@@ -7,12 +7,13 @@ tree is stored with the run and in every checkpoint.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model.config import ModelConfig
+from shards.dataset import Place
 from shards.sampler import SamplerSettings
 
 OBJECTIVES = (
@@ -23,6 +24,14 @@ OBJECTIVES = (
     "matching",
     "qa",
 )
+
+# What a step of `alternating` serves.
+FAMILY_OBJECTIVES = {
+    "masked": ("masked_lm", "masked_feature", "masked_object", "masked_attribute"),
+    "matching": ("matching",),
+    "qa": ("qa",),
+    "all": OBJECTIVES,
+}
 
 
 class ConfigError(ValueError):
@@ -47,30 +56,94 @@ class RunSection(Section):
     """Of the initial weights, the order, the masks and dropout."""
 
 
+class PlaceSection(Section):
+    """One of several data sets that are mixed."""
+
+    url: str
+    weight: float | None = Field(None, ge=0)
+    """Its share of the pairs, against the others' weights; give all of them one or none. Without,
+    the sets come in proportion to their pairs."""
+
+
 class DataSection(Section):
-    train: str
-    """Folder or s3:// URL of a data set built by `lxscale shards build`."""
+    train: str | tuple[PlaceSection, ...]
+    """Folder or s3:// URL of a data set built by `lxscale shards build`; or a list of {url,
+    weight}, to mix several. Each goes through its own epochs."""
     validation: str | None = None
     cache: str | None = None
     """Node cache of remote shards and of merged tables; by default LXSCALE_CACHE or
     ~/.cache/lxscale."""
+    cache_limit_gb: float | None = Field(None, gt=0)
+    """GiB of remote files that a node's cache may hold; by default no limit. It must hold two
+    shuffle windows (`lxscale shards plan` says how much that is)."""
+    fetch_threads: int = Field(8, ge=1)
+    """Downloads at once, ahead of need, per training worker."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """A shard that cannot be had ends the run, or all workers pass over its pairs from the same
+    step on; what was skipped is reported and kept in the checkpoint."""
     loader_workers: int = Field(0, ge=0)
     """Processes that make batches ahead of the step, per training worker; 0 makes them in it."""
+    loader_start: Literal["forkserver", "spawn", "fork"] = "forkserver"
+    """How they start. forkserver: quick, small, and safe beside threads; spawn: slower, each
+    imports all by itself; fork: quickest, but a copy of a process with threads."""
     prefetch: int = Field(2, ge=1)
     """Steps that each loader worker keeps ready."""
 
+    def places(self) -> tuple[Place, ...]:
+        if isinstance(self.train, str):
+            return (Place(self.train),)
+        return tuple(Place(p.url, p.weight) for p in self.train)
+
+    @model_validator(mode="after")
+    def _all_or_no_weights(self) -> DataSection:
+        given = [p.weight is not None for p in self.places()]
+        if not given:
+            raise ValueError("data.train lists no data set")
+        if any(given) != all(given):
+            raise ValueError("give every data set of data.train a weight, or none")
+        return self
+
+
+class FamilySection(Section):
+    """`alternating` only: how many of the steps serve each family of objectives."""
+
+    masked: float = Field(1.0, ge=0)
+    matching: float = Field(1.0, ge=0)
+    qa: float = Field(1.0, ge=0)
+
 
 class SamplerSection(Section):
-    mode: Literal["natural", "balanced"] = "natural"
+    mode: Literal["natural", "balanced", "alternating"] = "natural"
+    """natural: pairs as they come; balanced: exact shares of questions and of mismatched pairs;
+    alternating: a step serves the masked objectives, matching or QA, as in UNITER."""
     window: int = Field(0, ge=0)
     """Shards per shuffle window; 0 = all, the exact global shuffle of the original."""
     mismatch: float = Field(0.5, ge=0, le=1)
-    """The paper's probability that a pair gets another image's sentence."""
+    """The paper's probability that a pair gets another image's sentence. An exact share in
+    `balanced` and in the matching steps of `alternating`."""
     question_share: float = Field(0.5, ge=0, le=1)
     """`balanced` only: the exact share of question pairs."""
+    source_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """How often pairs of a source set come: {vqa: 2} twice as often as the others."""
+    families: FamilySection = FamilySection()
+    sentences_per_visit: int = Field(1, ge=1)
+    """Neighbouring pairs, most of one image, that come together: fewer features to read and send,
+    less of a shuffle (`lxscale shards plan` says how much)."""
+    last_batch: Literal["wrap", "short"] = "wrap"
+    """A batch at the end of an epoch goes on into the next one, or is short."""
 
     def settings(self, seed: int) -> SamplerSettings:
-        return SamplerSettings(seed=seed, **self.model_dump())
+        return SamplerSettings(
+            mode=self.mode,
+            seed=seed,
+            window=self.window,
+            mismatch=self.mismatch,
+            question_share=self.question_share,
+            source_weights=tuple(sorted(self.source_weights.items())),
+            families=(self.families.masked, self.families.matching, self.families.qa),
+            sentences_per_visit=self.sentences_per_visit,
+            last_batch=self.last_batch,
+        )
 
 
 class ObjectiveSection(Section):
@@ -157,9 +230,10 @@ class ClusterSection(Section):
     default of 0 ends a run at its first lost node."""
     start_timeout_s: float = Field(60, gt=0)
     """How long Ray waits for all workers to be placed and started."""
-    process_group_timeout_s: float = Field(300, gt=0)
+    process_group_timeout_s: float = Field(360, gt=0)
     """How long a collective may hang; torch's 1800 s would cost half an hour for each lost peer
-    whose connection does not break."""
+    whose connection does not break. Above LXSCALE_STORE_DEADLINE, as a worker that waits for the
+    store is waited for."""
     health_check_interval_s: float = Field(1, gt=0)
     """How often Ray looks whether workers live; its own default is 2 s."""
     health_check_timeout_s: float = Field(120, gt=0)

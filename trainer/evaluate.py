@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from model.batch import Batch
 from model.losses import PreTrainingOutput
 from shards.dataset import Dataset
-from shards.sampler import Plan, SamplerSettings, SamplerState, Stream, plan
+from shards.sampler import SamplerSettings, SamplerState, Stream, plan
 from trainer.batch import BatchSettings, make_batch
 from trainer.engine import all_reduce_sum
 from trainer.loader import bounds
@@ -70,8 +71,9 @@ def _batches(
     total = streams[0].pairs
     for begin in range(0, total, task.batch_size):
         count = min(task.batch_size, total - begin)
-        whole: Plan = plan(settings, streams, SamplerState(begin, (begin,)), count)
-        batch = make_batch(task.data, streams, whole.slice(*bounds(count, rank, world)), drawn)
+        state = SamplerState(begin, (begin,), (0,), (0,))
+        own = plan(settings, streams, state, count, *bounds(count, rank, world))
+        batch = make_batch(task.data, streams, own, drawn)
         if task.blind:
             batch = replace(
                 batch,
@@ -111,8 +113,9 @@ def _qa_pass(forward: Forward, task: Evaluation) -> dict[str, float]:
     manifest = task.data.manifest
     settings = SamplerSettings(seed=VALIDATION_SEED, window=1, mismatch=0.0)
     chosen = [s for s in manifest.sources if s in manifest.question_sources]
-    sizes = tuple(sum(s.pairs_per_source.get(q, 0) for q in chosen) for s in manifest.shards)
-    streams = (Stream("question", tuple(manifest.sources.index(q) for q in chosen), sizes),)
+    sizes = np.asarray([sum(s.pairs_per_source.get(q, 0) for q in chosen) for s in manifest.shards])
+    numbers = tuple(manifest.sources.index(q) for q in chosen)
+    streams = (Stream("question", 0, 0, numbers, sizes, Fraction(1), 0, True),)
     drawn = replace(task.batch, seed=VALIDATION_SEED, token_mask=0.0, object_mask=0.0)
     m = task.data.merged
     kinds = len(manifest.sources)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,18 +21,31 @@ from model.losses import PreTrainingOutput, objective_counts
 from model.lxmert import LxmertForPreTraining, init_weights
 from shards import store
 from shards.dataset import Dataset, open_dataset
+from shards.errors import DataError
 from shards.order import fold
-from shards.sampler import SamplerState, advance, start_state
+from shards.sampler import (
+    SamplerSettings,
+    SamplerState,
+    Stream,
+    advance,
+    family_of,
+    next_count,
+    start_state,
+    steps_ahead,
+)
+from shards.store import DEFAULT_RETRY
 from trainer import setup
 from trainer.checkpoint import Generation, claim_attempt
-from trainer.config import RunConfig
+from trainer.config import FAMILY_OBJECTIVES, ConfigError, RunConfig
 from trainer.engine import all_reduce_sum, build_engine, set_learning_rate
 from trainer.evaluate import Evaluation, evaluate
-from trainer.loader import Share, load_steps, steps_ahead
+from trainer.loader import Loaded, Share, Trouble, load_steps
 from trainer.optimizer import learning_rate
 from trainer.progress import Progress, setup_logging
+from trainer.record import Record, digest, from_limbs, to_limbs
 from trainer.restore import check_data_state, parameter_shapes, restore, set_masters
 from trainer.saver import Saver
+from trainer.shares import count_pairs, planned_shares
 
 log = logging.getLogger("lxscale")
 
@@ -58,10 +71,16 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     setup_logging(rank)
+    if config.cluster.process_group_timeout_s <= DEFAULT_RETRY.deadline:
+        raise ConfigError(
+            f"cluster.process_group_timeout_s={config.cluster.process_group_timeout_s:g} is not "
+            f"above the store's deadline of {DEFAULT_RETRY.deadline:g} s, which the others wait: "
+            "raise it, or lower LXSCALE_STORE_DEADLINE"
+        )
     url = setup.run_url(config)
     attempt = _agree(lambda: claim_attempt(url))
 
-    data = open_dataset(config.data.train, config.data.cache)
+    data = setup.open_training_data(config)
     settings = config.sampler.settings(config.run.seed)
     streams = setup.data_streams(settings, data)
     weights = setup.resolve_objectives(config, data)
@@ -88,14 +107,19 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
 
     generation = restore(engine, url, shapes)
     now = setup.data_state(config, data)
-    state, step = _position(generation, config, now, start_state(streams))
+    state, step = _position(generation, config, now, settings, streams)
     pairs = data.manifest.pairs
     length = setup.run_length(config, pairs, step, state.consumed)
     if rank == 0:
         _announce(config, url, attempt, world, step, length, data)
         _describe_run(resolved, url, data)
 
-    saver = Saver(url, attempt, config.checkpoint.keep)
+    record = None
+    if rank == 0:
+        header = {"data": [p.url for p in data.places], "data_state": now}
+        entries = generation.manifest["record"] if generation else []
+        record = Record(header, entries, state.to_json())
+    saver = Saver(url, attempt, config.checkpoint.keep, record)
     saver.saved_step = step if generation is not None else -1
     progress = Progress(config, attempt, step, length.steps) if rank == 0 else None
     body = {
@@ -122,21 +146,27 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
         return metrics
 
     share = Share(rank, world, config.train.accumulation)
-    ahead = steps_ahead(settings, state, config.train.global_batch, length.total)
-    batches = load_steps(
-        data,
-        settings,
-        streams,
-        batch_settings,
-        share,
-        ahead,
-        config.data.loader_workers,
-        config.data.prefetch,
-    )
+    planned = planned_shares(settings, streams, data)
+
+    def load() -> Iterator[Loaded]:
+        return load_steps(
+            data,
+            settings,
+            streams,
+            batch_settings,
+            share,
+            state,
+            config.train.global_batch,
+            length.total,
+            setup.loader_settings(config),
+        )
+
+    batches = load()
     stopped, validated, metrics = False, -1, {}
     trained_pairs, trained_seconds = 0, 0.0
     while state.consumed < length.total:
-        count = min(config.train.global_batch, length.total - state.consumed)
+        count = next_count(settings, streams, state, config.train.global_batch, length.total)
+        family = family_of(settings, state)
         began = time.monotonic()
         micro = next(batches)
         waited = time.monotonic() - began
@@ -144,18 +174,34 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
         active = {
             name: w
             for name, w in weights.items()
-            if name != "qa" or state.consumed >= config.objectives.qa_from_epoch * pairs
+            if name in FAMILY_OBJECTIVES[family]
+            and (name != "qa" or state.consumed >= config.objectives.qa_from_epoch * pairs)
         }
-        counts, stopped = _global_counts(micro, active, config, control.should_stop())
-        if stopped:
+        seen = _look_around(
+            micro, active, config, list(planned), family, data, state, control.should_stop()
+        )
+        if seen.trouble:
+            state = _skip(config, data, state, seen.trouble)
+            batches = load()
+            continue
+        if seen.stop:
+            stopped = True
             break
+        assert not isinstance(micro, Trouble)
+        counts = seen.counts
         rate = learning_rate(config.optimizer, state.consumed, count, length.total)
         set_learning_rate(engine, rate)
         seed = fold(config.run.seed, _DROPOUT, step, rank)
         sums = train_step(engine, micro, active, counts, config, seed)
 
-        state = advance(settings, state, count)
+        state = advance(settings, streams, state, count)
+        state = replace(state, skipped_pairs=state.skipped_pairs + count - seen.pairs)
         step += 1
+        if record:
+            line = {"step": step, "pairs": count, "world": world, "digest": f"{seen.digest:016x}"}
+            if state.skipped:
+                line["skipped"] = [shard for shard, _ in state.skipped]
+            record.add({**line, "state": state.to_json()})
         seconds = time.monotonic() - began
         trained_pairs += count
         trained_seconds += seconds
@@ -164,6 +210,7 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
             values["loss"] = sum(active[name] * values[f"loss/{name}"] for name in active)
             values["lr"] = rate
             values["epoch"] = state.consumed / pairs
+            progress.shares(planned, seen.shares, count)
             progress.step(step, values, count, seconds, waited)
         if step % config.checkpoint.every == 0:
             save()
@@ -171,6 +218,8 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
             metrics, validated = validate(), step
     save()
     saver.wait(must_succeed=True)
+    if rank == 0 and state.skipped:
+        log.warning("%s", _skip_report(state))
     if not stopped and validated != step:
         metrics = validate()
     if progress:
@@ -186,16 +235,27 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
 
 
 def _position(
-    generation: Generation | None, config: RunConfig, now: dict[str, Any], fresh: SamplerState
+    generation: Generation | None,
+    config: RunConfig,
+    now: dict[str, Any],
+    settings: SamplerSettings,
+    streams: tuple[Stream, ...],
 ) -> tuple[SamplerState, int]:
     """Where in the data the run stands, and how many steps it has done."""
+    fresh = start_state(streams)
     if generation is None:
         return fresh, 0
-    override = config.checkpoint.override_data_state
-    check_data_state(generation.manifest["data_state"], now, override)
+    saved = generation.manifest["data_state"]
+    check_data_state(saved, now, config.checkpoint.override_data_state)
     state = SamplerState.from_json(generation.manifest["sampler"])
-    if len(state.cursors) != len(fresh.cursors):  # overridden: another sampler mode
-        state = advance(config.sampler.settings(config.run.seed), fresh, state.consumed)
+    if any(saved.get(k) != v for k, v in now.items() if k.startswith(("sampler.", "data."))):
+        # Overridden: as if the run had used this sampler from its start.
+        done, batch = state.consumed, config.train.global_batch
+        for before, count in steps_ahead(settings, streams, fresh, batch, done):
+            fresh = advance(settings, streams, before, count)
+        return fresh, generation.step
+    if state.skipped and dist.get_rank() == 0:
+        log.warning("%s", _skip_report(state))
     return state, generation.step
 
 
@@ -242,19 +302,91 @@ def _forward(
     return out
 
 
-def _global_counts(
-    micro: list[Batch], active: dict[str, float], config: RunConfig, stop: bool
-) -> tuple[dict[str, float], bool]:
-    """Targets of each objective in the global batch, and whether any rank wants to stop: one
-    all-reduce, before the forward."""
+@dataclass(frozen=True)
+class _Seen:
+    """What all ranks together bring to a step, the same on every rank.
+
+    counts: targets of each objective; shares: pairs that each planned share counts; pairs and
+    digest: of what is really there; stop: a rank wants to; trouble: shards that cannot be had.
+    """
+
+    counts: dict[str, float]
+    shares: list[float]
+    pairs: int
+    digest: int
+    stop: bool
+    trouble: list[Trouble]
+
+
+def _look_around(
+    micro: Loaded,
+    active: dict[str, float],
+    config: RunConfig,
+    shares: list[str],
+    family: str,
+    data: Dataset,
+    state: SamplerState,
+    stop: bool,
+) -> _Seen:
+    """One all-reduce before the forward, of everything that ranks must agree on."""
     names = sorted(active)
-    numbers = torch.zeros(len(names) + 1, dtype=torch.float64)
-    for batch in micro:
-        found = objective_counts(batch, config.objectives.label_scope)
-        numbers[:-1] += torch.tensor([float(found[n]) for n in names], dtype=torch.float64)
-    numbers[-1] = float(stop)
-    all_reduce_sum(numbers)
-    return dict(zip(names, numbers[:-1].tolist(), strict=True)), bool(numbers[-1] > 0)
+    numbers = [0.0] * (len(names) + len(shares) + 7)
+    if isinstance(micro, Trouble):
+        numbers[-1] = 1.0
+    else:
+        found = [objective_counts(batch, config.objectives.label_scope) for batch in micro]
+        total = sum(
+            digest(state.consumed + b.slot.numpy(), b.pair_id.numpy(), b.sentence_id.numpy())
+            for b in micro
+        )
+        numbers = [
+            *(sum(float(counts[n]) for counts in found) for n in names),
+            *count_pairs(shares, micro, family, data),
+            float(sum(b.pairs for b in micro)),
+            *to_limbs(total % (1 << 64)),
+            float(stop),
+            0.0,
+        ]
+    out = all_reduce_sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
+    trouble: list[Trouble] = []
+    if out[-1]:
+        told: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, micro if isinstance(micro, Trouble) else None)
+        trouble = [t for t in told if t]
+    k = len(names)
+    return _Seen(
+        dict(zip(names, out[:k], strict=True)),
+        out[k : k + len(shares)],
+        int(out[-7]),
+        from_limbs(out[-6:-2]),
+        bool(out[-2]),
+        trouble,
+    )
+
+
+def _skip(
+    config: RunConfig, data: Dataset, state: SamplerState, trouble: list[Trouble]
+) -> SamplerState:
+    """Pass over shards that cannot be had, from this step on and on every rank; or, without
+    data.on_error=skip, end the run on every rank with the same error."""
+    if config.data.on_error == "fail":
+        raise DataError(trouble[0].message)
+    fresh = {t.shard: t.message for t in trouble}
+    skipped = (*state.skipped, *((shard, state.consumed) for shard in sorted(fresh)))
+    if len(skipped) == len(data.manifest.shards):
+        raise DataError(f"no shard of {data.url} can be had: {trouble[0].message}")
+    if dist.get_rank() == 0:
+        for shard, message in sorted(fresh.items()):
+            name, pairs = data.shards.files[shard].url, data.manifest.shards[shard].pairs
+            log.error("skipping %s and its %d pairs from here on: %s", name, pairs, message)
+    return replace(state, skipped=skipped)
+
+
+def _skip_report(state: SamplerState) -> str:
+    return (
+        f"data.on_error=skip: {len(state.skipped)} shards are passed over, "
+        f"{state.skipped_pairs} pairs so far"
+    )
 
 
 def _validate(

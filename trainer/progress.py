@@ -46,6 +46,8 @@ class Progress:
         self._every = config.train.log_every
         self._total = total_steps
         self._pairs, self._seconds, self._waited = 0, 0.0, 0.0
+        self._shares: dict[str, tuple[float, float]] = {}
+        self._counted = 0
 
     def step(
         self, step: int, values: Mapping[str, float], pairs: int, seconds: float, waited: float
@@ -63,6 +65,9 @@ class Progress:
         self._pairs, self._seconds, self._waited = 0, 0.0, 0.0
         for name, value in values.items():
             self._writer.add_scalar(f"train/{name}", value, step)
+        for name, (planned, counted) in self._shares.items():
+            self._writer.add_scalar(f"share/{name}/planned", planned, step)
+            self._writer.add_scalar(f"share/{name}/actual", counted / self._counted, step)
         self._writer.add_scalar("speed/pairs_per_second", rate, step)
         self._writer.add_scalar("speed/share_waiting_for_data", share, step)
         losses = " ".join(
@@ -79,6 +84,12 @@ class Progress:
             rate,
             _duration((self._total - step) * (pairs / max(rate, 1e-9))),
         )
+
+    def shares(self, planned: Mapping[str, float], pairs: list[float], count: int) -> None:
+        """Count a step's pairs towards the shares of this attempt; `step` shows them."""
+        self._counted += count
+        for name, share, n in zip(planned, planned.values(), pairs, strict=True):
+            self._shares[name] = (share, self._shares.get(name, (share, 0.0))[1] + n)
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():

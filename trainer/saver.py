@@ -18,6 +18,7 @@ from trainer.checkpoint import (
     write_object,
 )
 from trainer.fragments import KINDS, list_fragments, read
+from trainer.record import Record
 
 log = logging.getLogger("lxscale")
 
@@ -25,12 +26,14 @@ log = logging.getLogger("lxscale")
 class Saver:
     """Writes one generation at a time; every rank calls `save` at the same steps, and `close`.
 
-    Uploads and the commit run in a thread over a process group of their own, so that they never
+    record: rank 0's, written with every generation; None on the other ranks. Uploads and the commit
+    run in a thread over a process group of their own, so that they never
     mix with the step's collectives.
     """
 
-    def __init__(self, run_url: str, attempt: int, keep: int) -> None:
+    def __init__(self, run_url: str, attempt: int, keep: int, record: Record | None) -> None:
         self._run_url, self._attempt, self._keep = run_url, attempt, keep
+        self._record = record
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._group = dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
@@ -86,8 +89,12 @@ class Saver:
         except Exception as error:
             return str(error), False
         try:
-            body = {**manifest, "step": step, "attempt": self._attempt, "objects": entries}
+            assert self._record
+            segments, lines = self._record.write(self._run_url, self._attempt, step)
+            body = {**manifest, "step": step, "attempt": self._attempt}
+            body |= {"objects": entries, "record": segments}
             generation = commit(self._run_url, body, self._keep)
+            self._record.committed(segments, lines)
         except Exception as error:
             return str(error), False
         log.info(

@@ -7,11 +7,13 @@ from typing import Any
 
 from model.config import ModelConfig
 from shards import store
-from shards.dataset import Dataset
+from shards.dataset import Dataset, open_dataset
+from shards.order import VERSION
 from shards.sampler import SamplerSettings, Stream, streams_of
 from shards.tokenizer import load_tokenizer
 from trainer.batch import BatchSettings
-from trainer.config import ConfigError, RunConfig
+from trainer.config import FAMILY_OBJECTIVES, ConfigError, RunConfig
+from trainer.loader import LoaderSettings
 
 
 def run_url(config: RunConfig) -> str:
@@ -81,6 +83,18 @@ def resolve_objectives(config: RunConfig, data: Dataset) -> dict[str, float]:
             f"objectives.qa_from_epoch={config.objectives.qa_from_epoch:g} leaves no objective for "
             "the epochs before: give another one a weight"
         )
+    if config.sampler.mode == "alternating":
+        for family, share in config.sampler.families.model_dump().items():
+            if share > 0 and not set(FAMILY_OBJECTIVES[family]) & set(weights):
+                raise ConfigError(
+                    f"sampler.families.{family}={share:g}, but none of its objectives is trained: "
+                    f"set it to 0, or give one a weight ({', '.join(FAMILY_OBJECTIVES[family])})"
+                )
+        if config.objectives.qa_from_epoch > 0:
+            raise ConfigError(
+                "objectives.qa_from_epoch does not go with sampler.mode=alternating, whose QA "
+                "steps would be empty before: set it to 0"
+            )
     return weights
 
 
@@ -111,13 +125,31 @@ def data_streams(settings: SamplerSettings, data: Dataset) -> tuple[Stream, ...]
         [dict(s.pairs_per_source) for s in manifest.shards],
         list(manifest.sources),
         list(manifest.question_sources),
+        data.parts,
+    )
+
+
+def loader_settings(config: RunConfig) -> LoaderSettings:
+    data = config.data
+    return LoaderSettings(data.loader_workers, data.prefetch, data.fetch_threads, data.loader_start)
+
+
+def open_training_data(config: RunConfig) -> Dataset:
+    limit = config.data.cache_limit_gb
+    return open_dataset(
+        config.data.places(), config.data.cache, None if limit is None else int(limit * 2**30)
     )
 
 
 def data_state(config: RunConfig, data: Dataset) -> dict[str, Any]:
     """Everything that the stream of batches depends on, beside the sampler's integers."""
-    state: dict[str, Any] = {"manifest": data.manifest.fingerprint, "run.seed": config.run.seed}
-    state |= {f"sampler.{k}": v for k, v in config.sampler.model_dump().items()}
+    state: dict[str, Any] = {
+        "manifest": data.manifest.fingerprint,
+        "order": VERSION,
+        "run.seed": config.run.seed,
+        "data.weights": [p.weight for p in data.places],
+    }
+    state |= {f"sampler.{k}": v for k, v in config.sampler.model_dump(mode="json").items()}
     for key in ("token_mask", "object_mask"):
         state[f"objectives.{key}"] = getattr(config.objectives, key)
     return state
@@ -133,10 +165,28 @@ class Length:
 
 def run_length(config: RunConfig, pairs: int, done_steps: int, consumed: int) -> Length:
     """The length of a run of which some steps are done, perhaps with another global batch."""
-    batch = config.train.global_batch
-    if config.train.steps is not None:
-        left = max(config.train.steps - done_steps, 0)
-        return Length(consumed + left * batch, done_steps + left)
-    assert config.train.epochs is not None
-    total = max(round(config.train.epochs * pairs), consumed)
-    return Length(total, done_steps - (consumed - total) // batch)
+    batch, steps, at = config.train.global_batch, done_steps, consumed
+    short = config.sampler.last_batch == "short"
+
+    def to_edge(end: int | None) -> int:
+        """Where the steps may go on without a batch that is short for the epoch's end."""
+        edge = at + pairs - at % pairs
+        return edge if end is None else min(edge, end) if short else end
+
+    if config.train.steps is None:
+        assert config.train.epochs is not None
+        end = max(round(config.train.epochs * pairs), consumed)
+        while at < end:
+            edge = to_edge(end)
+            steps += -(-(edge - at) // batch)
+            at = edge
+        return Length(end, steps)
+    left = max(config.train.steps - done_steps, 0)
+    if not short:
+        return Length(at + left * batch, steps + left)
+    steps += left
+    while left:
+        edge = to_edge(None)
+        taken = min(left, -(-(edge - at) // batch))
+        at, left = min(at + taken * batch, edge), left - taken
+    return Length(at, steps)
