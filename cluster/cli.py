@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cluster.errors import USER_ERRORS
 from shards.commands import add_shards_parser
+from trainer.audit import audit
 from trainer.config import load_config
 from trainer.export import evaluate_checkpoint, export_huggingface
 from trainer.progress import format_metrics, setup_logging
@@ -46,7 +47,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="lxscale", description="Pre-train LXMERT on a cluster and never lose a sample."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    add_shards_parser(commands)
+    shards = add_shards_parser(commands)
+    proof = shards.add_parser("audit", help="prove what a run has consumed")
+    proof.add_argument("run", help="a run's folder or URL, or a checkpoint's manifest")
+    proof.add_argument("--data", nargs="+", metavar="URL", help="where its data sets are now")
+    proof.add_argument("--cache", help="folder of the node cache")
+    proof.set_defaults(func=_audit)
 
     train = commands.add_parser("train", help="pre-train, or go on with, the run of a YAML file")
     train.add_argument("config", help="YAML file of the run")
@@ -74,6 +80,19 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=Path, required=True, help="folder to write")
     export.set_defaults(func=_export)
     return parser
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    found = audit(
+        arguments.run,
+        arguments.data,
+        arguments.cache,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    for line in [*found.lines, *(f"problem: {p}" for p in found.problems)]:
+        print(line)
+    print(f"{arguments.run}: {f'{len(found.problems)} problems' if found.problems else 'proved'}")
+    return 1 if found.problems else 0
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -17,9 +17,10 @@ from shards.record import ImageRecord, Report
 from shards.verify import info, verify
 
 
-def add_shards_parser(subparsers: Any) -> None:
+def add_shards_parser(subparsers: Any) -> Any:
     """Add `shards` and its commands; each parser sets `func`, called with the parsed arguments,
-    which returns the exit code. DataError is left to the caller to print."""
+    which returns the exit code. DataError is left to the caller to print. Returns the commands'
+    subparsers, to which others may be added."""
     shards = subparsers.add_parser("shards", help="build, verify and describe data sets")
     commands = shards.add_subparsers(dest="shards_command", required=True)
 
@@ -54,6 +55,7 @@ def add_shards_parser(subparsers: Any) -> None:
     )
     easy.add_argument("folder", type=Path)
     easy.set_defaults(func=_easy_vqa)
+    return commands
 
 
 def _add_build_arguments(parser: argparse.ArgumentParser, extractor: str) -> None:

@@ -61,9 +61,8 @@ def make_batch(
     m = data.merged
     pair = data.pairs_of(streams, plan)
     image = data.image_of(pair)
-    # One key a pair: everything drawn for it starts here.
-    key = draw(fold(settings.seed), plan.epoch, pair)
-    sentence = _sentences(data, pair, image, plan.mismatched, key)
+    key = pair_key(settings.seed, plan.epoch, pair)
+    sentence = sentences_of(data, pair, image, plan.mismatched, key)
     matched = ~plan.mismatched
 
     tokens, token_start, lm_position, lm_target = _tokens(data, sentence, key, settings)
@@ -105,7 +104,12 @@ def make_batch(
     )
 
 
-def _sentences(
+def pair_key(seed: int, epoch: I64, pair: I64) -> U64:
+    """One key a pair: everything drawn for it in an epoch starts here."""
+    return draw(fold(seed), epoch, pair)
+
+
+def sentences_of(
     data: Dataset, pair: I64, image: I64, mismatched: NDArray[np.bool_], key: U64
 ) -> I64:
     """The sentence shown with each pair: its own, or one of another image, uniform over all of the

@@ -1,0 +1,229 @@
+"""What a run consumed, proved: its record is re-derived from the data set, step by step.
+
+The record (trainer/record.py) says how many pairs each step took and a digest of what the ranks
+really trained on. The order, the sampler and the mismatched sentences are pure functions, so each
+digest can be computed anew; then the pairs are counted, epoch by epoch, against the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards import store
+from shards.dataset import Dataset, Place, open_dataset
+from shards.order import VERSION
+from shards.sampler import SamplerSettings, SamplerState, Stream, advance, plan
+from trainer.batch import pair_key, sentences_of
+from trainer.checkpoint import CheckpointError, find_generation
+from trainer.config import ConfigError, SamplerSection
+from trainer.record import FOLDER, FORMAT, digest
+from trainer.setup import data_streams
+
+
+@dataclass
+class Audit:
+    """lines: what was found; problems: what does not hold, empty where the record is proved."""
+
+    lines: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Replay:
+    """A data set with what has been seen of it: for each stream and epoch, how often each pair."""
+
+    data: Dataset
+    settings: SamplerSettings
+    streams: tuple[Stream, ...]
+    seen: dict[tuple[int, int], NDArray[np.uint8]] = field(default_factory=dict)
+    whole: dict[int, int] = field(default_factory=dict)
+    passed_over: dict[tuple[int, int], int] = field(default_factory=dict)
+
+
+def audit(
+    run: str,
+    data: list[str] | None = None,
+    cache: str | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Audit:
+    """Audit a run's folder or URL, or the manifest of one of its checkpoints.
+
+    data: where its data sets are now, if elsewhere. Raises CheckpointError, DataError or
+    ConfigError where the record or the data set cannot be read or is another one.
+    """
+    generation = find_generation(run)
+    out = Audit()
+    replay: _Replay | None = None
+    state: SamplerState | None = None
+    step, steps, last = 0, 0, time.monotonic()
+    worlds: list[int] = []
+    total = generation.step
+    context: Any = None
+    for header, lines in _segments(generation.run_url, generation.manifest["record"]):
+        start = SamplerState.from_json(header["start"])
+        if context != (header["data"], header["data_state"]):
+            context = (header["data"], header["data_state"])
+            if replay is not None:
+                out.lines.append(f"from step {step + 1}: another data state, by override")
+                _count_open_epochs(replay, out)
+            replay, state = _replay(header, data, cache), None
+        assert replay is not None
+        if state is None and not step and start.consumed:
+            out.problems.append(f"the record begins at {start.consumed} pairs, not at 0")
+        elif state is not None and state != start:
+            out.problems.append(f"step {step + 1} does not go on from where step {step} ended")
+        state = start
+        for line in lines:
+            if line["step"] != step + 1 and steps:
+                out.problems.append(f"step {line['step']} follows on step {step}")
+            step, steps = line["step"], steps + 1
+            if not worlds or worlds[-1] != line["world"]:
+                worlds.append(line["world"])
+            state, problem = _replay_step(replay, state, line)
+            if problem:
+                out.problems.append(f"step {step}: {problem}")
+            if say and time.monotonic() - last > 5:
+                last = time.monotonic()
+                say(f"step {step:,} of {total:,}")
+    if replay is None or state is None:
+        out.problems.append("the run has no record: it has done no step")
+        return out
+    _count_open_epochs(replay, out)
+    saved = SamplerState.from_json(generation.manifest["sampler"])
+    if step != total or saved != state:
+        out.problems.append(
+            f"the record ends at step {step} with {state.consumed} pairs, the checkpoint is at "
+            f"step {total} with {saved.consumed}"
+        )
+    shown = ", ".join(map(str, worlds))
+    out.lines.insert(0, f"{generation.url}: {steps:,} steps on {shown} workers, in order")
+    for shard, since in state.skipped:
+        name = replay.data.shards.files[shard].url
+        out.lines.append(f"passed over since {since:,} pairs: {name} (data.on_error=skip)")
+    if state.skipped:
+        out.lines.append(f"pairs passed over: {state.skipped_pairs:,}")
+    return out
+
+
+def _segments(
+    run_url: str, entries: list[dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    for entry in entries:
+        url = store.join(run_url, "checkpoints", FOLDER, entry["name"])
+        raw = store.read_bytes(url)
+        if hashlib.sha256(raw).hexdigest() != entry["sha256"]:
+            raise CheckpointError(f"{url} is damaged: its sha256 is not the checkpoint's")
+        header, *lines = map(json.loads, raw.splitlines())
+        if header["format"] != FORMAT:
+            raise CheckpointError(f"{url} has format {header['format']!r}, not {FORMAT!r}")
+        yield header, lines
+
+
+def _replay(header: dict[str, Any], places: list[str] | None, cache: str | None) -> _Replay:
+    state = header["data_state"]
+    if state["order"] != VERSION:
+        raise ConfigError(
+            f"the run used version {state['order']} of the order, this lxscale has {VERSION}: "
+            "audit it with the version that trained it"
+        )
+    weights = state["data.weights"]
+    urls = places or header["data"]
+    if len(urls) != len(weights):
+        raise ConfigError(f"the run used {len(weights)} data sets: give --data as many URLs")
+    data = open_dataset([Place(u, w) for u, w in zip(urls, weights, strict=True)], cache)
+    if data.manifest.fingerprint != state["manifest"]:
+        raise ConfigError(
+            f"{data.url} is not the data set of the run: its fingerprint is "
+            f"{data.manifest.fingerprint[:12]}…, the run's {state['manifest'][:12]}…; name the "
+            "right one with --data"
+        )
+    prefix = "sampler."
+    given = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    settings = SamplerSection.model_validate(given).settings(state["run.seed"])
+    return _Replay(data, settings, data_streams(settings, data))
+
+
+def _replay_step(
+    replay: _Replay, state: SamplerState, line: dict[str, Any]
+) -> tuple[SamplerState, str | None]:
+    """The state after a recorded step, and what is wrong with the step."""
+    data, streams, count = replay.data, replay.streams, line["pairs"]
+    planned = plan(replay.settings, streams, state, count)
+    skipped = line.get("skipped", [])
+    own = planned.without(skipped)
+    pair = data.pairs_of(streams, own)
+    key = pair_key(replay.settings.seed, own.epoch, pair)
+    shown = sentences_of(data, pair, data.image_of(pair), own.mismatched, key)
+    found = digest(state.consumed + own.slot, pair, shown)
+    problem = None
+    if f"{found:016x}" != line["digest"]:
+        problem = f"trained on other pairs than the order's ({line['digest']}, not {found:016x})"
+    for stream, epoch in sorted(set(zip(own.stream.tolist(), own.epoch.tolist(), strict=True))):
+        rows = (own.stream == stream) & (own.epoch == epoch)
+        seen = replay.seen.get((stream, epoch))
+        if seen is None:
+            seen = replay.seen[stream, epoch] = np.zeros(data.manifest.pairs, dtype=np.uint8)
+        np.add.at(seen, pair[rows], 1)
+    if skipped:
+        lost = planned.take(np.flatnonzero(np.isin(planned.shard, skipped)))
+        for stream, epoch in zip(lost.stream.tolist(), lost.epoch.tolist(), strict=True):
+            missing = replay.passed_over
+            missing[stream, epoch] = missing.get((stream, epoch), 0) + 1
+    after = advance(replay.settings, streams, state, count)
+    fresh = [(s, state.consumed) for s in skipped if s not in dict(state.skipped)]
+    after = SamplerState(
+        after.consumed,
+        after.cursors,
+        after.mismatched,
+        after.steps,
+        (*state.skipped, *fresh),
+        state.skipped_pairs + count - len(own),
+    )
+    for i, stream_ in enumerate(streams):
+        # Epochs that are over are checked and forgotten: memory does not grow with the run.
+        for epoch in [
+            e for s, e in replay.seen if s == i and e < after.cursors[i] // stream_.pairs
+        ]:
+            problem = _check_epoch(replay, i, epoch) or problem
+    return after, problem
+
+
+def _check_epoch(replay: _Replay, stream: int, epoch: int) -> str | None:
+    """Whether a finished epoch holds each of its stream's pairs once."""
+    seen, expected = replay.seen.pop((stream, epoch)), replay.streams[stream]
+    lost = replay.passed_over.get((stream, epoch), 0)
+    name = f"epoch {epoch} of stream {expected.name}"
+    kinds = np.bincount(replay.data.merged.source[seen > 0], minlength=1)
+    strange = sum(n for s, n in enumerate(kinds.tolist()) if s not in expected.sources)
+    if int(seen.max()) > 1 or strange:
+        return f"{name}: {int((seen > 1).sum())} pairs more than once, {strange} of other streams"
+    if int(seen.sum()) + lost != expected.pairs:
+        return f"{name}: {int(seen.sum()):,} of {expected.pairs:,} pairs"
+    replay.whole[stream] = replay.whole.get(stream, 0) + (lost == 0)
+    return None
+
+
+def _count_open_epochs(replay: _Replay, out: Audit) -> None:
+    """Say what is known of each stream, the epochs under way included."""
+    for i, stream in enumerate(replay.streams):
+        whole = replay.whole.get(i, 0)
+        text = f"stream {stream.name}: {whole} whole epochs of {stream.pairs:,} pairs, each once"
+        lost = {e: n for (s, e), n in replay.passed_over.items() if s == i}
+        if lost:
+            text += f"; {sum(lost.values()):,} pairs passed over in {len(lost)} epochs"
+        for _, epoch in [key for key in replay.seen if key[0] == i]:
+            seen = replay.seen.pop((i, epoch))
+            text += f"; epoch {epoch}: {int(seen.sum()):,} so far"
+            if seen.max() > 1:
+                out.problems.append(f"epoch {epoch} of stream {stream.name} repeats pairs")
+            else:
+                text += ", none twice"
+        out.lines.append(text)
