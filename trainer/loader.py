@@ -6,11 +6,10 @@ any number of loader workers gives the same stream and there is nothing of their
 
 from __future__ import annotations
 
-import mmap
 import multiprocessing
-import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +31,7 @@ from shards.sampler import (
     working_set,
 )
 from trainer.batch import BatchSettings, make_batch
+from trainer.slots import Packed, Slots, make_in_slot
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def bounds(count: int, part: int, parts: int) -> tuple[int, int]:
 
 
 @dataclass
-class _StepBatches(TorchDataset[Loaded]):
+class _StepBatches(TorchDataset[list[Packed | Batch] | Trouble]):
     """Maps a step, (state before it, number of pairs), to this rank's micro-batches.
 
     in_flight: pairs that other processes of the node may be ahead or behind; total: of the run.
@@ -85,10 +85,10 @@ class _StepBatches(TorchDataset[Loaded]):
     threads: int
     in_flight: int
     total: int
+    slots: Slots
     _windows: tuple[int, ...] = ()
-    _buffers: _Buffers | None = field(default=None)
 
-    def __getitem__(self, step: tuple[SamplerState, int]) -> Loaded:
+    def __getitem__(self, step: tuple[SamplerState, int]) -> list[Packed | Batch] | Trouble:
         state, count = step
         self._look_ahead(state)
         begin, end = bounds(count, self.share.rank, self.share.world)
@@ -98,14 +98,21 @@ class _StepBatches(TorchDataset[Loaded]):
             for i in range(self.share.accumulation)
         ]
         skipped = [shard for shard, _ in state.skipped]
-        empty = _shared if get_worker_info() else self._own_memory
+        worker = get_worker_info()
+        group = worker.id if worker else 0
+        made: list[Packed | Batch] = []
         try:
-            return [
-                make_batch(self.data, self.streams, s.without(skipped), self.batch, empty)
-                for s in slices
-            ]
+            for part in slices:
+                make = partial(
+                    make_batch, self.data, self.streams, part.without(skipped), self.batch
+                )
+                made.append(make_in_slot(self.slots, group, make))
         except ShardError as error:
+            for packed in made:
+                if isinstance(packed, Packed):
+                    self.slots.release(packed.slot)
             return Trouble(error.shard, str(error))
+        return made
 
     def _look_ahead(self, state: SamplerState) -> None:
         """Tell the shards what comes, whenever a stream enters another window."""
@@ -120,48 +127,13 @@ class _StepBatches(TorchDataset[Loaded]):
         threads = self.threads if worker is None or worker.id == 0 else 0
         self.data.shards.look_ahead(due, self.total - state.consumed, threads)
 
-    def _own_memory(self, shape: tuple[int, ...]) -> torch.Tensor:
-        if self._buffers is None:
-            self._buffers = _Buffers()
-        return self._buffers.empty(shape)
-
     def __getstate__(self) -> dict[str, Any]:
         # A worker maps the files itself: only names travel.
         data = (self.data.places, self.data.cache, self.data.shards.limit)
-        return {**self.__dict__, "data": data, "_buffers": None, "_windows": ()}
+        return {**self.__dict__, "data": data, "_windows": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state | {"data": open_dataset(*state["data"])})
-
-
-def _shared(shape: tuple[int, ...]) -> torch.Tensor:
-    """An fp16 tensor in memory that goes to the consumer without a copy."""
-    size = 2 * int(np.prod(shape))
-    storage = torch.UntypedStorage._new_shared(size)
-    return torch.empty(0, dtype=torch.float16).set_(storage, 0, shape)  # type: ignore[call-overload]
-
-
-_HUGE_PAGE = 2 << 20
-
-
-class _Buffers:
-    """fp16 tensors over memory that is used again once nothing refers to it any more: fresh pages
-    for 38 MB of features would cost as much as filling them."""
-
-    def __init__(self) -> None:
-        self._free: list[mmap.mmap] = []
-
-    def empty(self, shape: tuple[int, ...]) -> torch.Tensor:
-        count = int(np.prod(shape))
-        memory = self._free.pop() if self._free else None
-        if memory is None or len(memory) < 2 * count:
-            # With room to spare, as the number of distinct images in a batch varies.
-            memory = mmap.mmap(-1, -(-max(count, 1) * 5 // 2 // _HUGE_PAGE) * _HUGE_PAGE)
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        root = np.frombuffer(memory, dtype=np.float16)
-        # Every view holds its root, the tensor's storage too.
-        weakref.finalize(root, self._free.append, memory)
-        return torch.from_numpy(root[:count]).view(shape)
 
 
 def load_steps(
@@ -182,8 +154,14 @@ def load_steps(
     in_flight = global_batch * (1 + settings.workers * settings.prefetch)
     sizes = np.asarray([file.size for file in data.shards.files])
     check_limit(data.shards, working_set(sampler, streams, sizes, in_flight))
+    # Ready, being made, and in the reader's hands: of each worker, for each micro-batch.
+    ready = (settings.prefetch if settings.workers else 0) + 2
+    largest = -(-global_batch // (share.world * share.accumulation))
+    slots = Slots(
+        max(settings.workers, 1), ready * share.accumulation, _slot_size(data, batch, largest)
+    )
     maker = _StepBatches(
-        data, sampler, tuple(streams), batch, share, settings.threads, in_flight, total
+        data, sampler, tuple(streams), batch, share, settings.threads, in_flight, total, slots
     )
     steps = steps_ahead(sampler, streams, state, global_batch, total)
     context = None
@@ -199,14 +177,32 @@ def load_steps(
         num_workers=settings.workers,
         prefetch_factor=settings.prefetch if settings.workers else None,
         multiprocessing_context=context,
-        pin_memory=torch.cuda.is_available(),
     )
-    return _closing(iter(loader), data)
+    return _read(iter(loader), data, slots)
 
 
-def _closing(batches: Iterator[Loaded], data: Dataset) -> Iterator[Loaded]:
+def _slot_size(data: Dataset, batch: BatchSettings, pairs: int) -> int:
+    """Bytes that a batch of so many pairs of distinct images takes, hardly ever more."""
+    schema = data.manifest.schema
+    features = schema.max_objects * schema.feature_dim * 2
+    swapped = int(features * min(1.0, 0.2 * batch.object_mask))
+    small = schema.max_tokens * 40 + schema.max_objects * 80 + 256
+    return pairs * (features + swapped + small) + (1 << 16)
+
+
+def _read(
+    batches: Iterator[list[Packed | Batch] | Trouble], data: Dataset, slots: Slots
+) -> Iterator[Loaded]:
+    pinned = torch.cuda.is_available()
+
+    def unpacked(made: Packed | Batch) -> Batch:
+        batch = slots.read(made) if isinstance(made, Packed) else made
+        return batch.pin_memory() if pinned else batch
+
     try:
-        yield from batches
+        for made in batches:
+            yield made if isinstance(made, Trouble) else [unpacked(m) for m in made]
+            del made
     finally:
         data.shards.stop()
 
