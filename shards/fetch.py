@@ -95,8 +95,9 @@ class ShardFiles:
     # --- ahead ----------------------------------------------------------------------------------
 
     def look_ahead(self, due: NDArray[np.float64], until: float, threads: int) -> None:
-        """Take a new future: `due[i]` says when shard i is needed next, 0 for those in use now.
-        Those due before `until` are fetched, first things first; unused ones are unmapped."""
+        """Take a new future: `due[i]` says when shard i is needed next, 0 for those in use now, -1
+        for those that others may be using still (`shards.sampler.next_use`). Those due before
+        `until` are fetched, first things first; unused ones are unmapped."""
         if self._open != os.getpid():  # stopped, or forked: threads do not survive that
             self._threads, self._open = [], os.getpid()
             self._changed = threading.Condition()
@@ -113,7 +114,8 @@ class ShardFiles:
             if self.limit is not None:
                 self._here = set()  # others may have evicted what was there
             order = np.argsort(due, kind="stable")
-            self._wanted = [s for s in order[due[order] < until].tolist() if s not in self._here]
+            soon = order[(due[order] >= 0) & (due[order] < until)]
+            self._wanted = [s for s in soon.tolist() if s not in self._here]
             self._changed.notify_all()
         while len(self._threads) < threads:
             thread = threading.Thread(target=self._work, name="lxscale-fetch", daemon=True)

@@ -452,28 +452,24 @@ def next_use(
 ) -> NDArray[np.float64]:
     """For each shard, pairs that will be consumed before its next window begins, f64 (shards,).
 
-    0 for the shards of the windows that the streams stand in, or have left less than `behind`
-    pairs ago; inf for shards that no stream visits.
+    0 for the shards of the windows that the streams stand in, -1 for those that were left less
+    than `behind` pairs ago, where others may still be; inf for shards that no stream visits.
     """
     arguments = settings.window, settings.sentences_per_visit
     out = np.full(len(streams[0].sizes), np.inf)
+    left = np.zeros(len(out), dtype=bool)
     for stream, cursor, rate in zip(streams, state.cursors, rates(settings, streams), strict=True):
         back = max(cursor - int(behind * rate), 0)
-        epoch = back // stream.pairs
-        offsets = []
-        for e in (epoch, epoch + 1):
-            order = stream_epoch(stream, settings.seed, e, *arguments)
-            edges = order.window_start()
+        for epoch in range(back // stream.pairs, cursor // stream.pairs + 2):
+            order = stream_epoch(stream, settings.seed, epoch, *arguments)
+            edges = epoch * stream.pairs + order.window_start()
             window_of = np.arange(len(order.shard_order)) // order.window
             begin, end = edges[window_of], edges[window_of + 1]
-            base = e * stream.pairs
-            due = np.full(len(out), np.inf)
-            due[order.shard_order] = np.where(
-                base + end > back, np.maximum(base + begin - cursor, 0), np.inf
-            )
-            offsets.append(due)
-        np.minimum(out, np.minimum(*offsets) / max(rate, 1e-12), out=out)
-    return out
+            shards = order.shard_order
+            left[shards[(end > back) & (end <= cursor)]] = True
+            due = np.where(end > cursor, np.maximum(begin - cursor, 0) / max(rate, 1e-12), np.inf)
+            out[shards] = np.minimum(out[shards], due)
+    return np.where(left & (out > 0), -1.0, out)
 
 
 def windows_at(
