@@ -354,7 +354,7 @@ def advance(
     )
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def stream_epoch(stream: Stream, seed: int, epoch: int, window: int, k: int) -> EpochOrder:
     """The order of one epoch of a stream."""
     return epoch_order(stream.sizes, seed, epoch, window, stream.key, k)
