@@ -34,10 +34,11 @@ $(READY): pyproject.toml constraints.txt
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet -e '.[demo,test]'
 	touch $(READY)
 
-# mosaicml-streaming forbids the versions that we pin, and runs with them: see pyproject.toml.
+# Why two peers come without what they ask for: see pyproject.toml.
 $(BENCH_READY): $(READY)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet -e '.[bench]'
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --no-deps mosaicml-streaming
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --no-deps \
+	    'mosaicml-streaming>=0.13' 'litdata>=0.2.76'
 	touch $(BENCH_READY)
 
 clean:
