@@ -54,7 +54,9 @@ def ours(folder: Path, workers: int, rank: int, processes: int) -> Mapping[str, 
     return {STEPS: batches(data, workers, Share(rank, processes, 1), ENDLESS)}
 
 
-def batches(data: Dataset, workers: int, share: Share, total: int, window: int = 0) -> Iterator[int]:
+def batches(
+    data: Dataset, workers: int, share: Share, total: int, window: int = 0
+) -> Iterator[int]:
     """Batches of 256 pairs a rank until all ranks have `total`; yields their sizes."""
     settings = SamplerSettings(seed=1, window=window)
     streams = data_streams(settings, data)
@@ -260,7 +262,7 @@ def main() -> None:
             feed(results),
         ]
         if given.cold:
-            parts.append(cold.report(root / "shards", given.gateway, length.rounds, batches, say))
+            parts.append(cold.report(root, given.gateway, length.rounds, batches, say))
     finally:
         shutil.rmtree(root, ignore_errors=True)
     text = "\n".join(parts)

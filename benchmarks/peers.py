@@ -167,7 +167,9 @@ def _energon(folder: Path) -> Iterator[Sample]:
         sample: Sample
 
     def cook(crude: dict[str, Any]) -> Any:
-        made = _sample(crude["features.f16"], crude["json"], crude["boxes.f32"], crude["labels.bin"])
+        made = _sample(
+            crude["features.f16"], crude["json"], crude["boxes.f32"], crude["labels.bin"]
+        )
         return Record(**energon.basic_sample_keys(crude), sample=made)
 
     class Encoder(energon.DefaultTaskEncoder):  # type: ignore[misc]

@@ -1,0 +1,106 @@
+"""The order of an epoch, position -> pair, on one core: python benchmarks/order.py [--out FILE]
+
+Positions are asked for in chunks: a batch of 256, 4,096 and 65,536, from one place of the epoch to
+the next. Memory is what Python and numpy hold after the order is made and used, beside what the
+sizes of the shards take, which a manifest has anyway. It grows with the shards, not with the pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import tracemalloc
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+from protocol import machine, markdown
+from shards.order import epoch_order
+
+# Pairs, shards, shards per window (0 = all of them: an exact global shuffle).
+SIZES = (
+    (9_180_000, 700, 0),
+    (9_180_000, 700, 16),
+    (100_000_000, 2_000, 0),
+    (1_000_000_000, 2_000, 0),
+    (1_000_000_000, 20_000, 0),
+    (1_000_000_000, 20_000, 16),
+    (1_000_000_000, 200_000, 0),
+    (1_000_000_000, 200_000, 16),
+)
+CHUNKS = (256, 4096, 65_536)
+ROUNDS = 5
+
+
+def sizes_of(pairs: int, shards: int) -> tuple[int, ...]:
+    """Pairs of each shard: uneven, as real ones are, and `pairs` together."""
+    rng = np.random.default_rng(0)
+    cuts = np.linspace(0, pairs, shards + 1).astype(np.int64)
+    cuts[1:-1] += rng.integers(-pairs // shards // 4, pairs // shards // 4 + 1, shards - 1)
+    return tuple(np.diff(cuts).tolist())
+
+
+def locate(sizes: tuple[int, ...], window: int, begin: int, count: int) -> None:
+    """What the sampler does for a step, from the shards' sizes to shard and index."""
+    order = epoch_order(sizes, 1, 0, window)
+    order.locate(np.arange(begin, begin + count))
+
+
+def rate(sizes: tuple[int, ...], window: int, chunk: int, seconds: float) -> float:
+    """Positions/s, median of ROUNDS runs of `seconds` over consecutive chunks."""
+    total, rates = sum(sizes), []
+    for i in range(ROUNDS + 1):
+        begin, done = total // (i + 2), 0
+        began = time.perf_counter()
+        while (now := time.perf_counter()) - began < seconds:
+            locate(sizes, window, (begin + done) % (total - chunk), chunk)
+            done += chunk
+        rates.append(done / (now - began))
+    return statistics.median(rates[1:])
+
+
+def memory(sizes: tuple[int, ...], window: int) -> tuple[float, float]:
+    """Bytes that the order keeps, and the most at any time of its making and of a batch."""
+    epoch_order.cache_clear()
+    tracemalloc.start()
+    locate(sizes, window, sum(sizes) // 3, 256)
+    kept, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return kept, most
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="short runs: a look")
+    parser.add_argument("--out", type=Path, help="write the table there, too")
+    given = parser.parse_args()
+    rows = []
+    for pairs, shards, window in SIZES:
+        sizes = sizes_of(pairs, shards)
+        kept, most = memory(sizes, window)
+        rates = [rate(sizes, window, chunk, 0.1 if given.quick else 1.0) for chunk in CHUNKS]
+        rows.append(
+            [
+                f"{pairs:,}",
+                f"{shards:,}",
+                f"{window}" if window else "all",
+                *(f"{r:,.0f}" for r in rates),
+                f"{kept / 1e6:.3f}",
+                f"{kept / shards:.0f}",
+                f"{most / 1e6:.3f}",
+            ]
+        )
+        print(*rows[-1], sep="  ", flush=True)
+    header = ["pairs", "shards", "window", *(f"positions/s by {c:,}" for c in CHUNKS)]
+    header += ["order, MB", "bytes a shard", "most at any time, MB"]
+    text = f"# Order, {date.today()}, one core of {machine()}\n\n{markdown(header, rows)}"
+    text += f"\nMedians of {ROUNDS} runs of consecutive chunks.\n"
+    print("\n" + text)
+    if given.out:
+        given.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
