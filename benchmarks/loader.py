@@ -231,8 +231,8 @@ def feed(results: Results, mfu: float = 0.4, peak: float = 989e12) -> str:
         f"A training step costs {flops_per_pair() / 1e9:.1f} GFLOP a pair (20 tokens, {OBJECTS} "
         f"objects, base size). At an assumed {mfu:.0%} of {peak / 1e12:.0f} TFLOP/s (dense bf16 of "
         f"an H100 SXM or H200) one GPU takes {need:,.0f} pairs/s: an estimate, not a measurement. "
-        f"That is {moved:.2f} GB/s of features ({OBJECTS} x {DIM} fp16 a pair). One core here makes "
-        f"{own:,.0f} pairs/s ready: **{need / own:.2f} cores a GPU**.\n"
+        f"That is {moved:.2f} GB/s of features ({OBJECTS} x {DIM} fp16 a pair). One core here "
+        f"makes {own:,.0f} pairs/s ready: **{need / own:.2f} cores a GPU**.\n"
     )
 
 
@@ -254,8 +254,8 @@ def main() -> None:
         results = measure(contestants(given.images, root), length, say)
         parts = [
             f"# Loaders, {date.today()}, {machine()}\n",
-            f"{given.images} images of {OBJECTS} x {DIM} fp16 in the page cache, batches of {BATCH}; "
-            f"medians of {length.rounds} runs of at least {length.seconds:g} s and "
+            f"{given.images} images of {OBJECTS} x {DIM} fp16 in the page cache, batches of "
+            f"{BATCH}; medians of {length.rounds} runs of at least {length.seconds:g} s and "
             f"{length.batches} batches each, contestants in turn.\n",
             side_by_side(results),
             against_the_bound(results),

@@ -63,6 +63,7 @@ def rate(sizes: tuple[int, ...], window: int, chunk: int, seconds: float) -> flo
 
 def memory(sizes: tuple[int, ...], window: int) -> tuple[float, float]:
     """Bytes that the order keeps, and the most at any time of its making and of a batch."""
+    locate((1000, 1000), 0, 0, 256)  # what numpy loads on first use is not the order's
     epoch_order.cache_clear()
     tracemalloc.start()
     locate(sizes, window, sum(sizes) // 3, 256)

@@ -58,6 +58,11 @@ def _sample(features: Any, document: Any, boxes: Any, labels: Any) -> Sample:
     return Sample(array, document, boxes, labels)
 
 
+def _of_tar(members: dict[str, Any]) -> Sample:
+    names = ("features.f16", "json", "boxes.f32", "labels.bin")
+    return _sample(*(members[name] for name in names))
+
+
 def _fields(record: ImageRecord) -> dict[str, bytes]:
     assert record.labels is not None
     return {
@@ -134,7 +139,7 @@ def _webdataset(folder: Path) -> Iterator[Sample]:
     urls = sorted(str(p) for p in folder.glob("*.tar"))
     data = webdataset.WebDataset(urls, shardshuffle=100, seed=1).repeat().shuffle(1000)
     for s in data:
-        yield _sample(s["features.f16"], s["json"], s["boxes.f32"], s["labels.bin"])
+        yield _of_tar(s)
 
 
 # --- megatron-energon ---------------------------------------------------------------------------
@@ -161,18 +166,15 @@ def _energon(folder: Path) -> Iterator[Sample]:
     from megatron import energon
 
     @energon.edataclass
-    class Record(energon.Sample):  # type: ignore[misc]
+    class Record(energon.Sample):
         """Energon hands out its own samples only; this one carries ours."""
 
         sample: Sample
 
     def cook(crude: dict[str, Any]) -> Any:
-        made = _sample(
-            crude["features.f16"], crude["json"], crude["boxes.f32"], crude["labels.bin"]
-        )
-        return Record(**energon.basic_sample_keys(crude), sample=made)
+        return Record(**energon.basic_sample_keys(crude), sample=_of_tar(crude))
 
-    class Encoder(energon.DefaultTaskEncoder):  # type: ignore[misc]
+    class Encoder(energon.DefaultTaskEncoder):
         """Raw bytes to records, records to lists."""
 
         decoder = None
@@ -201,8 +203,8 @@ def _energon(folder: Path) -> Iterator[Sample]:
 @cache
 def _streaming() -> Any:
     """mosaicml-streaming. It imports torchvision for its picture data sets, which nothing here
-    uses: a stand-in takes torchvision's place meanwhile (pyproject.toml says why it is not here)."""
-    import transformers  # noqa: F401  looks for torchvision when it is imported: before the stand-in
+    uses: a stand-in takes torchvision's place meanwhile (pyproject.toml says why it is absent)."""
+    import transformers  # noqa: F401  looks for torchvision: not for the stand-in
 
     names = ("torchvision", "torchvision.datasets", "torchvision.transforms.functional")
     stand_in = {name: ModuleType(name) for name in names}
