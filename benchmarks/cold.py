@@ -144,10 +144,10 @@ def report(
     batches: Callable[..., Iterator[int]],
     say: Callable[[str], None],
 ) -> str:
-    """The table. root: folder with `shards` and `mosaicml-streaming` in it; gateway: the script
+    """The table. root: folder with `shards` and `mds` in it; gateway: the script
     that starts one; batches: ours, see loader.py."""
     with _gateway(gateway, root / "gateway"):
-        sizes = {name: _upload(root / name) for name in ("shards", "mosaicml-streaming")}
+        sizes = {name: _upload(root / name) for name in ("shards", "mds")}
         shards, mds = (f"s3://{BUCKET}/{name}" for name in sizes)
         megabytes = sizes["shards"] / 1e6
 

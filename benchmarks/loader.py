@@ -111,12 +111,11 @@ def contestants(images: int, root: Path) -> list[Contestant]:
         Contestant(IN_RAM, in_ram, (images, vocab), both),
     ]
     for i, one in enumerate(peers.STREAMED):
-        folder = root / one.name
-        folder.mkdir()
-        one.build(images, folder)
-        # webdataset reads our tars where they are.
-        where = folder if any(folder.iterdir()) else shards
-        found.append(Contestant(one.name, peer, (i, where, vocab), both))
+        folder = root / one.folder
+        if one.build:
+            folder.mkdir()
+            one.build(images, folder)
+        found.append(Contestant(one.name, peer, (i, folder, vocab), both))
     return [
         *found,
         Contestant(OURS_WORKERS, ours, (shards, 2), (STEPS,)),

@@ -46,10 +46,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Peer:
-    """build(images, folder) writes the peer's format; samples(folder) reads it without end."""
+    """build(images, folder) writes the peer's format to a folder of that name, None where another
+    one has; samples(folder) reads it without end."""
 
     name: str
-    build: Callable[[int, Path], None]
+    folder: str
+    build: Callable[[int, Path], None] | None
     samples: Callable[[Path], Iterator[Sample]]
 
 
@@ -235,6 +237,16 @@ def _mosaicml(folder: Path) -> Iterator[Sample]:
             yield _sample(s["features"], s["document"], s["boxes"], s["labels"])
 
 
+def _mosaicml_local(folder: Path) -> Iterator[Sample]:
+    """Its reader alone, asked for samples in a random order: no shuffle, download or resume of its
+    own, and none of the threads that its StreamingDataset spends most of its time waiting for."""
+    data = _streaming().LocalDataset(local=str(folder))
+    while True:
+        for i in np.random.permutation(len(data)).tolist():
+            s = data[i]
+            yield _sample(s["features"], s["document"], s["boxes"], s["labels"])
+
+
 # --- litdata ------------------------------------------------------------------------------------
 
 
@@ -259,10 +271,11 @@ def _litdata(folder: Path) -> Iterator[Sample]:
 
 
 STREAMED = (
-    Peer("webdataset", lambda images, folder: None, _webdataset),
-    Peer("mosaicml-streaming", _build_mosaicml, _mosaicml),
-    Peer("litdata", _build_litdata, _litdata),
-    Peer("megatron-energon", _build_energon, _energon),
+    Peer("webdataset", "shards", None, _webdataset),
+    Peer("mosaicml-streaming", "mds", _build_mosaicml, _mosaicml),
+    Peer("mosaicml-streaming, LocalDataset", "mds", None, _mosaicml_local),
+    Peer("litdata", "litdata", _build_litdata, _litdata),
+    Peer("megatron-energon", "energon", _build_energon, _energon),
 )
 
 
