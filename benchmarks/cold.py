@@ -1,0 +1,251 @@
+"""Reading from object storage with nothing cached: called by loader.py --cold.
+
+A Ceph gateway on loopback holds the shards. A round runs each reader once, in a fresh process with
+an empty folder for its cache: plain concurrent reads of whole objects by s3fs into memory and
+nothing else (the bound for Python), the same by curl (the gateway's own bound), ours until every
+shard is in the cache, ours until every batch of an epoch is made, and the peers that read object
+storage without a configuration of their own.
+
+Left out: litdata (it asks another service for the bucket's credentials unless configured by its
+own options) and megatron-energon (reads S3 through a storage client with its own profile file).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import peers
+from protocol import THREADS, markdown
+from shards import store
+from shards.dataset import open_dataset
+
+GATEWAY = Path(__file__).parents[1].parent / "shared" / "tools" / "rgw-up"
+BUCKET = "lxscale-bench"
+WINDOW = 3  # shards per shuffle window of ours
+FETCHES = 8  # downloads at once of ours, as in training
+_CONCURRENT = (2, 4, 8, 16)  # of plain reads: the fastest is the bound
+
+# Given the folder in the bucket, an empty local one, and more of its own; returns seconds.
+Reader = Callable[..., float]
+
+
+# --- readers ------------------------------------------------------------------------------------
+
+
+def plain(url: str, _: Path, concurrent: int) -> float:
+    """Whole tars by an asynchronous s3fs, `concurrent` at a time, thrown away."""
+    import s3fs
+
+    names = [n for n in store.list_names(url) if n.endswith(".tar")]
+
+    async def read() -> float:
+        fs = s3fs.S3FileSystem(asynchronous=True, skip_instance_cache=True)
+        session = await fs.set_session()
+        slots = asyncio.Semaphore(concurrent)
+
+        async def one(name: str) -> None:
+            async with slots:
+                await fs._cat_file(store.join(url, name).removeprefix("s3://"))
+
+        began = time.monotonic()
+        await asyncio.gather(*(one(n) for n in names))
+        seconds = time.monotonic() - began
+        await session.close()
+        return seconds
+
+    return asyncio.run(read())
+
+
+def curl(url: str, _: Path, concurrent: int) -> float:
+    """Whole tars by curl, thrown away."""
+    outputs = [word for address in _signed(url) for word in ("-o", os.devnull, address)]
+    began = time.monotonic()
+    subprocess.run(
+        ["curl", "-fZ", "--no-progress-meter", "--parallel-max", str(concurrent), *outputs],
+        check=True,
+    )
+    return time.monotonic() - began
+
+
+def _signed(url: str) -> list[str]:
+    """Addresses of the tars that carry their permission, for readers without credentials."""
+    import s3fs
+
+    fs = s3fs.S3FileSystem()
+    names = [n for n in store.list_names(url) if n.endswith(".tar")]
+    return [fs.url(store.join(url, name), expires=3600) for name in names]
+
+
+def fetch(url: str, cache: Path) -> float:
+    """Ours, until every shard is in the cache and verified."""
+    began = time.monotonic()
+    data = open_dataset(url, cache)
+    shards = range(len(data.manifest.shards))
+    data.shards.look_ahead(np.asarray(shards, dtype=np.float64), np.inf, FETCHES)
+    for shard in shards:
+        data.tar(shard)
+    return time.monotonic() - began
+
+
+def epoch(url: str, cache: Path, batches: Callable[..., Iterator[int]]) -> float:
+    """Ours, until every batch of one epoch is made, ready for the model."""
+    from trainer.loader import Share
+
+    began = time.monotonic()
+    data = open_dataset(url, cache)
+    pairs = sum(shard.pairs for shard in data.manifest.shards)
+    made = sum(batches(data, 0, Share(0, 1, 1), pairs, WINDOW))
+    seconds = time.monotonic() - began
+    assert made == pairs
+    return seconds
+
+
+def webdataset(url: str, _: Path) -> float:
+    """Our tars through curl, as webdataset reads them; it has no way to S3 of its own
+    but the AWS command line."""
+    from webdataset import WebDataset
+
+    urls = _signed(url)
+    began = time.monotonic()
+    for sample in WebDataset(urls, shardshuffle=100).shuffle(1000):
+        sample["features.f16"]
+    return time.monotonic() - began
+
+
+def mosaicml(url: str, cache: Path) -> float:
+    """mosaicml-streaming, one shuffled epoch of its own format."""
+    os.environ["S3_ENDPOINT_URL"] = os.environ["AWS_ENDPOINT_URL"]
+    streaming = peers._streaming()
+    began = time.monotonic()
+    data = streaming.StreamingDataset(remote=url, local=str(cache), batch_size=256, shuffle=True)
+    for sample in data:
+        sample["features"]
+    return time.monotonic() - began
+
+
+# --- the run ------------------------------------------------------------------------------------
+
+
+def report(
+    root: Path,
+    gateway: Path,
+    rounds: int,
+    batches: Callable[..., Iterator[int]],
+    say: Callable[[str], None],
+) -> str:
+    """The table. root: folder with `shards` and `mds` in it; gateway: the script
+    that starts one; batches: ours, see loader.py."""
+    with _gateway(gateway, root / "gateway"):
+        sizes = {name: _upload(root / name) for name in ("shards", "mds")}
+        shards, mds = (f"s3://{BUCKET}/{name}" for name in sizes)
+        megabytes = sizes["shards"] / 1e6
+
+        def run(reader: Reader, url: str, *more: Any) -> float:
+            return megabytes / _alone(reader, url, root, *more)
+
+        tried = {n: max(run(plain, shards, n) for _ in range(2)) for n in _CONCURRENT}
+        best = max(tried, key=lambda n: tried[n])
+        say(f"plain reads, MB/s by number at once: { {n: round(v) for n, v in tried.items()} }")
+        bound = f"plain reads by s3fs, {best} at once"
+        found: dict[str, list[float]] = defaultdict(list)
+        for i in range(rounds):
+            found[bound].append(run(plain, shards, best))
+            found[f"curl, {best} at once"].append(run(curl, shards, best))
+            found["lxscale, shards fetched"].append(run(fetch, shards))
+            found["lxscale, an epoch of batches"].append(run(epoch, shards, batches))
+            found["webdataset, an epoch of records"].append(run(webdataset, shards))
+            found["mosaicml-streaming, an epoch of records"].append(run(mosaicml, mds))
+            say(f"cold round {i + 1} of {rounds}")
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    rows = [
+        [
+            name,
+            f"{medians[name]:,.0f}",
+            f"{min(values):,.0f} to {max(values):,.0f}",
+            f"{medians[name] / medians[bound]:.2f}",
+        ]
+        for name, values in found.items()
+    ]
+    header = [f"from object storage, {megabytes:,.0f} MB", "MB/s", "least to most", "/ plain reads"]
+    return (
+        markdown(header, rows)
+        + f"\nMedians of {rounds} runs, each from an empty cache; windows of {WINDOW} shards; "
+        "Ceph's gateway on the same machine and cores.\n"
+    )
+
+
+def _upload(folder: Path) -> int:
+    """Everything in a folder to the bucket; returns the bytes of its tars."""
+    files = [p for p in sorted(folder.iterdir()) if p.is_file()]
+    for path in files:
+        store.upload(path, f"s3://{BUCKET}/{folder.name}/{path.name}")
+    return sum(p.stat().st_size for p in files if p.suffix == ".tar")
+
+
+def _alone(reader: Reader, url: str, root: Path, *more: Any) -> float:
+    """Seconds of a reader in a process and an empty folder of its own."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(dir=root) as folder:
+        pipe, theirs = context.Pipe()
+        process = context.Process(target=_call, args=(theirs, reader, url, Path(folder), *more))
+        process.start()
+        theirs.close()
+        try:
+            return float(pipe.recv())
+        except EOFError:
+            raise SystemExit(f"{reader.__name__} failed: see above") from None
+        finally:
+            process.join(10)
+            if process.is_alive():  # a peer's thread
+                process.kill()
+
+
+def _call(pipe: Connection, reader: Reader, url: str, folder: Path, *more: Any) -> None:
+    pipe.send(reader(url, folder, *more))
+
+
+@contextmanager
+def _gateway(script: Path, folder: Path) -> Iterator[None]:
+    """Ceph's S3 gateway on loopback with our bucket, its place and keys in the environment."""
+    if not script.exists():
+        raise SystemExit(f"--cold needs a script that starts an S3 gateway, not {script}")
+    output = folder.with_suffix(".log")
+    with open(output, "w") as log:  # a pipe would stay open in its daemons
+        subprocess.run([script, folder, "7489"], stdout=log, stderr=subprocess.STDOUT, check=True)
+    words = output.read_text().split("\nendpoint ")[-1].split()
+    pids = [int(pid) for pid in words[words.index("pids") + 1 :]]
+    before = dict(os.environ)
+    os.environ.update(
+        THREADS,
+        AWS_ENDPOINT_URL=words[0].removeprefix("endpoint "),
+        AWS_ACCESS_KEY_ID=words[words.index("key") + 1],
+        AWS_SECRET_ACCESS_KEY=words[words.index("secret") + 1],
+        AWS_DEFAULT_REGION="us-east-1",
+    )
+    try:
+        import s3fs
+
+        s3fs.S3FileSystem(skip_instance_cache=True).mkdir(BUCKET)
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGTERM)
+        os.environ.clear()
+        os.environ.update(before)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,117 @@
+"""The order of an epoch, position -> pair, on one core: python benchmarks/order.py [--out FILE]
+
+Positions are asked for in chunks: a batch of 256, 4,096 and 65,536, from one place of the epoch to
+the next. Memory is what Python and numpy hold after the order is made and used, beside what the
+sizes of the shards take, which a manifest has anyway. It grows with the shards, not with the pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import tracemalloc
+from datetime import date
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from protocol import machine, markdown
+from shards.order import I64
+from shards.sampler import Stream, stream_epoch
+
+# Pairs, shards, shards per window (0 = all of them: an exact global shuffle).
+SIZES = (
+    (9_180_000, 700, 0),
+    (9_180_000, 700, 16),
+    (100_000_000, 2_000, 0),
+    (1_000_000_000, 2_000, 0),
+    (1_000_000_000, 20_000, 0),
+    (1_000_000_000, 20_000, 16),
+    (1_000_000_000, 200_000, 0),
+    (1_000_000_000, 200_000, 16),
+)
+CHUNKS = (256, 4096, 65_536)
+ROUNDS = 5
+
+
+def sizes_of(pairs: int, shards: int) -> I64:
+    """Pairs of each shard: uneven, as real ones are, and `pairs` together."""
+    rng = np.random.default_rng(0)
+    cuts = np.linspace(0, pairs, shards + 1).astype(np.int64)
+    cuts[1:-1] += rng.integers(-pairs // shards // 4, pairs // shards // 4 + 1, shards - 1)
+    return np.diff(cuts)
+
+
+def pairs_at(stream: Stream, first: I64, window: int, begin: int, count: int) -> I64:
+    """What the sampler does for a step: positions of a stream to pairs. first: of each shard."""
+    shard, index = stream_epoch(stream, 1, 0, window, 1).locate(np.arange(begin, begin + count))
+    return first[shard] + index
+
+
+def stream_of(sizes: I64) -> tuple[Stream, I64]:
+    first = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    return Stream("all", 0, 0, (0,), sizes, Fraction(1), 0), first
+
+
+def rate(sizes: I64, window: int, chunk: int, seconds: float) -> float:
+    """Positions/s, median of ROUNDS runs of `seconds` over consecutive chunks."""
+    total, rates = int(sizes.sum()), []
+    stream, first = stream_of(sizes)
+    for i in range(ROUNDS + 1):
+        begin, done = total // (i + 2), 0
+        began = time.perf_counter()
+        while (now := time.perf_counter()) - began < seconds:
+            pairs_at(stream, first, window, (begin + done) % (total - chunk), chunk)
+            done += chunk
+        rates.append(done / (now - began))
+    return statistics.median(rates[1:])
+
+
+def memory(sizes: I64, window: int) -> tuple[float, float]:
+    """Bytes that the order keeps, and the most at any time of its making and of a batch."""
+    warm = stream_of(np.asarray([1000, 1000]))
+    pairs_at(*warm, 0, 0, 256)  # what numpy loads on first use is not the order's
+    stream, first = stream_of(sizes)
+    stream_epoch.cache_clear()
+    tracemalloc.start()
+    pairs_at(stream, first, window, stream.pairs // 3, 256)
+    kept, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return kept, most
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="short runs: a look")
+    parser.add_argument("--out", type=Path, help="write the table there, too")
+    given = parser.parse_args()
+    rows = []
+    for pairs, shards, window in SIZES:
+        sizes = sizes_of(pairs, shards)
+        kept, most = memory(sizes, window)
+        rates = [rate(sizes, window, chunk, 0.1 if given.quick else 1.0) for chunk in CHUNKS]
+        rows.append(
+            [
+                f"{pairs:,}",
+                f"{shards:,}",
+                f"{window}" if window else "all",
+                *(f"{r:,.0f}" for r in rates),
+                f"{kept / 1e6:.3f}",
+                f"{kept / shards:.0f}",
+                f"{most / 1e6:.3f}",
+            ]
+        )
+        print(*rows[-1], sep="  ", flush=True)
+    header = ["pairs", "shards", "window", *(f"positions/s by {c:,}" for c in CHUNKS)]
+    header += ["order, MB", "bytes a shard", "most at any time, MB"]
+    text = f"# Order, {date.today()}, one core of {machine()}\n\n{markdown(header, rows)}"
+    text += f"\nMedians of {ROUNDS} runs of consecutive chunks.\n"
+    print("\n" + text)
+    if given.out:
+        given.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
