@@ -6,8 +6,8 @@ nothing else (the bound for Python), the same by curl (the gateway's own bound),
 shard is in the cache, ours until every batch of an epoch is made, and the peers that read object
 storage without a configuration of their own.
 
-Left out: litdata (it asks another service for the bucket's credentials unless configured by its
-own options) and megatron-energon (reads S3 through a storage client with its own profile file).
+Left out, not tried: litdata and megatron-energon, whose storage clients take an endpoint other than
+AWS's by settings of their own.
 """
 
 from __future__ import annotations
