@@ -157,8 +157,9 @@ def load_steps(
     # Ready, being made, and in the reader's hands: of each worker, for each micro-batch.
     ready = (settings.prefetch if settings.workers else 0) + 2
     largest = -(-global_batch // (share.world * share.accumulation))
+    size = _slot_size(data, batch, largest)
     slots = Slots(
-        max(settings.workers, 1), ready * share.accumulation, _slot_size(data, batch, largest)
+        max(settings.workers, 1), ready * share.accumulation, size, shared=settings.workers > 0
     )
     maker = _StepBatches(
         data, sampler, tuple(streams), batch, share, settings.threads, in_flight, total, slots

@@ -35,20 +35,26 @@ class Packed:
 
 
 class Slots:
-    """`groups` times `count` slots of `size` bytes; a loader worker uses one group's."""
+    """`groups` times `count` slots of `size` bytes; a loader worker uses one group's. Slots that no
+    other process uses are in huge pages, where the kernel gives them."""
 
-    def __init__(self, groups: int, count: int, size: int) -> None:
+    def __init__(self, groups: int, count: int, size: int, shared: bool = True) -> None:
         size = -(-size // _HUGE_PAGE) * _HUGE_PAGE
-        fd = os.memfd_create("lxscale-batches")
-        os.ftruncate(fd, groups * count * size + _HUGE_PAGE)
+        fd = os.memfd_create("lxscale-batches") if shared else -1
+        if shared:
+            os.ftruncate(fd, groups * count * size + _HUGE_PAGE)
         self._attach(groups, count, size, fd)
 
     def _attach(self, groups: int, count: int, size: int, fd: int) -> None:
         self._shape, self._fd = (groups, count, size), fd
-        self._memory = mmap.mmap(fd, groups * count * size + _HUGE_PAGE)
+        flags = mmap.MAP_SHARED if fd >= 0 else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._memory = mmap.mmap(fd, groups * count * size + _HUGE_PAGE, flags=flags)
+        if fd < 0:
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        else:
+            weakref.finalize(self, os.close, fd)
         # One byte a slot says whether it is in use: set by who fills it, cleared by who reads it.
         self._busy = np.frombuffer(self._memory, np.uint8, groups * count)
-        weakref.finalize(self, os.close, fd)
 
     def __getstate__(self) -> Any:
         return (self._shape, reduction.DupFd(self._fd))
