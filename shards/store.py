@@ -214,9 +214,7 @@ _PASSING = {
 def _final(error: BaseException, url: str) -> DataError | None:
     """The error to raise at once, or None where another attempt may succeed."""
     name, text = type(error).__name__, str(error)
-    response = getattr(error.__cause__ or error, "response", None) or {}
-    code = str(response.get("Error", {}).get("Code", ""))
-    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    code, status = _answer(error)
     if code in _PASSING:
         return None
     if code == "NoSuchBucket" or "specified bucket does not exist" in text:
@@ -245,6 +243,13 @@ def _final(error: BaseException, url: str) -> DataError | None:
     return DataError(f"{url}: {name}: {text}")
 
 
+def _answer(error: BaseException) -> tuple[str, int]:
+    """The store's error code and HTTP status, where it has answered."""
+    response = getattr(error.__cause__ or error, "response", None) or {}
+    code = str(response.get("Error", {}).get("Code", ""))
+    return code, int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
 def _is_network_error(error: BaseException) -> bool:
     """Errors of the HTTP client and of boto's core that are not OSErrors."""
     modules = {c.__module__.split(".")[0] for c in type(error).__mro__}
@@ -256,6 +261,8 @@ def retrying(url: str, what: str, action: Callable[[float], T], retry: Retry | N
     fails for good. `until`: the time.monotonic() at which an attempt has to end. `what` completes
     "cannot … <url>" in messages."""
     retry = retry or Retry()
+    if url.startswith("s3://"):
+        _s3.file_system()  # the first time, this imports for a second: not the store's fault
     begin, attempt = time.monotonic(), 0
     while True:
         now = time.monotonic()
@@ -419,7 +426,7 @@ def read_range(url: str, begin: int, end: int, retry: Retry | None = None) -> by
         try:
             data: bytes = _call(url, until, "cat_file", start=begin, end=end)
         except OSError as error:
-            if "range" not in str(error).lower() or _size(url, until) > begin:
+            if _answer(error)[1] != 416 or _size(url, until) > begin:
                 raise
             return b""
         # An answer can be short and whole in itself: the object has the last word.

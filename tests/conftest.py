@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from shards.record import ImageRecord, Labels, Sentence
-from tests.object_store import SHARED, FaultProxy, moto_server
+from tests.object_store import (
+    SHARED,
+    FaultProxy,
+    ObjectStore,
+    moto_server,
+    radosgw,
+    why_no_radosgw,
+)
 
 
 @pytest.fixture(scope="session")
@@ -22,12 +29,34 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def s3() -> Iterator[str]:
-    """URL of a bucket on a moto server of its own; exports endpoint and credentials."""
-    with moto_server() as server, pytest.MonkeyPatch.context() as patch:
-        for key, value in server.environment.items():
+def moto() -> Iterator[ObjectStore]:
+    with moto_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """A real S3 gateway."""
+    if reason := why_no_radosgw():
+        pytest.skip(reason)
+    with radosgw(tmp_path_factory.mktemp("radosgw")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session", params=["moto", pytest.param("gateway", marks=pytest.mark.faults)])
+def server(request: pytest.FixtureRequest) -> ObjectStore:
+    """moto in `make test`, a real gateway in `make test-faults`."""
+    found: ObjectStore = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture(scope="session")
+def s3(moto: ObjectStore) -> Iterator[str]:
+    """URL of a bucket on moto's server; exports endpoint and credentials."""
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in moto.environment.items():
             patch.setenv(key, value)
-        yield server.bucket
+        yield moto.bucket
 
 
 @pytest.fixture
