@@ -3,21 +3,28 @@
 A passing fault costs time and nothing else; one that outlasts the deadline, and one that no retry
 can mend (no such bucket, access denied, no credentials), ends in one DataError that names the
 object. Local files are not retried. Credentials and endpoint come from the usual AWS environment
-(AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, …) or files. s3fs is not fork-safe: use threads or spawn.
+(AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, …) or files.
+
+Any number of threads may call in here; their requests share one event loop and its connections.
+A process has its own, and a forked child makes new ones at its first call.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
+import contextlib
 import hashlib
+import io
 import logging
 import os
 import random
 import secrets
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -27,12 +34,24 @@ log = logging.getLogger("lxscale")
 
 T = TypeVar("T")
 
-# One ranged GET: large enough that latency does not count, small enough to repeat cheaply.
+# One ranged GET or one part of an upload: large enough that latency does not count, small enough
+# to repeat cheaply.
 _CHUNK = 16 << 20
+
+# Parts of one upload that are under way at once.
+_PARTS_AT_ONCE = 4
 
 
 class NotFoundError(DataError):
     """The object is not there."""
+
+
+def _deadline() -> float:
+    text = os.environ.get("LXSCALE_STORE_DEADLINE", "300")
+    try:
+        return float(text)
+    except ValueError:
+        raise DataError(f"LXSCALE_STORE_DEADLINE is {text!r}: give a number of seconds") from None
 
 
 @dataclass(frozen=True)
@@ -45,10 +64,20 @@ class Retry:
 
     base: float = 0.2
     cap: float = 20.0
-    deadline: float = float(os.environ.get("LXSCALE_STORE_DEADLINE", "300"))
+    deadline: float = field(default_factory=_deadline)
+
+    def wait(self, attempt: int) -> float:
+        return _jitter.uniform(0, min(self.cap, self.base * 2 ** min(attempt, 30)))
+
+    def attempt_time(self, attempt: int, left: float) -> float:
+        """The longest that an attempt may take: a tenth of the deadline, then half as long again
+        each time. A request that is never answered leaves time for others, and over a slow line
+        the last ones get there."""
+        return max(1.0, min(left, self.deadline / 10 * 1.5 ** min(attempt, 30)))
 
 
-DEFAULT_RETRY = Retry()
+# Not the seeded generator of a training process: all ranks would wait for the same time.
+_jitter = random.SystemRandom()
 
 
 # --- names --------------------------------------------------------------------------------------
@@ -71,37 +100,100 @@ def _endpoint() -> str:
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
 
 
-@cache
-def _s3_of_process(pid: int, endpoint: str, key: str | None) -> Any:
-    """One file system per process: its connections don't survive a fork."""
+class _S3:
+    """This process's event loop, which runs in a thread, and its S3 file systems by endpoint."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._file_systems: dict[tuple[str, str | None], Any] = {}
+
+    def file_system(self) -> Any:
+        which = _endpoint(), os.environ.get("AWS_ACCESS_KEY_ID")
+        with self._lock:
+            if which not in self._file_systems:
+                self._file_systems[which] = _new_file_system()
+            return self._file_systems[which]
+
+    def run(self, call: Coroutine[Any, Any, T], until: float) -> T:
+        """The result of `call`, which is cancelled, and its connection closed, at `until`."""
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(
+                    target=self._loop.run_forever, name="lxscale-store", daemon=True
+                ).start()
+        seconds = max(1.0, until - time.monotonic())
+        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(call, seconds), self._loop)
+        try:
+            return future.result()
+        except TimeoutError as error:
+            # Timeouts of the connection have words; ours has none.
+            raise TimeoutError(str(error) or f"not done within {seconds:.0f} s") from error
+        except BaseException:
+            future.cancel()  # Ctrl-C ends the request, too
+            raise
+
+    def close(self) -> None:
+        """Close the connections, so that the end of the process is quiet."""
+
+        async def close() -> None:
+            for fs in self._file_systems.values():
+                await (await fs.set_session()).close()
+
+        if self._loop is not None:
+            with contextlib.suppress(Exception):
+                self.run(close(), 0.0)
+
+
+def _new_file_system() -> Any:
     import s3fs
 
     # Listings are not cached: other writers exist. Retries are ours, within one deadline: those of
-    # botocore and s3fs would multiply; s3fs keeps two for the parts of a large upload.
+    # botocore and s3fs would multiply. Loops are ours: fsspec's does not live through a fork, and
+    # its calls end late. A server that says nothing for 20 s has forgotten the request.
     fs = s3fs.S3FileSystem(
+        asynchronous=True,
         use_listings_cache=False,
         skip_instance_cache=True,
         config_kwargs={
             "connect_timeout": 5,
             "read_timeout": 20,
+            "max_pool_connections": 64,
             "retries": {"total_max_attempts": 1, "mode": "standard"},
         },
     )
-    fs.retries = 2
+    fs.retries = 1
     return fs
 
 
-def _remote(url: str) -> tuple[Any, str]:
-    """The file system of a URL and the path in it."""
+_s3 = _S3()
+atexit.register(lambda: _s3.close())
+_inherited: list[_S3] = []
+
+
+def _begin_anew_in_child() -> None:
+    """A forked child has its parent's connections and loop, but not the thread that runs it."""
+    global _s3
+    _inherited.append(_s3)  # never closed: that would take the parent's sockets out of its epoll
+    _s3 = _S3()
+
+
+os.register_at_fork(after_in_child=_begin_anew_in_child)
+
+
+def _call(url: str, until: float, method: str, *args: Any, **options: Any) -> Any:
+    """The result of a file system's method on `url`; on S3, not later than `until`."""
     if url.startswith("s3://"):
-        fs = _s3_of_process(os.getpid(), _endpoint(), os.environ.get("AWS_ACCESS_KEY_ID"))
-        return fs, url.removeprefix("s3://").rstrip("/")
+        key = url.removeprefix("s3://").rstrip("/")
+        return _s3.run(getattr(_s3.file_system(), f"_{method}")(key, *args, **options), until)
     import fsspec
 
     try:
-        return fsspec.core.url_to_fs(url)
+        fs, key = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
         raise DataError(f"{url} is not a place that can be read or written: {error}") from None
+    return getattr(fs, method)(key, *args, **options)
 
 
 # --- retries ------------------------------------------------------------------------------------
@@ -122,9 +214,7 @@ _PASSING = {
 def _final(error: BaseException, url: str) -> DataError | None:
     """The error to raise at once, or None where another attempt may succeed."""
     name, text = type(error).__name__, str(error)
-    response = getattr(error.__cause__ or error, "response", None) or {}
-    code = str(response.get("Error", {}).get("Code", ""))
-    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    code, status = _answer(error)
     if code in _PASSING:
         return None
     if code == "NoSuchBucket" or "specified bucket does not exist" in text:
@@ -148,9 +238,16 @@ def _final(error: BaseException, url: str) -> DataError | None:
         return DataError(
             f"{url}: refused by {_endpoint()} ({code or status}: {text}): check the URL"
         )
-    if isinstance(error, OSError | asyncio.TimeoutError) or _is_network_error(error):
+    if isinstance(error, OSError) or _is_network_error(error):
         return None
     return DataError(f"{url}: {name}: {text}")
+
+
+def _answer(error: BaseException) -> tuple[str, int]:
+    """The store's error code and HTTP status, where it has answered."""
+    response = getattr(error.__cause__ or error, "response", None) or {}
+    code = str(response.get("Error", {}).get("Code", ""))
+    return code, int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def _is_network_error(error: BaseException) -> bool:
@@ -159,28 +256,33 @@ def _is_network_error(error: BaseException) -> bool:
     return bool(modules & {"botocore", "aiobotocore", "aiohttp", "http", "urllib3"})
 
 
-def retrying(url: str, what: str, action: Callable[[], T], retry: Retry = DEFAULT_RETRY) -> T:
-    """`action()`, repeated with backoff until it succeeds; DataError naming `url` when it fails
-    for good. `what` completes "cannot … <url>" in messages."""
+def retrying(url: str, what: str, action: Callable[[float], T], retry: Retry | None = None) -> T:
+    """`action(until)`, repeated with backoff until it succeeds; DataError naming `url` when it
+    fails for good. `until`: the time.monotonic() at which an attempt has to end. `what` completes
+    "cannot … <url>" in messages."""
+    retry = retry or Retry()
+    if url.startswith("s3://"):
+        _s3.file_system()  # the first time, this imports for a second: not the store's fault
     begin, attempt = time.monotonic(), 0
     while True:
+        now = time.monotonic()
         try:
-            return action()
+            return action(now + retry.attempt_time(attempt, begin + retry.deadline - now))
         except DataError:
             raise
         except Exception as error:
             if final := _final(error, url):
                 raise final from error
             cause = error
-        wait = random.uniform(0, min(retry.cap, retry.base * 2**attempt))
         spent = time.monotonic() - begin
-        wait = min(wait, retry.deadline - spent)  # the last attempt falls on the deadline
         if spent >= retry.deadline:
             raise DataError(
                 f"cannot {what} {url}: {type(cause).__name__}: {cause} (gave up after "
                 f"{attempt + 1} attempts in {spent:.0f} s): check the network and {_endpoint()}, "
                 "or raise LXSCALE_STORE_DEADLINE"
             ) from cause
+        # The last attempt falls on the deadline.
+        wait = min(retry.wait(attempt), retry.deadline - spent)
         attempt += 1
         log.warning("cannot %s %s (%s); attempt %d in %.1f s", what, url, cause, attempt + 1, wait)
         time.sleep(wait)
@@ -189,7 +291,7 @@ def retrying(url: str, what: str, action: Callable[[], T], retry: Retry = DEFAUL
 # --- whole objects ------------------------------------------------------------------------------
 
 
-def read_bytes(url: str, retry: Retry = DEFAULT_RETRY) -> bytes:
+def read_bytes(url: str, retry: Retry | None = None) -> bytes:
     """The whole object. Raises NotFoundError where it is absent, DataError otherwise."""
     if path := local_path(url):
         try:
@@ -198,11 +300,17 @@ def read_bytes(url: str, retry: Retry = DEFAULT_RETRY) -> bytes:
             raise NotFoundError(f"{path} does not exist") from None
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from None
-    fs, key = _remote(url)
-    return retrying(url, "read", lambda: bytes(fs.cat_file(key)), retry)
+    first = read_range(url, 0, _CHUNK, retry)
+    if len(first) < _CHUNK:
+        return first
+    target = io.BytesIO(first)
+    target.seek(0, io.SEEK_END)
+    for begin in range(_CHUNK, size := file_size(url, retry), _CHUNK):
+        target.write(read_range(url, begin, min(begin + _CHUNK, size), retry))
+    return target.getvalue()
 
 
-def write_bytes(url: str, data: bytes, retry: Retry = DEFAULT_RETRY) -> None:
+def write_bytes(url: str, data: bytes, retry: Retry | None = None) -> None:
     """Write the whole object at once: a reader sees all of it or nothing."""
     if path := local_path(url):
         try:
@@ -220,18 +328,73 @@ def write_bytes(url: str, data: bytes, retry: Retry = DEFAULT_RETRY) -> None:
         except OSError as error:
             raise DataError(f"cannot write {path}: {error.strerror}") from None
         return
-    fs, key = _remote(url)
-    retrying(url, "write", lambda: fs.pipe_file(key, data), retry)
+    _write(url, len(data), lambda begin, end: data[begin:end], retry)
 
 
-def upload(path: str | Path, url: str, retry: Retry = DEFAULT_RETRY) -> None:
+def upload(path: str | Path, url: str, retry: Retry | None = None) -> None:
     """Copy a local file to object storage; in parts where it is large."""
-    fs, key = _remote(url)
-    retrying(url, "write", lambda: fs.put_file(str(path), key), retry)
+    with open(path, "rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        _write(url, size, lambda begin, end: os.pread(f.fileno(), end - begin, begin), retry)
+
+
+def _write(
+    url: str, size: int, part: Callable[[int, int], bytes], retry: Retry | None = None
+) -> None:
+    """Write an object of which `part` gives bytes [begin, end). Its parts are retried one by one,
+    so a fault repeats at most one; nobody sees the object before it is whole."""
+    step = max(_CHUNK, -(-size // 9999))  # S3 takes 10,000 parts
+    if size <= step or not url.startswith("s3://"):
+        data = part(0, size)
+        return retrying(url, "write", lambda until: _call(url, until, "pipe_file", data), retry)
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+
+    def call(until: float, method: str, **options: Any) -> dict[str, Any]:
+        options |= {"Bucket": bucket, "Key": key}
+        answer: dict[str, Any] = _s3.run(_s3.file_system()._call_s3(method, **options), until)
+        return answer
+
+    started = retrying(url, "write", lambda t: call(t, "create_multipart_upload"), retry)
+    of = {"UploadId": started["UploadId"]}
+
+    def put(begin: int) -> dict[str, Any]:
+        number, data = begin // step + 1, part(begin, min(begin + step, size))
+
+        def action(until: float) -> dict[str, Any]:
+            return call(until, "upload_part", PartNumber=number, Body=data, **of)
+
+        return {"PartNumber": number, "ETag": retrying(url, "write", action, retry)["ETag"]}
+
+    try:
+        with ThreadPoolExecutor(_PARTS_AT_ONCE, "lxscale-upload") as pool:
+            parts = list(pool.map(put, range(0, size, step)))
+
+        def complete(until: float) -> None:
+            try:
+                call(until, "complete_multipart_upload", MultipartUpload={"Parts": parts}, **of)
+            except FileNotFoundError:
+                # An attempt whose answer was lost may have completed it.
+                if call(until, "head_object")["ETag"].strip('"') != _etag(parts):
+                    raise
+
+        retrying(url, "write", complete, retry)
+    except BaseException:
+        # Parts without an object cost room until somebody removes them.
+        with contextlib.suppress(Exception):
+            call(0.0, "abort_multipart_upload", **of)
+        raise
+
+
+def _etag(parts: list[dict[str, Any]]) -> str:
+    """What S3 calls an object that is made of `parts`."""
+    with contextlib.suppress(ValueError):
+        digests = b"".join(bytes.fromhex(p["ETag"].strip('"')) for p in parts)
+        return f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(parts)}"
+    return ""
 
 
 def download(
-    url: str, target: IO[bytes], size: int | None = None, retry: Retry = DEFAULT_RETRY
+    url: str, target: IO[bytes], size: int | None = None, retry: Retry | None = None
 ) -> str:
     """Copy an object into an open file and return its sha256 (hex), computed on the way.
 
@@ -249,7 +412,7 @@ def download(
     return digest.hexdigest()
 
 
-def read_range(url: str, begin: int, end: int, retry: Retry = DEFAULT_RETRY) -> bytes:
+def read_range(url: str, begin: int, end: int, retry: Retry | None = None) -> bytes:
     """Bytes [begin, end) of an object, fewer where it ends before."""
     if path := local_path(url):
         try:
@@ -258,31 +421,40 @@ def read_range(url: str, begin: int, end: int, retry: Retry = DEFAULT_RETRY) -> 
                 return f.read(end - begin)
         except OSError as error:
             raise NotFoundError(f"cannot read {path}: {error.strerror}") from None
-    fs, key = _remote(url)
 
-    def action() -> bytes:
+    def action(until: float) -> bytes:
         try:
-            return bytes(fs.cat_file(key, start=begin, end=end))
+            data: bytes = _call(url, until, "cat_file", start=begin, end=end)
         except OSError as error:
-            if "range" in str(error).lower() and file_size(url, retry) <= begin:
-                return b""
-            raise
+            if _answer(error)[1] != 416 or _size(url, until) > begin:
+                raise
+            return b""
+        # An answer can be short and whole in itself: the object has the last word.
+        if len(data) != end - begin and begin + len(data) != (size := _size(url, until)):
+            raise OSError(f"{len(data)} bytes came of {min(end, size) - begin} at {begin}")
+        return data
 
     return retrying(url, "read", action, retry)
 
 
-def file_size(url: str, retry: Retry = DEFAULT_RETRY) -> int:
+def file_size(url: str, retry: Retry | None = None) -> int:
     """Bytes of an object; NotFoundError where it is absent."""
     if path := local_path(url):
         try:
             return path.stat().st_size
         except OSError:
             raise NotFoundError(f"{path} does not exist") from None
-    fs, key = _remote(url)
-    return retrying(url, "look up", lambda: int(fs.info(key)["size"]), retry)
+    return retrying(url, "look up", lambda until: _size(url, until), retry)
 
 
-def exists(url: str, retry: Retry = DEFAULT_RETRY) -> bool:
+def _size(url: str, until: float) -> int:
+    info = _call(url, until, "info")
+    if info["type"] != "file":  # a prefix of other objects
+        raise FileNotFoundError(url)
+    return int(info["size"])
+
+
+def exists(url: str, retry: Retry | None = None) -> bool:
     """Whether the object is there."""
     try:
         file_size(url, retry)
@@ -291,16 +463,16 @@ def exists(url: str, retry: Retry = DEFAULT_RETRY) -> bool:
     return True
 
 
-def list_names(url: str, retry: Retry = DEFAULT_RETRY) -> list[str]:
+def list_names(url: str, retry: Retry | None = None) -> list[str]:
     """Names of the files directly in a folder or under a prefix, sorted; empty if there is none."""
     if path := local_path(url):
         if not path.is_dir():
             return []
         return sorted(p.name for p in path.iterdir() if p.is_file())
-    fs, key = _remote(url)
+    key = url.partition("://")[2].rstrip("/")
 
-    def action() -> list[str]:
-        entries = fs.ls(key, detail=True, refresh=True)
+    def action(until: float) -> list[str]:
+        entries = _call(url, until, "ls", detail=True, refresh=True)
         names = (str(e["name"]).rstrip("/") for e in entries if e["type"] == "file")
         return sorted(n.rpartition("/")[2] for n in names if n != key)
 
@@ -310,14 +482,13 @@ def list_names(url: str, retry: Retry = DEFAULT_RETRY) -> list[str]:
         return []
 
 
-def delete(url: str, retry: Retry = DEFAULT_RETRY) -> None:
+def delete(url: str, retry: Retry | None = None) -> None:
     """Remove an object; one that is not there is no error."""
     if path := local_path(url):
         path.unlink(missing_ok=True)
         return
-    fs, key = _remote(url)
     try:
-        retrying(url, "delete", lambda: fs.rm_file(key), retry)
+        retrying(url, "delete", lambda until: _call(url, until, "rm_file"), retry)
     except NotFoundError:
         return
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import http.client
 import os
-import socket
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from shards.record import ImageRecord, Labels, Sentence
-
-SHARED = Path(__file__).parents[1].parent / "shared"
+from tests.object_store import (
+    SHARED,
+    FaultProxy,
+    ObjectStore,
+    moto_server,
+    radosgw,
+    why_no_radosgw,
+)
 
 
 @pytest.fixture(scope="session")
@@ -29,111 +28,44 @@ def shared_data() -> Path:
     return SHARED / "data"
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+@pytest.fixture(scope="session")
+def moto() -> Iterator[ObjectStore]:
+    with moto_server() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
-def s3() -> Iterator[str]:
-    """URL of a bucket on a moto server of its own; exports endpoint and credentials."""
-    port = free_port()
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test-secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """A real S3 gateway."""
+    if reason := why_no_radosgw():
+        pytest.skip(reason)
+    with radosgw(tmp_path_factory.mktemp("radosgw")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session", params=["moto", pytest.param("gateway", marks=pytest.mark.faults)])
+def server(request: pytest.FixtureRequest) -> ObjectStore:
+    """moto in `make test`, a real gateway in `make test-faults`."""
+    found: ObjectStore = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture(scope="session")
+def s3(moto: ObjectStore) -> Iterator[str]:
+    """URL of a bucket on moto's server; exports endpoint and credentials."""
     with pytest.MonkeyPatch.context() as patch:
-        for key, value in environment.items():
+        for key, value in moto.environment.items():
             patch.setenv(key, value)
-        try:
-            _make_bucket("lxscale-test", server, port)
-            yield "s3://lxscale-test"
-        finally:
-            server.terminate()
-            server.wait()
-
-
-def _make_bucket(name: str, server: subprocess.Popen[bytes], port: int) -> None:
-    import s3fs
-
-    deadline = time.monotonic() + 60
-    while True:
-        assert server.poll() is None, "moto_server ended at its start"
-        with socket.socket() as s:
-            if s.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        assert time.monotonic() < deadline, "moto_server does not listen"
-        time.sleep(0.1)
-    s3fs.S3FileSystem(skip_instance_cache=True).mkdir(name)
-
-
-class FlakyProxy(ThreadingHTTPServer):
-    """Forwards to the S3 server; the first `fail` requests get a 503, or a body that breaks off."""
-
-    daemon_threads = True
-
-    allow_reuse_address = True
-
-    def __init__(self, target: str, port: int = 0) -> None:
-        super().__init__(("127.0.0.1", port), ProxyHandler)
-        self.target = target.removeprefix("http://")
-        self.fail, self.kind, self.requests = 0, "503", 0
-        self.lock = threading.Lock()
-
-
-class ProxyHandler(BaseHTTPRequestHandler):
-    server: FlakyProxy
-    protocol_version = "HTTP/1.1"  # clients ask for "100 Continue" before they send a body
-
-    def _forward(self) -> None:
-        with self.server.lock:
-            failing = self.server.requests < self.server.fail
-            self.server.requests += 1
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if failing and self.server.kind == "503":
-            self.send_response(503)
-            self.send_header("Content-Length", "0")
-            self.send_header("Connection", "close")
-            self.end_headers()
-            return
-        upstream = http.client.HTTPConnection(self.server.target)
-        headers = {k: v for k, v in self.headers.items() if k.lower() != "expect"}
-        upstream.request(self.command, self.path, body, headers)
-        answer = upstream.getresponse()
-        data = answer.read()
-        self.send_response(answer.status)
-        for name, value in answer.getheaders():
-            if name.lower() not in ("transfer-encoding", "connection", "server", "date"):
-                self.send_header(name, value)
-        self.send_header("Connection", "close")
-        self.end_headers()
-        if self.command != "HEAD":
-            cut = failing and self.command == "GET"
-            self.wfile.write(data[: len(data) // 2] if cut else data)
-        self.close_connection = True
-
-    do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _forward  # noqa: N815
-
-    def log_message(self, *args: object) -> None:
-        pass
+        yield moto.bucket
 
 
 @pytest.fixture
-def proxy(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyProxy]:
-    server = FlakyProxy(os.environ["AWS_ENDPOINT_URL"])
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+def proxy(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """A proxy before the server of `s3`, which clients take from now on."""
+    server = FaultProxy(os.environ["AWS_ENDPOINT_URL"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
     yield server
-    server.shutdown()
-    server.server_close()
+    server.down()
 
 
 MakeRecords = Callable[..., list[ImageRecord]]

@@ -16,7 +16,8 @@ import pytest
 from shards import cache, store
 from shards.cache import local_file, write_once
 from shards.errors import DataError
-from tests.conftest import FlakyProxy, subprocess_environment
+from tests.conftest import subprocess_environment
+from tests.object_store import FaultProxy, first
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -85,10 +86,10 @@ def test_dead_processes_leave_no_obstacle(remote: str, tmp_path: Path) -> None:
     assert not stale.exists()
 
 
-def test_a_process_killed_while_it_fetches(s3: str, proxy: FlakyProxy, tmp_path: Path) -> None:
+def test_a_process_killed_while_it_fetches(s3: str, proxy: FaultProxy, tmp_path: Path) -> None:
     url = f"{s3}/killed/object"
     store.write_bytes(url, CONTENT)
-    proxy.requests, proxy.fail = 0, 10**9  # the child retries until it is killed
+    proxy.begin(first(10**9, "503"))  # the child retries until it is killed
     child = subprocess.Popen(
         [sys.executable, "-c", WORKER, url, SHA256, str(len(CONTENT)), str(tmp_path)],
         env=subprocess_environment(),
@@ -101,7 +102,7 @@ def test_a_process_killed_while_it_fetches(s3: str, proxy: FlakyProxy, tmp_path:
     assert list((tmp_path / "files").glob("*.tmp")) + list((tmp_path / "files").glob(".*.tmp"))
     child.kill()
     child.wait()
-    proxy.fail = 0
+    proxy.begin()
     assert fetch(url, tmp_path).read_bytes() == CONTENT
     assert [p.name for p in (tmp_path / "files").iterdir()] == [SHA256]
 
@@ -115,10 +116,10 @@ assert path.stat().st_size == int(sys.argv[3])
 """
 
 
-def test_one_download_however_many_processes(s3: str, proxy: FlakyProxy, tmp_path: Path) -> None:
+def test_one_download_however_many_processes(s3: str, proxy: FaultProxy, tmp_path: Path) -> None:
     url = f"{s3}/crowd/object"
     store.write_bytes(url, CONTENT)
-    proxy.requests = 0
+    proxy.begin()
     children = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, url, SHA256, str(len(CONTENT)), str(tmp_path)],

@@ -4,21 +4,43 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
+import subprocess
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import s3fs
 
 from shards import store
 from shards.errors import DataError
-from tests.conftest import FlakyProxy, free_port
+from tests.conftest import subprocess_environment
+from tests.object_store import (
+    BEFORE,
+    IN_BODY,
+    Fault,
+    FaultProxy,
+    ObjectStore,
+    Request,
+    first,
+    storm,
+)
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 FAST = store.Retry(base=0.01, cap=0.05, deadline=20)
+SHORT = store.Retry(base=0.01, cap=0.05, deadline=0.5)
+
+
+@pytest.fixture
+def s3(server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> str:
+    """As everywhere, but a real gateway's in `make test-faults`."""
+    for key, value in server.environment.items():
+        monkeypatch.setenv(key, value)
+    return server.bucket
 
 
 @pytest.mark.parametrize("where", ["local", "s3"])
@@ -44,8 +66,8 @@ def test_objects(where: str, tmp_path: Path, request: pytest.FixtureRequest) -> 
 
 
 def test_downloads_in_ranges(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_CHUNK", 70_000)
     store.write_bytes(f"{s3}/ranges", CONTENT)
+    monkeypatch.setattr(store, "_CHUNK", 70_000)
     for size in (None, len(CONTENT), len(CONTENT) + 100_000):  # the last: an object that is short
         target = io.BytesIO()
         assert store.download(f"{s3}/ranges", target, size) == SHA256
@@ -61,48 +83,185 @@ def test_large_uploads_go_in_parts(s3: str, tmp_path: Path) -> None:
     store.delete(f"{s3}/big")
 
 
-@pytest.mark.parametrize("kind", ["503", "cut"])
+# How many requests fail in a row; those that take time are few.
+FAILING = dict.fromkeys((*BEFORE, *IN_BODY), 6) | {"hang": 1, "stall": 1, "delay": 3}
+
+
+@pytest.mark.parametrize("kind", [k for k in FAILING if k != "flip"])
 def test_passing_faults_cost_time_only(
-    s3: str, proxy: FlakyProxy, kind: str, monkeypatch: pytest.MonkeyPatch
+    s3: str, proxy: FaultProxy, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    url, count = f"{s3}/{kind}", FAILING[kind]
+    if kind in BEFORE:
+        proxy.begin(first(count, kind))
+    retry = store.Retry(base=0.01, cap=0.05, deadline=8 if kind in ("hang", "stall") else 30)
+    store.write_bytes(url, CONTENT, retry)
     monkeypatch.setattr(store, "_CHUNK", 70_000)
-    proxy.kind = kind
-    if kind == "503":
-        proxy.fail = 12
-    store.write_bytes(f"{s3}/{kind}", CONTENT, FAST)
-    proxy.requests, proxy.fail = 0, 12
+    proxy.begin(first(count, kind))
     target = io.BytesIO()
-    assert store.download(f"{s3}/{kind}", target, len(CONTENT), FAST) == SHA256
-    assert proxy.requests > 12
-    proxy.requests, proxy.fail = 0, 5
-    assert store.read_bytes(f"{s3}/{kind}", FAST) == CONTENT
+    assert store.download(url, target, len(CONTENT), retry) == SHA256
+    assert proxy.requests > count
+    proxy.begin(first(count, kind))
+    assert store.read_bytes(url, retry) == CONTENT
 
 
+@pytest.mark.parametrize("kind", ["down", *(k for k in FAILING if k not in ("delay", "flip"))])
 def test_a_long_outage_ends_in_one_error_at_the_deadline(
-    s3: str, proxy: FlakyProxy, caplog: pytest.LogCaptureFixture
+    s3: str, proxy: FaultProxy, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    proxy.fail = 10**9
+    url = f"{s3}/outage-{kind}"
+    store.write_bytes(url, CONTENT)
+    if kind == "down":
+        proxy.down()
+    else:
+        proxy.begin(first(10**9, kind))
+    retry = store.Retry(base=0.05, cap=0.2, deadline=1.5)
     begin = time.monotonic()
-    with pytest.raises(DataError, match=rf"cannot read {s3}/x: .*gave up after \d+ attempts"):
-        store.read_bytes(f"{s3}/x", store.Retry(base=0.05, cap=0.2, deadline=1.5))
+    with pytest.raises(DataError, match=rf"cannot read {url}: .*gave up after \d+ attempts"):
+        store.download(url, io.BytesIO(), len(CONTENT), retry)
     assert 1.4 < time.monotonic() - begin < 10
     assert "attempt 2 in" in caplog.text
+    if kind == "hang":
+        with pytest.raises(DataError, match=f"cannot write {url}: "):
+            store.write_bytes(url, CONTENT, retry)
+        with pytest.raises(DataError, match=f"cannot look up {url}: "):
+            store.exists(url, retry)
+    if kind == "down":
+        proxy.up()
+    proxy.begin()
+    assert store.read_bytes(url) == CONTENT
 
 
-def test_an_absent_server_is_waited_for(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    target, port = os.environ["AWS_ENDPOINT_URL"], free_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-    late: list[FlakyProxy] = []
+def test_the_deadline_comes_from_the_environment(
+    s3: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LXSCALE_STORE_DEADLINE", "1.5")
+    proxy.down()
+    with pytest.raises(DataError, match="or raise LXSCALE_STORE_DEADLINE"):
+        store.read_bytes(f"{s3}/x")
+    monkeypatch.setenv("LXSCALE_STORE_DEADLINE", "soon")
+    with pytest.raises(DataError, match="LXSCALE_STORE_DEADLINE is 'soon': give a number"):
+        store.read_bytes(f"{s3}/x")
 
-    def start() -> None:
-        time.sleep(0.7)
-        late.append(FlakyProxy(target, port))
-        late[0].serve_forever()
 
-    threading.Thread(target=start, daemon=True).start()
+def test_an_absent_server_is_waited_for(s3: str, proxy: FaultProxy) -> None:
+    proxy.down()
+    timer = threading.Timer(0.7, proxy.up)
+    timer.start()
     store.write_bytes(f"{s3}/late", b"1", store.Retry(base=0.05, cap=0.2, deadline=20))
-    late[0].shutdown()
-    late[0].server_close()
+    timer.join()
+    assert store.read_bytes(f"{s3}/late") == b"1"
+
+
+def test_threads_in_a_storm_block_one_another_by_nothing(
+    s3: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.write_bytes(f"{s3}/storm", CONTENT)
+    monkeypatch.setattr(store, "_CHUNK", 70_000)
+    kinds = [k for k in FAILING if k != "flip"]
+    proxy.begin(storm(7, 0.4, *kinds))
+    retry = store.Retry(base=0.01, cap=0.05, deadline=10)
+
+    def fetch(_: int) -> str:
+        return store.download(f"{s3}/storm", io.BytesIO(), len(CONTENT), retry)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(fetch, range(16))) == [SHA256] * 16
+    # Requests that were given up hold no connection that others wait for.
+    proxy.begin(lambda request: Fault("hang") if request.number < 100 else None)
+    with ThreadPoolExecutor(100) as pool:
+        given_up = [pool.submit(store.read_bytes, f"{s3}/storm", SHORT) for _ in range(100)]
+        assert {type(future.exception()) for future in given_up} == {DataError}
+    assert store.read_bytes(f"{s3}/storm", store.Retry(deadline=5)) == CONTENT
+
+
+@pytest.mark.parametrize("kind", ["lost", "reset", "503", "hang"])
+def test_parts_of_an_upload_are_repeated_by_themselves(
+    s3: str, proxy: FaultProxy, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_CHUNK", 5 << 20)
+    content = np.random.default_rng(1).bytes(12 << 20)
+    (tmp_path / "big").write_bytes(content)
+    url = f"{s3}/{tmp_path.name}/big-{kind}"
+    failed: set[str] = set()
+
+    def once(request: Request) -> Fault | None:
+        """The start, every part and the completion fail at their first attempt."""
+        which = request.method + request.path.partition("uploadId")[0]
+        failed.add(which) if (new := which not in failed) else None
+        return Fault(kind) if new else None
+
+    proxy.begin(once)
+    store.upload(tmp_path / "big", url, store.Retry(base=0.01, cap=0.05, deadline=10))
+    assert sum(r.method == "PUT" for r in proxy.log) == 6
+    proxy.begin()
+    target = io.BytesIO()
+    assert store.download(url, target) == hashlib.sha256(content).hexdigest()
+
+
+def test_an_upload_that_fails_leaves_nothing(
+    s3: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_CHUNK", 5 << 20)
+    url = f"{s3}/failed/big"
+    proxy.begin(lambda request: Fault("503") if "partNumber=2" in request.path else None)
+    with pytest.raises(DataError, match=f"cannot write {url}: .*not now"):
+        store.write_bytes(url, bytes(12 << 20), store.Retry(base=0.1, cap=0.2, deadline=2))
+    assert not store.exists(url)
+    fs = s3fs.S3FileSystem(skip_instance_cache=True)
+    bucket = s3.removeprefix("s3://")
+    found = fs.call_s3("list_multipart_uploads", Bucket=bucket).get("Uploads", [])
+    used = " ".join(r.path for r in proxy.log if r.method == "PUT")
+    assert "uploadId" in used and not [u for u in found if u["UploadId"] in used]
+
+
+FORKING = """
+import multiprocessing, os, sys, threading
+from shards import store
+url, how = sys.argv[1:]
+content = store.read_bytes(url)
+busy, stop = threading.Event(), threading.Event()
+
+def load():
+    while not stop.is_set():
+        assert store.read_bytes(url) == content
+        busy.set()
+
+threads = [threading.Thread(target=load) for _ in range(3)]
+for t in threads:
+    t.start()
+busy.wait()
+if how == "fork":
+    for _ in range(3):
+        if (pid := os.fork()) == 0:
+            assert store.read_bytes(url) == content
+            if os.fork() == 0:
+                assert store.read_bytes(url) == content
+                os._exit(0)
+            assert os.wait()[1] == 0
+            sys.exit(0)  # with all that the interpreter does at its end
+        assert os.waitpid(pid, 0)[1] == 0
+else:
+    with multiprocessing.get_context(how).Pool(1) as pool:
+        assert pool.apply(store.read_bytes, (url,)) == content
+stop.set()
+for t in threads:
+    t.join()
+assert store.read_bytes(url) == content
+"""
+
+
+@pytest.mark.parametrize("how", ["fork", "spawn", "forkserver"])
+def test_children_of_a_process_that_uses_s3(s3: str, how: str) -> None:
+    store.write_bytes(f"{s3}/parent", CONTENT)
+    done = subprocess.run(
+        [sys.executable, "-c", FORKING, f"{s3}/parent", how],
+        env=subprocess_environment(LXSCALE_STORE_DEADLINE="20"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_faults_that_no_retry_mends_are_clear_at_once(
@@ -148,7 +307,7 @@ def test_which_answers_are_final(
 ) -> None:
     calls = []
 
-    def action() -> str:
+    def action(until: float) -> str:
         calls.append(1)
         if len(calls) > 2:
             return "done"
