@@ -30,7 +30,7 @@ from typing import IO
 
 from shards import store
 from shards.errors import DataError
-from shards.store import DEFAULT_RETRY, Retry
+from shards.store import Retry
 
 log = logging.getLogger("lxscale")
 
@@ -68,7 +68,7 @@ def local_file(
     cache_dir: str | Path | None = None,
     *,
     room: Room | None = None,
-    retry: Retry = DEFAULT_RETRY,
+    retry: Retry | None = None,
     wait: bool = True,
 ) -> Path:
     """A verified local path with the content of `url`; sha256 in hex, size in bytes.
@@ -169,7 +169,7 @@ def _fetch(
     size: int,
     cache: Path,
     room: Room | None,
-    retry: Retry,
+    retry: Retry | None,
     wait: bool,
 ) -> None:
     problem: str | None = None

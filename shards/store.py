@@ -395,21 +395,18 @@ def _etag(parts: list[dict[str, Any]]) -> str:
 
 def download(
     url: str, target: IO[bytes], size: int | None = None, retry: Retry | None = None
-) -> str:
-    """Copy an object into an open file and return its sha256 (hex), computed on the way.
+) -> None:
+    """Copy an object into an open file.
 
     size: bytes to read; None asks the store. Every range is retried by itself, so a cut
     connection repeats at most one. An object that ends early is copied as far as it goes.
     """
-    digest = hashlib.sha256()
     size = file_size(url, retry) if size is None else size
     for begin in range(0, size, _CHUNK):
         data = read_range(url, begin, min(begin + _CHUNK, size), retry)
-        digest.update(data)
         target.write(data)
         if len(data) < min(_CHUNK, size - begin):
             break
-    return digest.hexdigest()
 
 
 def read_range(url: str, begin: int, end: int, retry: Retry | None = None) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import subprocess
 import sys
@@ -30,9 +29,14 @@ from tests.object_store import (
 )
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
 FAST = store.Retry(base=0.01, cap=0.05, deadline=20)
 SHORT = store.Retry(base=0.01, cap=0.05, deadline=0.5)
+
+
+def downloaded(url: str, size: int | None = None, retry: store.Retry | None = None) -> bytes:
+    target = io.BytesIO()
+    store.download(url, target, size, retry)
+    return target.getvalue()
 
 
 @pytest.fixture
@@ -44,8 +48,8 @@ def s3(server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize("where", ["local", "s3"])
-def test_objects(where: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    base = str(tmp_path) if where == "local" else request.getfixturevalue("s3") + "/objects"
+def test_objects(where: str, s3: str, tmp_path: Path) -> None:
+    base = str(tmp_path) if where == "local" else f"{s3}/objects"
     url = store.join(base, "deep", "a.bin")
     assert not store.exists(url) and store.list_names(store.join(base, "deep")) == []
     with pytest.raises(store.NotFoundError, match=r"a.bin does not exist"):
@@ -58,8 +62,7 @@ def test_objects(where: str, tmp_path: Path, request: pytest.FixtureRequest) -> 
     assert store.list_names(store.join(base, "deep")) == ["a.bin"]
     assert store.read_range(url, 10, 20) == CONTENT[10:20]
     assert store.read_range(url, len(CONTENT) - 2, len(CONTENT) + 9) == CONTENT[-2:]
-    target = io.BytesIO()
-    assert store.download(url, target) == SHA256 and target.getvalue() == CONTENT
+    assert downloaded(url) == CONTENT
     store.delete(url)
     store.delete(url)
     assert not store.exists(url)
@@ -69,17 +72,14 @@ def test_downloads_in_ranges(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store.write_bytes(f"{s3}/ranges", CONTENT)
     monkeypatch.setattr(store, "_CHUNK", 70_000)
     for size in (None, len(CONTENT), len(CONTENT) + 100_000):  # the last: an object that is short
-        target = io.BytesIO()
-        assert store.download(f"{s3}/ranges", target, size) == SHA256
-        assert target.getvalue() == CONTENT
+        assert downloaded(f"{s3}/ranges", size) == CONTENT
 
 
 def test_large_uploads_go_in_parts(s3: str, tmp_path: Path) -> None:
     content = np.random.default_rng(1).bytes(110 << 20)
     (tmp_path / "big").write_bytes(content)
     store.upload(tmp_path / "big", f"{s3}/big")
-    target = io.BytesIO()
-    assert store.download(f"{s3}/big", target) == hashlib.sha256(content).hexdigest()
+    assert downloaded(f"{s3}/big") == content
     store.delete(f"{s3}/big")
 
 
@@ -98,8 +98,7 @@ def test_passing_faults_cost_time_only(
     store.write_bytes(url, CONTENT, retry)
     monkeypatch.setattr(store, "_CHUNK", 70_000)
     proxy.begin(first(count, kind))
-    target = io.BytesIO()
-    assert store.download(url, target, len(CONTENT), retry) == SHA256
+    assert downloaded(url, len(CONTENT), retry) == CONTENT
     assert proxy.requests > count
     proxy.begin(first(count, kind))
     assert store.read_bytes(url, retry) == CONTENT
@@ -162,11 +161,11 @@ def test_threads_in_a_storm_block_one_another_by_nothing(
     proxy.begin(storm(7, 0.4, *kinds))
     retry = store.Retry(base=0.01, cap=0.05, deadline=10)
 
-    def fetch(_: int) -> str:
-        return store.download(f"{s3}/storm", io.BytesIO(), len(CONTENT), retry)
+    def fetch(_: int) -> bytes:
+        return downloaded(f"{s3}/storm", len(CONTENT), retry)
 
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(fetch, range(16))) == [SHA256] * 16
+        assert list(pool.map(fetch, range(16))) == [CONTENT] * 16
     # Requests that were given up hold no connection that others wait for.
     proxy.begin(lambda request: Fault("hang") if request.number < 100 else None)
     with ThreadPoolExecutor(100) as pool:
@@ -195,8 +194,7 @@ def test_parts_of_an_upload_are_repeated_by_themselves(
     store.upload(tmp_path / "big", url, store.Retry(base=0.01, cap=0.05, deadline=10))
     assert sum(r.method == "PUT" for r in proxy.log) == 6
     proxy.begin()
-    target = io.BytesIO()
-    assert store.download(url, target) == hashlib.sha256(content).hexdigest()
+    assert downloaded(url) == content
 
 
 def test_an_upload_that_fails_leaves_nothing(

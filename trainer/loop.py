@@ -33,7 +33,7 @@ from shards.sampler import (
     start_state,
     steps_ahead,
 )
-from shards.store import DEFAULT_RETRY
+from shards.store import Retry
 from trainer import setup
 from trainer.checkpoint import Generation, claim_attempt
 from trainer.config import FAMILY_OBJECTIVES, ConfigError, RunConfig
@@ -71,10 +71,11 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     setup_logging(rank)
-    if config.cluster.process_group_timeout_s <= DEFAULT_RETRY.deadline:
+    deadline = Retry().deadline
+    if config.cluster.process_group_timeout_s <= deadline:
         raise ConfigError(
             f"cluster.process_group_timeout_s={config.cluster.process_group_timeout_s:g} is not "
-            f"above the store's deadline of {DEFAULT_RETRY.deadline:g} s, which the others wait: "
+            f"above the store's deadline of {deadline:g} s, which the others wait: "
             "raise it, or lower LXSCALE_STORE_DEADLINE"
         )
     url = setup.run_url(config)
