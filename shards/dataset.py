@@ -268,7 +268,7 @@ class Dataset:
     def file(self, info: FileInfo) -> Path:
         """A verified local copy of the vocabulary or the answer table."""
         url = store.join(self.places[0].url, info.file)
-        return local_file(url, info.sha256, info.size, self.cache)
+        return local_file(url, info.sha256, info.size, self.cache, table=True)
 
     def record(self, image: int) -> bytes:
         """The JSON of an image record."""
@@ -302,7 +302,7 @@ def open_dataset(
     limit: int | None = None,
 ) -> Dataset:
     """Open a data set, or several to be mixed; tables are fetched and merged on the node's first
-    call. limit: bytes that the node's cache of remote files may hold.
+    call. limit: bytes that the node's cache of remote shards may hold.
 
     Raises DataError naming the file when a manifest or a table is missing or damaged, and when
     data sets do not fit together.
@@ -317,7 +317,7 @@ def open_dataset(
 
     def build(temporary: Path) -> None:
         tables = [
-            local_file(store.join(url, s.table), s.table_sha256, s.table_size, folder)
+            local_file(store.join(url, s.table), s.table_sha256, s.table_size, folder, table=True)
             for url, s in zip(urls, manifest.shards, strict=True)
         ]
         kinds = [
