@@ -34,6 +34,7 @@ import peers
 from protocol import THREADS, markdown
 from shards import store
 from shards.dataset import open_dataset
+from shards.fetch import Outlook
 
 GATEWAY = Path(__file__).parents[1].parent / "shared" / "tools" / "rgw-up"
 BUCKET = "lxscale-bench"
@@ -97,7 +98,9 @@ def fetch(url: str, cache: Path) -> float:
     began = time.monotonic()
     data = open_dataset(url, cache)
     shards = range(len(data.manifest.shards))
-    data.shards.look_ahead(np.asarray(shards, dtype=np.float64), np.inf, FETCHES)
+    every = np.ones(len(shards), dtype=bool)
+    due = np.asarray(shards, dtype=np.float64)
+    data.shards.look_ahead(Outlook(due, every, every, np.inf), FETCHES)
     for shard in shards:
         data.tar(shard)
     return time.monotonic() - began

@@ -5,12 +5,13 @@ its sha256. A lock per file lets one process of the node do this while the other
 trusted for being there: a marker remembers which (path, size, mtime, ctime, inode) has been
 verified, so an unchanged file is hashed once per node and a changed one is hashed again.
 
-    CACHE/files/<sha256>      verified downloads; <sha256>.damaged is the last bad one
+    CACHE/files/<sha256>      verified shards; <sha256>.damaged is the last bad one
+    CACHE/tables/<sha256>     the same for tables and vocabularies, which no limit counts
     CACHE/verified/<name>     markers, of cached files and of local data sets used in place
-    CACHE/locks/<name>        held while a file is fetched, verified or written
+    CACHE/locks/<name>        held while a file is fetched, verified, evicted or written
 
-Under a byte limit (`Room`) the files due last make room for those due first. A process holds a
-shared lock on each file that it has mapped, and no file in use is evicted.
+Under a byte limit of files/ (`Room`) the files due last make room for those due first. A process
+holds a shared lock on each file that it has mapped, and no file in use is evicted.
 """
 
 from __future__ import annotations
@@ -40,17 +41,20 @@ class Room:
     """A byte limit of files/, and the future by which it is kept.
 
     due: sha256 -> when the file is needed next; a file of no known future is due at infinity.
-    before: no file due earlier than this is evicted. patience: seconds to wait for files in use.
+    after: only files due later than this are evicted, so with infinity none is.
     """
 
     limit: int
     due: Callable[[str], float]
-    before: float = 0.0
-    patience: float = 60.0
+    after: float = 0.0
 
 
 class BusyError(DataError):
-    """Another process has the file's lock, or there is no room, and the caller does not wait."""
+    """Another process has the file's lock, and the caller does not wait."""
+
+
+class FullError(DataError):
+    """There is no room, and the caller does not wait."""
 
 
 def default_cache() -> Path:
@@ -67,15 +71,17 @@ def local_file(
     size: int,
     cache_dir: str | Path | None = None,
     *,
+    table: bool = False,
     room: Room | None = None,
     retry: Retry | None = None,
     wait: bool = True,
 ) -> Path:
     """A verified local path with the content of `url`; sha256 in hex, size in bytes.
 
-    Local files are used in place. Raises DataError naming the file when a local one is damaged
-    or missing, or when object storage delivers the wrong content repeatedly; with wait=False
-    BusyError where another process is at it.
+    Local files are used in place. table: it belongs to tables/. Raises DataError naming the file
+    when a local one is damaged or missing, or when object storage delivers the wrong content
+    repeatedly; with wait=False BusyError where another process is at it and FullError where there
+    is no room; otherwise both are waited for, the room as long as the store would be.
     """
     cache = Path(cache_dir) if cache_dir else default_cache()
     if path := store.local_path(url):
@@ -91,7 +97,7 @@ def local_file(
                             f"{path} is damaged: {problem}; restore it or build it again"
                         )
         return path
-    path = cached_path(cache, sha256)
+    path = cache / ("tables" if table else "files") / sha256
     with _explained(cache):
         if not _is_marked(path, sha256, size, cache):
             asked = time.time()
@@ -109,15 +115,11 @@ def local_file(
     return path
 
 
-def cached_path(cache: Path, sha256: str) -> Path:
-    """Where the file of this content lies once it is fetched."""
-    return cache / "files" / sha256
-
-
 def is_local(url: str, sha256: str, size: int, cache: Path) -> bool:
     """Whether `local_file` would return at once."""
     path = store.local_path(url)
-    return _is_marked(path.absolute() if path else cached_path(cache, sha256), sha256, size, cache)
+    place = path.absolute() if path else cache / "files" / sha256
+    return _is_marked(place, sha256, size, cache)
 
 
 def open_shared(path: Path) -> IO[bytes] | None:
@@ -131,6 +133,14 @@ def open_shared(path: Path) -> IO[bytes] | None:
         return f
     f.close()  # evicted between the two
     return None
+
+
+def shrink(cache: Path, room: Room) -> None:
+    """Keep to a limit that is lower than what an earlier run left."""
+    with _explained(cache):
+        (cache / "files").mkdir(parents=True, exist_ok=True)
+        with _lock(cache, "room"):
+            _evict(cache, 0, room)
 
 
 def write_once(path: str | Path, build: Callable[[Path], None]) -> Path:
@@ -176,7 +186,8 @@ def _fetch(
     for _ in range(3):
         with _renamed_when_done(path) as temporary:
             if room:
-                _make_room(cache, temporary, size, room, wait)
+                patience = (retry or Retry()).deadline if wait else None
+                _make_room(cache, temporary, size, room, patience)
             with open(temporary, "r+b" if room else "wb") as f:
                 store.download(url, f, size, retry)
                 f.truncate()
@@ -219,7 +230,7 @@ def _renamed_when_done(path: Path) -> Iterator[Path]:
 # --- room ---------------------------------------------------------------------------------------
 
 
-def _make_room(cache: Path, temporary: Path, size: int, room: Room, wait: bool) -> None:
+def _make_room(cache: Path, temporary: Path, size: int, room: Room, patience: float | None) -> None:
     """Create `temporary` with its full size, once files/ has room for it."""
     began = time.monotonic()
     while True:
@@ -228,9 +239,9 @@ def _make_room(cache: Path, temporary: Path, size: int, room: Room, wait: bool) 
                 with open(temporary, "wb") as f:
                     f.truncate(size)  # counts from now on
                 return
-        if not wait:
-            raise BusyError(f"no room in {cache} before the files there are used")
-        if time.monotonic() - began > room.patience:
+        if patience is None:
+            raise FullError(f"no room in {cache} before the files there are used")
+        if time.monotonic() - began > patience:
             raise DataError(
                 f"the cache {cache} is full: its limit of {room.limit:,} bytes is taken by files "
                 f"in use, and {size:,} more are needed; raise data.cache_limit_gb, lower "
@@ -259,28 +270,23 @@ def _evict(cache: Path, size: int, room: Room) -> bool:
     for name, bytes_, _ in ranked:
         if used + size <= room.limit:
             break
-        if due(name) > room.before and _remove_unused(cache, name):
+        if due(name) > room.after and _remove_unused(cache, name):
             used -= bytes_
     return used + size <= room.limit
 
 
 def _remove_unused(cache: Path, name: str) -> bool:
-    """Remove a file of files/ unless a process has it open or is fetching it."""
+    """Remove a file of files/ unless a process has it open, or is fetching or verifying it."""
     path = cache / "files" / name
-    if name.endswith(".tmp"):  # of a dead process, if nobody holds the lock of its target
-        with contextlib.suppress(BusyError), _lock(cache, name.split(".")[1], wait=False):
-            path.unlink(missing_ok=True)
-            return True
-        return False
     try:
-        with open(path, "rb") as f:
+        with _lock(cache, name.removeprefix(".").split(".")[0], wait=False), open(path, "rb") as f:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
-    except BlockingIOError:
+            (cache / "verified" / _name_of(path)).unlink(missing_ok=True)
+    except (BusyError, BlockingIOError):
         return False
     except FileNotFoundError:
-        return True
-    (cache / "verified" / _name_of(path)).unlink(missing_ok=True)
+        pass
     return True
 
 

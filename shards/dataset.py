@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,17 +133,23 @@ class Place:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Opened data sets, as one. `manifest` is that of all; `parts` says whose shards are whose.
+    """Opened data sets, as one. `manifest` is that of all `manifests`; `parts` says whose shards
+    are whose.
 
     `manifest` and `merged` cost a few kilobytes and mapped pages.
     """
 
     places: tuple[Place, ...]
+    manifests: list[Manifest]
     manifest: Manifest
     parts: tuple[Part, ...]
     merged: Merged
     shards: ShardFiles
     cache: Path
+
+    def __reduce__(self) -> Any:
+        # Another process maps the files itself, and does not need the store for what is here.
+        return _open, (self.manifests, self.places, self.cache, self.shards.limit)
 
     @property
     def url(self) -> str:
@@ -268,7 +275,7 @@ class Dataset:
     def file(self, info: FileInfo) -> Path:
         """A verified local copy of the vocabulary or the answer table."""
         url = store.join(self.places[0].url, info.file)
-        return local_file(url, info.sha256, info.size, self.cache)
+        return local_file(url, info.sha256, info.size, self.cache, table=True)
 
     def record(self, image: int) -> bytes:
         """The JSON of an image record."""
@@ -302,7 +309,7 @@ def open_dataset(
     limit: int | None = None,
 ) -> Dataset:
     """Open a data set, or several to be mixed; tables are fetched and merged on the node's first
-    call. limit: bytes that the node's cache of remote files may hold.
+    call. limit: bytes that the node's cache of remote shards may hold.
 
     Raises DataError naming the file when a manifest or a table is missing or damaged, and when
     data sets do not fit together.
@@ -310,14 +317,20 @@ def open_dataset(
     if isinstance(places, str):
         places = (Place(places),)
     folder = Path(cache) if cache else default_cache()
-    manifests = [load_manifest(p.url) for p in places]
+    return _open([load_manifest(p.url) for p in places], tuple(places), folder, limit)
+
+
+def _open(
+    manifests: list[Manifest], places: tuple[Place, ...], folder: Path, limit: int | None
+) -> Dataset:
+    """What `open_dataset` does once it has the manifests: what is in the cache is not asked for."""
     manifest = _combine(manifests, places)
     urls = [p.url for p, m in zip(places, manifests, strict=True) for _ in m.shards]
     path = folder / f"merged-{manifest.fingerprint}-{_LAYOUT}.safetensors"
 
     def build(temporary: Path) -> None:
         tables = [
-            local_file(store.join(url, s.table), s.table_sha256, s.table_size, folder)
+            local_file(store.join(url, s.table), s.table_sha256, s.table_size, folder, table=True)
             for url, s in zip(urls, manifest.shards, strict=True)
         ]
         kinds = [
@@ -336,7 +349,8 @@ def open_dataset(
         for url, s in zip(urls, manifest.shards, strict=True)
     ]
     merged = Merged(**map_arrays(path))
-    return Dataset(tuple(places), manifest, parts, merged, ShardFiles(files, folder, limit), folder)
+    shards = ShardFiles(files, folder, limit)
+    return Dataset(places, manifests, manifest, parts, merged, shards, folder)
 
 
 def _combine(manifests: Sequence[Manifest], places: Sequence[Place]) -> Manifest:

@@ -209,8 +209,15 @@ def load_manifest(url: str) -> Manifest:
     where = store.join(url, MANIFEST)
     try:
         data = store.read_bytes(where)
+        try:
+            return parse_manifest(data, where)
+        except DataError:
+            # Damaged on its way, perhaps: at rest, it comes the same again.
+            again = store.read_bytes(where)
+            if again == data:
+                raise
+            return parse_manifest(again, where)
     except store.NotFoundError as error:
         raise DataError(
             f"no data set at {url}: {error}; `lxscale shards build` makes one"
         ) from None
-    return parse_manifest(data, where)

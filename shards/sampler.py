@@ -472,6 +472,29 @@ def next_use(
     return np.where(left & (out > 0), -1.0, out)
 
 
+def next_windows(
+    settings: SamplerSettings, streams: Sequence[Stream], state: SamplerState, behind: int = 0
+) -> NDArray[np.bool_]:
+    """Which shards are in the window that a stream enters next, bool (shards,).
+
+    None of a stream that left its last window less than `behind` pairs ago: that one's shards are
+    still in use, and may be those that are due last.
+    """
+    arguments = settings.window, settings.sentences_per_visit
+    out = np.zeros(len(streams[0].sizes), dtype=bool)
+    for stream, cursor, rate in zip(streams, state.cursors, rates(settings, streams), strict=True):
+        epoch, position = divmod(cursor, stream.pairs)
+        order = stream_epoch(stream, settings.seed, epoch, *arguments)
+        now = order.window_of(position)
+        edges = order.window_start()
+        if cursor and position - int(behind * rate) < edges[now]:
+            continue
+        if now + 2 == len(edges):
+            order, now = stream_epoch(stream, settings.seed, epoch + 1, *arguments), -1
+        out[order.shard_order[(now + 1) * order.window : (now + 2) * order.window]] = True
+    return out
+
+
 def windows_at(
     settings: SamplerSettings, streams: Sequence[Stream], state: SamplerState, behind: int = 0
 ) -> tuple[int, ...]:
@@ -496,10 +519,12 @@ def working_set(
     for stream, rate in zip(streams, rates(settings, streams), strict=True):
         visited = np.flatnonzero(stream.sizes)
         window = settings.window or len(visited)
+        pairs = int(in_flight * rate) + 1
         smallest = int(np.sort(stream.sizes[visited])[:window].sum())
-        windows = 2 + int(in_flight * rate) // max(smallest, 1)
-        sizes = np.sort(shard_bytes[visited])[::-1]
-        total += int(sizes[: windows * window].sum())
+        shards = window * (2 + pairs // max(smallest, 1))
+        # An epoch's last window may be smaller, and then all of it lies between two others.
+        shards += len(visited) % window * (1 + pairs // stream.pairs)
+        total += int(np.sort(shard_bytes[visited])[::-1][:shards].sum())
     used = np.any([s.sizes > 0 for s in streams], axis=0)
     return min(total, int(shard_bytes[used].sum()))
 

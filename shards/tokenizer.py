@@ -70,7 +70,9 @@ def load_tokenizer(vocab: str | Path, cache: str | Path | None = None) -> Tokeni
     if cache is not None:
         folder, _, name = where.rpartition("/")
         info = load_manifest(folder or ".").vocab
-        where = str(local_file(store.join(folder or ".", name), info.sha256, info.size, cache))
+        where = str(
+            local_file(store.join(folder or ".", name), info.sha256, info.size, cache, table=True)
+        )
     return make_tokenizer(parse_vocab(store.read_bytes(where), where))
 
 

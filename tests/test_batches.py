@@ -16,6 +16,7 @@ from model.batch import Batch
 from shards.answers import load_answers
 from shards.build import BuildSettings, build
 from shards.dataset import Dataset, Place, open_dataset
+from shards.errors import DataError
 from shards.sampler import SamplerSettings, SamplerState, advance, plan, start_state, steps_ahead
 from tests.conftest import small_records
 from trainer.batch import BatchSettings, make_batch
@@ -136,7 +137,8 @@ def run(
     for step in zip(*ranks, strict=True):
         begin = len(pairs)
         for micro in step:
-            assert not isinstance(micro, Trouble), micro
+            if isinstance(micro, Trouble):
+                raise DataError(micro.message)
             for batch in micro:
                 assert batch.slot.tolist() == list(
                     range(len(pairs) - begin, len(pairs) - begin + batch.pairs)

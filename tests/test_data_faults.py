@@ -34,12 +34,11 @@ from tests.object_store import (
     Fault,
     FaultProxy,
     ObjectStore,
-    Plan,
-    Request,
     first_of_each,
     storm,
 )
-from tests.test_batches import MODES, run
+from tests.test_batches import NATURAL, run
+from trainer.loader import LoaderSettings
 
 BAD = "shard-000001.tar"  # the one that tests damage; its neighbours stay whole
 
@@ -86,7 +85,7 @@ class Place:
 
 def stream(data: Dataset, workers: int = 0) -> list[dict[str, object]]:
     """Every pair of an epoch and a bit, as a model sees it."""
-    return run(data, MODES[0], 1, data.manifest.pairs + 5, workers=workers)
+    return run(data, NATURAL, 1, data.manifest.pairs + 5, loader=LoaderSettings(workers))
 
 
 def digest(pairs: list[dict[str, object]]) -> str:
@@ -152,23 +151,11 @@ def place(remote: Place, proxy: FaultProxy) -> Iterator[Place]:
 # --- the network and the store ------------------------------------------------------------------
 
 
-def spare_manifest(plan: Plan) -> Plan:
-    """Flipped bits of a manifest are found, but end in an error: see
-    test_a_flipped_bit_of_the_manifest_in_transit."""
-
-    def spared(request: Request) -> Fault | None:
-        fault = plan(request)
-        flip = fault is not None and fault.kind == "flip"
-        return None if flip and request.name == "manifest.json" else fault
-
-    return spared
-
-
 @pytest.mark.parametrize("kind", [*BEFORE, *IN_BODY])
 def test_a_fault_of_each_object_changes_nothing(
     place: Place, proxy: FaultProxy, tmp_path: Path, kind: str
 ) -> None:
-    plan = spare_manifest(first_of_each(1, kind))
+    plan = first_of_each(1, kind)
     if kind in ("hang", "stall"):  # each costs seconds
         slow = plan
         plan = lambda r: slow(r) if r.name in (BAD, "manifest.json") else None  # noqa: E731
@@ -185,7 +172,7 @@ def test_a_storm_changes_nothing(
     often = [k for k in (*BEFORE, *IN_BODY) if k not in ("hang", "stall", "flip")]
     raging, flipping = storm(seed, 0.4, *often, *often, "hang", "stall"), first_of_each(1, "flip")
     # Content that is wrong but arrives in order is fetched again once: no more of it in a row.
-    proxy.begin(spare_manifest(lambda request: raging(request) or flipping(request)))
+    proxy.begin(lambda request: raging(request) or flipping(request))
     if workers:
         assert stream_in_child(place.url, tmp_path / "cache", workers) == digest(place.stream)
     else:
@@ -233,7 +220,6 @@ def test_an_outage_costs_nothing_while_the_cache_has_all(
 
 
 @pytest.mark.faults
-@pytest.mark.xfail(strict=True, reason="every loader worker reads the manifest from the store")
 def test_an_outage_costs_nothing_to_new_loader_workers(
     place: Place, proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,7 +232,6 @@ def test_an_outage_costs_nothing_to_new_loader_workers(
     assert stream_in_child(place.url, tmp_path / "cache", 1) == digest(place.stream)
 
 
-@pytest.mark.xfail(strict=True, reason="load_manifest does not read a damaged manifest again")
 def test_a_flipped_bit_of_the_manifest_in_transit(
     place: Place, proxy: FaultProxy, tmp_path: Path
 ) -> None:
@@ -331,11 +316,6 @@ def test_damage_of_a_local_data_set_is_an_error_until_it_is_mended(
     assert stream(data) == local.stream
 
 
-TIMES_RESTORED = pytest.mark.xfail(
-    strict=True, reason="the cache's markers hold size, mtime and inode: ctime would show it"
-)
-
-
 @pytest.mark.parametrize("restored", [False, True], ids=["", "mtime restored"])
 @pytest.mark.parametrize("damage", [*DAMAGE, "another shard"])
 def test_damage_in_the_cache_between_runs_is_healed(
@@ -344,13 +324,10 @@ def test_damage_in_the_cache_between_runs_is_healed(
     tmp_path: Path,
     damage: str,
     restored: bool,
-    request: pytest.FixtureRequest,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     good = place.shard()
     bad = DAMAGE[damage](good) if damage in DAMAGE else place.shard("shard-000002.tar")
-    if restored and len(bad) == len(good):
-        request.applymarker(TIMES_RESTORED)
     data = open_dataset(place.url, tmp_path / "cache")
     assert stream(data) == place.stream
     sha256 = next(s.sha256 for s in data.manifest.shards if s.name == BAD)

@@ -74,8 +74,9 @@ class DataSection(Section):
     """Node cache of remote shards and of merged tables; by default LXSCALE_CACHE or
     ~/.cache/lxscale."""
     cache_limit_gb: float | None = Field(None, gt=0)
-    """GiB of remote files that a node's cache may hold; by default no limit. It must hold two
-    shuffle windows (`lxscale shards plan` says how much that is)."""
+    """GiB of remote shards that a node's cache may hold; by default no limit. It must hold two
+    shuffle windows (`lxscale shards plan` says how much that is). Runs that
+    share a cache need one limit, which holds what they use together."""
     fetch_threads: int = Field(8, ge=1)
     """Downloads at once, ahead of need, per training worker."""
     on_error: Literal["fail", "skip"] = "fail"

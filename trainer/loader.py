@@ -18,13 +18,14 @@ from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
 from model.batch import Batch
-from shards.dataset import Dataset, open_dataset
-from shards.fetch import ShardError, check_limit
+from shards.dataset import Dataset
+from shards.fetch import Outlook, ShardError, check_limit
 from shards.sampler import (
     SamplerSettings,
     SamplerState,
     Stream,
     next_use,
+    next_windows,
     plan,
     steps_ahead,
     windows_at,
@@ -116,24 +117,26 @@ class _StepBatches(TorchDataset[list[Packed | Batch] | Trouble]):
 
     def _look_ahead(self, state: SamplerState) -> None:
         """Tell the shards what comes, whenever a stream enters another window."""
-        windows = windows_at(self.sampler, self.streams, state, self.in_flight)
+        arguments = self.sampler, self.streams, state
+        windows = windows_at(*arguments, self.in_flight)
         if windows == self._windows:
             return
         self._windows = windows
-        due = next_use(self.sampler, self.streams, state, self.in_flight)
+        due = next_use(*arguments, self.in_flight)
         due[[shard for shard, _ in state.skipped]] = np.inf
+        outlook = Outlook(
+            due,
+            mine=next_use(*arguments) == 0,
+            soon=next_windows(*arguments, self.in_flight),
+            until=self.total - state.consumed,
+        )
         worker = get_worker_info()
         # Of several workers one fetches ahead: downloads are bounded, and the plan is the same.
         threads = self.threads if worker is None or worker.id == 0 else 0
-        self.data.shards.look_ahead(due, self.total - state.consumed, threads)
+        self.data.shards.look_ahead(outlook, threads)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker maps the files itself: only names travel.
-        data = (self.data.places, self.data.cache, self.data.shards.limit)
-        return {**self.__dict__, "data": data, "_windows": ()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state | {"data": open_dataset(*state["data"])})
+        return {**self.__dict__, "_windows": ()}
 
 
 def load_steps(
@@ -151,9 +154,12 @@ def load_steps(
 
     Raises DataError where the cache limit cannot hold what the steps in flight need.
     """
-    in_flight = global_batch * (1 + settings.workers * settings.prefetch)
-    sizes = np.asarray([file.size for file in data.shards.files])
-    check_limit(data.shards, working_set(sampler, streams, sizes, in_flight))
+    # The main processes are within a step of each other. Ahead of them are the steps that workers
+    # keep ready; behind them each worker may still hold what its last step used.
+    in_flight = global_batch * (1 + settings.workers * (settings.prefetch + 1))
+    sizes = np.asarray([file.size if file.remote else 0 for file in data.shards.files])
+    check_limit(data.shards, working_set(sampler, streams, sizes, in_flight + global_batch))
+
     # Ready, being made, and in the reader's hands: of each worker, for each micro-batch.
     ready = (settings.prefetch if settings.workers else 0) + 2
     largest = -(-global_batch // (share.world * share.accumulation))
