@@ -134,16 +134,19 @@ def run(
         for rank in range(world)
     ]
     pairs: list[dict[str, object]] = []
-    for step in zip(*ranks, strict=True):
-        begin = len(pairs)
-        for micro in step:
-            if isinstance(micro, Trouble):
-                raise DataError(micro.message)
-            for batch in micro:
-                assert batch.slot.tolist() == list(
-                    range(len(pairs) - begin, len(pairs) - begin + batch.pairs)
-                )
-                pairs += describe(batch)
+    try:
+        for step in zip(*ranks, strict=True):
+            begin = len(pairs)
+            for micro in step:
+                if isinstance(micro, Trouble):
+                    raise DataError(micro.message)
+                for batch in micro:
+                    first = len(pairs) - begin
+                    assert batch.slot.tolist() == list(range(first, first + batch.pairs))
+                    pairs += describe(batch)
+    finally:
+        for steps in ranks:
+            steps.close()
     return pairs
 
 

@@ -7,7 +7,7 @@ any number of loader workers gives the same stream and there is nothing of their
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -149,8 +149,9 @@ def load_steps(
     global_batch: int,
     total: int,
     settings: LoaderSettings,
-) -> Iterator[Loaded]:
-    """This rank's micro-batches of each step from `state` until `total` pairs are consumed.
+) -> Generator[Loaded, None, None]:
+    """This rank's micro-batches of each step from `state` until `total` pairs are consumed. Its
+    end, or its close(), ends the fetching ahead.
 
     Raises DataError where the cache limit cannot hold what the steps in flight need.
     """
@@ -199,7 +200,7 @@ def _slot_size(data: Dataset, batch: BatchSettings, pairs: int) -> int:
 
 def _read(
     batches: Iterator[list[Packed | Batch] | Trouble], data: Dataset, slots: Slots
-) -> Iterator[Loaded]:
+) -> Generator[Loaded, None, None]:
     pinned = torch.cuda.is_available()
 
     def unpacked(made: Packed | Batch) -> Batch:
