@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 U64 = NDArray[np.uint64]
+U32 = NDArray[np.uint32]
 I64 = NDArray[np.int64]
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -61,11 +62,11 @@ def fold(*words: int) -> int:
     return key
 
 
-def draw(key: int, *words: U64 | I64 | int) -> U64:
+def draw(key: int | U64, *words: U64 | I64 | int) -> U64:
     """Counter-based random bits: uint64, uniform, a pure function of the key and the words.
 
-    Arrays among the words broadcast against each other. The same (key, words) give the same
-    bits in any process, at any world size, in any order of asking.
+    Arrays among the key and the words broadcast against each other. The same (key, words) give
+    the same bits in any process, at any world size, in any order of asking.
     """
     state: int | U64 = key
     for word in words:
@@ -84,16 +85,23 @@ def draw(key: int, *words: U64 | I64 | int) -> U64:
     return np.full(1, state, dtype=np.uint64) if isinstance(state, int) else state
 
 
-def uniform(bits: U64) -> NDArray[np.float64]:
-    """Random bits to float64 in [0, 1), 53 bits of resolution."""
+def halves(bits: U64) -> U32:
+    """Two numbers of 32 random bits of each of 64, beside each other: (…, n) to (…, 2n)."""
+    return bits.astype("<u8", copy=False).view("<u4")
+
+
+def uniform(bits: U64 | U32) -> NDArray[np.float64]:
+    """Random bits to float64 in [0, 1), 53 or 32 bits of resolution."""
+    if bits.dtype == np.uint32:
+        return bits.astype(np.float64) * 2.0**-32
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def chance(bits: U64, probability: float) -> NDArray[np.bool_]:
+def chance(bits: U64 | U32, probability: float) -> NDArray[np.bool_]:
     """Random bits to True with the given probability."""
     if probability >= 1:
         return np.ones(bits.shape, dtype=bool)
-    return bits < np.uint64(int(probability * 2**64))
+    return bits < bits.dtype.type(int(probability * 2 ** (8 * bits.itemsize)))
 
 
 def below(bits: U64, bound: int | I64) -> I64:

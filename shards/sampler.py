@@ -323,7 +323,7 @@ def _takes(
     chosen = [i for i, s in enumerate(streams) if s.family == family]
     cursors = [state.cursors[i] for i in chosen]
     shares = [streams[i].share for i in chosen]
-    takes = apportion(shares, cursors, count)
+    takes = apportion(shares, cursors, count) if len(chosen) > 1 else (count,)
     if settings.mode == "natural" or (
         settings.mode == "alternating" and FAMILIES[family] != "matching"
     ):

@@ -99,3 +99,15 @@ def test_a_failure_gives_the_slot_back(data: Dataset, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="disk"):
         make_in_slot(slots, 0, broken)
     assert slots.take(0) == 0
+
+
+def test_slots_of_one_process_are_used_again_too(data: Dataset) -> None:
+    slots = Slots(1, 1, 1 << 20, shared=False)
+    batch = make_in_slot(slots, 0, maker(data, 9))
+    assert isinstance(batch, Batch) and slots.take(0) is None
+    assert_equal(batch, maker(data, 9)(plain))
+    kept = batch.features[1:]
+    del batch
+    assert slots.take(0) is None
+    del kept
+    assert slots.take(0) == 0

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from model.batch import Batch
 from shards.dataset import Dataset, ranges
 from shards.errors import DataError
-from shards.order import I64, U64, below, chance, draw, fold, uniform
+from shards.order import I64, U64, below, chance, draw, fold, halves, uniform
 from shards.sampler import Plan, Stream
 
 # Purposes of draws; the sampler uses 1 and 2.
@@ -126,7 +126,7 @@ def sentences_of(
             raise DataError(f"matching needs sentences of two images, the data set {name} has one")
     attempt = 0
     while len(todo):
-        other = first + below(draw(0, key[todo], _SENTENCE, attempt), total)
+        other = first + below(draw(key[todo], _SENTENCE, attempt), total)
         sentence[todo] = other
         again = data.image_of(other) == image[todo]
         todo, first, total = todo[again], first[again], total[again]
@@ -144,14 +144,12 @@ def _tokens(
     start = np.concatenate([[0], np.cumsum(length + 2)]).astype(np.int64)
     at = ranges(start[:-1] + 1, length)
     word = ranges(np.zeros_like(length), length)
-    row_key = np.repeat(key, length)
-
-    bits = draw(0, row_key, _TOKEN, word)
+    bits = draw(np.repeat(draw(key, _TOKEN), length), word)
     masked = np.flatnonzero(chance(bits, settings.token_mask))
     # The same draw says what a masked word becomes: its place in [0, p) is uniform too.
     fate = uniform(bits[masked]) / max(settings.token_mask, 1e-12)
     shown, target = words.copy(), words[masked]
-    other = below(draw(0, row_key[masked], _TOKEN_ID, word[masked]), settings.vocab_size)
+    other = below(draw(bits[masked], _TOKEN_ID), settings.vocab_size)
     shown[masked] = np.where(
         fate < _MASKED, settings.mask_id, np.where(fate < _REPLACED, other, target)
     )
@@ -179,8 +177,8 @@ def _objects(
     """Masked objects. The donor of a replaced RoI is an object of another image of the same shard
     (the shard is at hand wherever the pair is); in a shard of one image it is zeroed instead."""
     m = data.merged
-    slot = np.arange(objects)
-    bits = draw(0, key[:, None], _OBJECT, slot[None, :]).reshape(-1)
+    couples = np.arange((objects + 1) // 2)
+    bits = halves(draw(draw(key, _OBJECT)[:, None], couples[None, :]))[:, :objects].reshape(-1)
     position = np.flatnonzero(chance(bits, settings.object_mask))
     row, column = np.divmod(position, objects)
     real = column < m.image_objects[image[row]]
@@ -193,9 +191,9 @@ def _objects(
     swap = (fate >= _MASKED) & (fate < _REPLACED) & ~alone
 
     row, column, first, size = row[swap], column[swap], first[swap], size[swap]
-    donor = first + below(draw(0, key[row], _DONOR, column), size - 1)
+    donor = first + below(draw(key[row], _DONOR, column), size - 1)
     donor += donor >= image[row]
-    which = below(draw(0, key[row], _DONOR_OBJECT, column), m.image_objects[donor].astype(np.int64))
+    which = below(draw(key[row], _DONOR_OBJECT, column), m.image_objects[donor].astype(np.int64))
     return _ObjectMasks(position, position[zero], position[swap], donor, which)
 
 
@@ -214,6 +212,6 @@ def _answers(data: Dataset, pair: I64, matched: NDArray[np.bool_], key: U64) -> 
     rows_with = total > 0
     rows, before, total = rows[rows_with], before[rows_with], total[rows_with]
     # Invert each row's cumulative distribution at one uniform draw.
-    target = before + below(draw(0, key[rows], _ANSWER), total)
+    target = before + below(draw(key[rows], _ANSWER), total)
     chosen = np.searchsorted(cumulative, target, side="right") - 1
     return rows.astype(np.int64), m.answer_id[flat[chosen]].astype(np.int64)

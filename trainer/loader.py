@@ -172,18 +172,18 @@ def load_steps(
         data, sampler, tuple(streams), batch, share, settings.threads, in_flight, total, slots
     )
     steps = steps_ahead(sampler, streams, state, global_batch, total)
-    context = None
-    if settings.workers:
-        context = multiprocessing.get_context(settings.start)
-        if settings.start == "forkserver":
-            # Workers share the pages of what the server has imported.
-            context.set_forkserver_preload(["trainer.loader"])
+    if not settings.workers:
+        return _read(map(maker.__getitem__, steps), data, slots)
+    context = multiprocessing.get_context(settings.start)
+    if settings.start == "forkserver":
+        # Workers share the pages of what the server has imported.
+        context.set_forkserver_preload(["trainer.loader"])
     loader = DataLoader(
         maker,
         batch_size=None,
         sampler=_Once(steps),
         num_workers=settings.workers,
-        prefetch_factor=settings.prefetch if settings.workers else None,
+        prefetch_factor=settings.prefetch,
         multiprocessing_context=context,
     )
     return _read(iter(loader), data, slots)

@@ -63,6 +63,11 @@ class Slots:
         (groups, count, size), fd = state
         self._attach(groups, count, size, fd.detach())
 
+    @property
+    def shared(self) -> bool:
+        """Whether other processes can read the slots."""
+        return self._fd >= 0
+
     def take(self, group: int) -> int | None:
         """A free slot, now in use; None if all are."""
         _, count, _ = self._shape
@@ -96,7 +101,8 @@ class Slots:
 def make_in_slot(
     slots: Slots, group: int, make: Callable[[Callable[[tuple[int, ...]], torch.Tensor]], Batch]
 ) -> Packed | Batch:
-    """A batch made in a slot of the group; as it is where no slot is free or large enough.
+    """A batch made in a slot of the group; as it is where no slot is free or large enough. Where no
+    other process will read it, only its features are in the slot.
 
     make: gets the function that gives the memory of the features.
     """
@@ -119,6 +125,9 @@ def make_in_slot(
     except BaseException:
         slots.release(slot)
         raise
+    if not slots.shared:
+        weakref.finalize(memory, slots.release, slot)
+        return batch
     at = -(-used // _ALIGN) * _ALIGN
     layout = [("features", "float16", tuple(batch.features.shape), 0)]
     for f in fields(batch):
