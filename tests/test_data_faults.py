@@ -174,7 +174,7 @@ def test_a_fault_of_each_object_changes_nothing(
         plan = lambda r: slow(r) if r.name == BAD else None  # noqa: E731
     proxy.begin(plan)
     assert stream(open_dataset(place.url, tmp_path / "cache")) == place.stream
-    assert proxy.count("GET", BAD) == 1 if kind == "delay" else 2
+    assert proxy.count("GET", BAD) >= (1 if kind == "delay" else 2)
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.faults)])
