@@ -108,9 +108,10 @@ def local_file(
                         raise DataError(problem)
                     try:
                         _fetch(url, path, sha256, size, cache, room, retry, wait)
+                    except FullError:
+                        raise
                     except DataError as error:
-                        if wait:
-                            _note(lock, str(error))
+                        _note(lock, str(error))
                         raise
     return path
 

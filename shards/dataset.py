@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +22,12 @@ from shards import store
 from shards.cache import default_cache, local_file, write_once
 from shards.errors import DataError
 from shards.fetch import ShardFile, ShardFiles
-from shards.manifest import Counts, FileInfo, Manifest, load_manifest
+from shards.manifest import Counts, FileInfo, Manifest, ShardInfo, load_manifest
 from shards.order import I64
 from shards.sampler import Part, Plan, Stream
 from shards.table import map_arrays, open_table, save_arrays
 
+_TABLES_AT_ONCE = 16
 _LAYOUT = 2  # of the merged table; part of its file name
 
 
@@ -329,10 +331,12 @@ def _open(
     path = folder / f"merged-{manifest.fingerprint}-{_LAYOUT}.safetensors"
 
     def build(temporary: Path) -> None:
-        tables = [
-            local_file(store.join(url, s.table), s.table_sha256, s.table_size, folder, table=True)
-            for url, s in zip(urls, manifest.shards, strict=True)
-        ]
+        def fetch(url: str, s: ShardInfo) -> Path:
+            where = store.join(url, s.table)
+            return local_file(where, s.table_sha256, s.table_size, folder, table=True)
+
+        with ThreadPoolExecutor(_TABLES_AT_ONCE, "lxscale-tables") as pool:
+            tables = list(pool.map(fetch, urls, manifest.shards))
         kinds = [
             [manifest.sources.index(s) for s in m.sources] for m in manifests for _ in m.shards
         ]

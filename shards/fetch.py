@@ -28,12 +28,9 @@ from numpy.typing import NDArray
 from shards import store
 from shards.cache import BusyError, FullError, Room, is_local, local_file, open_shared, shrink
 from shards.errors import DataError
-from shards.store import Retry
 
 log = logging.getLogger("lxscale")
 
-# Ahead of need, a fault is tried again later by itself; who needs the shard has the full deadline.
-_AHEAD_DEADLINE = 10.0
 _PAUSE = 0.5  # seconds before a shard that could not be had ahead is tried again
 _LONGEST_PAUSE = 60.0  # it doubles at every fault of the same shard
 
@@ -166,7 +163,6 @@ class ShardFiles:
                 file.size,
                 self.cache,
                 room=self._room(after),
-                retry=Retry(deadline=min(_AHEAD_DEADLINE, Retry().deadline)),
                 wait=False,
             )
 

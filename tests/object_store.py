@@ -172,7 +172,7 @@ class Fault:
 
     kind: str
     at: float = 0.5
-    seconds: float = 0.3
+    seconds: float = 0.1
 
 
 BEFORE = ("reset", "lost", "hang", "delay", "503", "500")

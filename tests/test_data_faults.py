@@ -156,12 +156,12 @@ def test_a_fault_of_each_object_changes_nothing(
     place: Place, proxy: FaultProxy, tmp_path: Path, kind: str
 ) -> None:
     plan = first_of_each(1, kind)
-    if kind in ("hang", "stall"):  # each costs seconds
+    if kind in ("hang", "stall"):  # each costs two seconds
         slow = plan
-        plan = lambda r: slow(r) if r.name in (BAD, "manifest.json") else None  # noqa: E731
+        plan = lambda r: slow(r) if r.name == BAD else None  # noqa: E731
     proxy.begin(plan)
     assert stream(open_dataset(place.url, tmp_path / "cache")) == place.stream
-    assert proxy.count("GET", BAD) == 1 if kind == "delay" else 2
+    assert proxy.count("GET", BAD) >= (1 if kind == "delay" else 2)
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.faults)])
@@ -190,15 +190,14 @@ def test_an_outage_within_the_deadline_changes_nothing(
     timer.join()
 
 
-LONG = [pytest.param(kind, marks=pytest.mark.faults) for kind in ("stall", "503")]
-
-
-@pytest.mark.parametrize("kind", ["down", "hang", *LONG])
+@pytest.mark.parametrize(
+    "kind", ["down", "hang", *(pytest.param(k, marks=pytest.mark.faults) for k in ("stall", "503"))]
+)
 def test_an_outage_beyond_the_deadline_is_one_error(
     place: Place, proxy: FaultProxy, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = open_dataset(place.url, tmp_path / "cache")
-    monkeypatch.setenv("LXSCALE_STORE_DEADLINE", "3")
+    monkeypatch.setenv("LXSCALE_STORE_DEADLINE", "2")
     if kind == "down":
         proxy.down()
     else:
