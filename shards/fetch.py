@@ -93,6 +93,11 @@ class ShardFiles:
         self._ahead: _Ahead | None = None
         self._process = os.getpid()
 
+    @property
+    def remote_sizes(self) -> NDArray[np.int64]:
+        """Bytes that each shard takes in the cache."""
+        return np.asarray([file.size if file.remote else 0 for file in self.files])
+
     def tar(self, shard: int) -> NDArray[np.uint8]:
         """The bytes of a shard, verified and memory-mapped on first use; ShardError naming it."""
         self._leave_parent()

@@ -9,7 +9,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,6 +65,12 @@ def put(folder: Path, url: str, name: str, seed: int) -> str:
         if path.is_file():
             store.upload(path, f"{url}/{path.name}")
     return url
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _loader_workers_know_the_store(s3: str) -> None:
+    """The server that they are forked from keeps the environment that it started with."""
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
@@ -389,7 +396,7 @@ def test_files_in_use_by_others_are_waited_for_and_then_named(remote: str, tmp_p
 # --- ahead of need ------------------------------------------------------------------------------
 
 
-def begin(data: Dataset, total: int, loader: LoaderSettings) -> Iterator[Any]:
+def begin(data: Dataset, total: int, loader: LoaderSettings) -> Generator[Any, None, None]:
     streams = data_streams(ONE, data)
     state = start_state(streams)
     share = Share(0, 1, 1)
@@ -431,7 +438,7 @@ def test_under_a_limit_only_free_room_is_filled_far_ahead(
     wait_until(lambda: len(downloads) >= 5)
     time.sleep(0.5)
     assert sorted(downloads) == sorted(order[:5])
-    steps.close()  # type: ignore[attr-defined]
+    steps.close()
 
 
 def test_an_outage_ahead_of_need_does_no_harm(
@@ -483,7 +490,7 @@ def test_threads_and_files_go_with_the_loader(
         loader = begin(data, TOTAL, LoaderSettings())
         for _ in range(steps):
             next(loader)
-        loader.close()  # type: ignore[attr-defined]
+        loader.close()
 
     once(30)
     wait_until(lambda: fetching() == 0)
@@ -510,4 +517,4 @@ def test_workers_fetch_by_themselves_however_they_start(
     next(before)
     found = run(data, ONE, 1, TOTAL // 2, loader=LoaderSettings(2, start=start), global_batch=BATCH)
     assert found == expected[1][: TOTAL // 2]
-    before.close()  # type: ignore[attr-defined]
+    before.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import multiprocessing
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -182,16 +182,19 @@ def load_steps(
     global_batch: int,
     total: int,
     settings: LoaderSettings,
-) -> Iterator[Loaded]:
-    """This rank's micro-batches of each step from `state` until `total` pairs are consumed.
+    beside: int = 0,
+) -> Generator[Loaded, None, None]:
+    """This rank's micro-batches of each step from `state` until `total` pairs are consumed. Close
+    it to end its workers and threads.
 
-    Raises DataError where the cache limit cannot hold what the steps in flight need.
+    Raises DataError where the cache limit cannot hold what the steps in flight need, and `beside`
+    bytes that are in use for other purposes.
     """
     # The main processes are within a step of each other. Ahead of them are the steps that workers
     # keep ready; behind them each worker may still hold what its last step used.
     in_flight = global_batch * (1 + settings.workers * (settings.prefetch + 1))
-    sizes = np.asarray([file.size if file.remote else 0 for file in data.shards.files])
-    check_limit(data.shards, working_set(sampler, streams, sizes, in_flight + global_batch))
+    need = working_set(sampler, streams, data.shards.remote_sizes, in_flight + global_batch)
+    check_limit(data.shards, need + beside)
     maker = _StepBatches(
         data, sampler, tuple(streams), batch, share, settings.threads, in_flight, total
     )
@@ -214,7 +217,7 @@ def load_steps(
     return _closing(iter(loader), data)
 
 
-def _closing(batches: Iterator[Loaded], data: Dataset) -> Iterator[Loaded]:
+def _closing(batches: Iterator[Loaded], data: Dataset) -> Generator[Loaded, None, None]:
     try:
         yield from batches
     finally:
