@@ -25,9 +25,10 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from shards import store
 from shards.errors import DataError
@@ -41,12 +42,14 @@ class Room:
     """A byte limit of files/, and the future by which it is kept.
 
     due: sha256 -> when the file is needed next; a file of no known future is due at infinity.
-    after: only files due later than this are evicted, so with infinity none is.
+    after: only files due later than this are evicted, so with infinity none is. made: called each
+    time when there is room for the file that is fetched.
     """
 
     limit: int
     due: Callable[[str], float]
     after: float = 0.0
+    made: Callable[[], None] | None = None
 
 
 class BusyError(DataError):
@@ -124,7 +127,7 @@ def is_local(url: str, sha256: str, size: int, cache: Path) -> bool:
 
 
 def open_shared(path: Path) -> IO[bytes] | None:
-    """The file, protected from eviction until the caller closes it; None if it has gone."""
+    """The file, protected from eviction until `unlock`; None if it has gone."""
     try:
         f = open(path, "rb")  # noqa: SIM115
     except FileNotFoundError:
@@ -134,6 +137,11 @@ def open_shared(path: Path) -> IO[bytes] | None:
         return f
     f.close()  # evicted between the two
     return None
+
+
+def unlock(f: IO[Any]) -> None:
+    """Release the lock on an open file; closing does not while a forked process has it open."""
+    fcntl.flock(f, fcntl.LOCK_UN)
 
 
 def shrink(cache: Path, room: Room) -> None:
@@ -185,7 +193,8 @@ def _fetch(
 ) -> None:
     problem: str | None = None
     for _ in range(3):
-        with _renamed_when_done(path) as temporary:
+        # Under the lock: who counts files/ while a file changes its name may miss it.
+        with _renamed_when_done(path, lambda: _lock(cache, "room")) as temporary:
             if room:
                 patience = (retry or Retry()).deadline if wait else None
                 _make_room(cache, temporary, size, room, patience)
@@ -208,8 +217,11 @@ def _fetch(
 
 
 @contextlib.contextmanager
-def _renamed_when_done(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that becomes `path` when the block succeeds and leaves it.
+def _renamed_when_done(
+    path: Path, renaming: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+) -> Iterator[Path]:
+    """A temporary path beside `path` that becomes `path` when the block succeeds and leaves it;
+    it is renamed in the context `renaming()`.
 
     The caller holds the lock of `path`, so other temporary files of it belong to dead processes.
     """
@@ -222,7 +234,8 @@ def _renamed_when_done(path: Path) -> Iterator[Path]:
         if temporary.exists():
             with open(temporary, "rb") as f:
                 os.fsync(f.fileno())
-            os.replace(temporary, path)
+            with renaming():
+                os.replace(temporary, path)
             store.sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -239,7 +252,7 @@ def _make_room(cache: Path, temporary: Path, size: int, room: Room, patience: fl
             if _evict(cache, size, room):
                 with open(temporary, "wb") as f:
                     f.truncate(size)  # counts from now on
-                return
+                break
         if patience is None:
             raise FullError(f"no room in {cache} before the files there are used")
         if time.monotonic() - began > patience:
@@ -249,6 +262,8 @@ def _make_room(cache: Path, temporary: Path, size: int, room: Room, patience: fl
                 "sampler.window, or give runs on the same node caches of their own"
             )
         time.sleep(0.1)
+    if room.made:
+        room.made()
 
 
 def _evict(cache: Path, size: int, room: Room) -> bool:
@@ -283,6 +298,7 @@ def _remove_unused(cache: Path, name: str) -> bool:
         with _lock(cache, name.removeprefix(".").split(".")[0], wait=False), open(path, "rb") as f:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
+            unlock(f)
             (cache / "verified" / _name_of(path)).unlink(missing_ok=True)
     except (BusyError, BlockingIOError):
         return False
@@ -359,7 +375,10 @@ def _lock(folder: Path, name: str, wait: bool = True) -> Iterator[IO[str]]:
             fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise BusyError(f"{name} is being fetched by another process") from None
-        yield f
+        try:
+            yield f
+        finally:
+            unlock(f)
 
 
 def _note(lock: IO[str], problem: str) -> None:

@@ -26,7 +26,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards import store
-from shards.cache import BusyError, FullError, Room, is_local, local_file, open_shared, shrink
+from shards.cache import (
+    BusyError,
+    FullError,
+    Room,
+    is_local,
+    local_file,
+    open_shared,
+    shrink,
+    unlock,
+)
 from shards.errors import DataError
 
 log = logging.getLogger("lxscale")
@@ -80,9 +89,16 @@ class ShardFiles:
         self._mapped: dict[int, tuple[NDArray[np.uint8], IO[bytes] | None]] = {}
         self._due_of: dict[str, float] = {f.sha256: 0.0 for f in files}
         self._ahead: _Ahead | None = None
+        self._process = os.getpid()
+
+    @property
+    def remote_sizes(self) -> NDArray[np.int64]:
+        """Bytes that each shard takes in the cache."""
+        return np.asarray([file.size if file.remote else 0 for file in self.files])
 
     def tar(self, shard: int) -> NDArray[np.uint8]:
         """The bytes of a shard, verified and memory-mapped on first use; ShardError naming it."""
+        self._leave_parent()
         found = self._mapped.get(shard)
         if found is None:
             try:
@@ -108,18 +124,28 @@ class ShardFiles:
         for shard in shards:
             _, f = self._mapped.pop(shard)
             if f:
+                unlock(f)
                 f.close()
 
-    def _room(self, after: float) -> Room | None:
+    def _leave_parent(self) -> None:
+        """After a fork: threads are not there, and locks are the parent's to release."""
+        if self._process != os.getpid():
+            for _, f in self._mapped.values():
+                if f:
+                    f.close()
+            self._mapped, self._ahead, self._process = {}, None, os.getpid()
+
+    def _room(self, after: float, made: Callable[[], None] | None = None) -> Room | None:
         if self.limit is None:
             return None
-        return Room(self.limit, lambda sha: self._due_of.get(sha, np.inf), after)
+        return Room(self.limit, lambda sha: self._due_of.get(sha, np.inf), after, made)
 
     # --- ahead ----------------------------------------------------------------------------------
 
     def look_ahead(self, outlook: Outlook, threads: int) -> None:
         """Take a new future. Shards needed before its end are fetched by so many threads, first
         things first; those that this process does not use now are unmapped."""
+        self._leave_parent()
         self._unmap([shard for shard in self._mapped if not outlook.mine[shard]])
         due_of: dict[str, float] = {}
         for file, when in zip(self.files, outlook.due.tolist(), strict=True):
@@ -127,7 +153,7 @@ class ShardFiles:
         self._due_of = due_of
         if threads == 0:
             return
-        if self._ahead is None or self._ahead.process != os.getpid():  # threads survive no fork
+        if self._ahead is None:
             if room := self._room(0.0):
                 shrink(self.cache, room)
             self._ahead = _Ahead(self._fetch, threads)
@@ -136,7 +162,7 @@ class ShardFiles:
         wanted = order[(due >= 0) & (due < outlook.until)]
         self._ahead.want(
             [
-                (shard, due if soon or due == 0 else np.inf)
+                (shard, due if soon or due == 0 or self.limit is None else np.inf)
                 for shard, due, soon in zip(
                     wanted.tolist(),
                     outlook.due[wanted].tolist(),
@@ -148,21 +174,25 @@ class ShardFiles:
 
     def stop(self) -> None:
         """Let go of everything. The threads end; a download under way is finished first."""
+        self._leave_parent()
         self._unmap(list(self._mapped))
         if self._ahead:
             self._ahead.stop()
             self._ahead = None
 
-    def _fetch(self, shard: int, after: float) -> None:
-        """Bring a shard into the cache, displacing only what is due later than `after`."""
+    def _fetch(self, shard: int, after: float, placed: Callable[[], None]) -> None:
+        """Bring a shard into the cache, displacing only what is due later than `after`; `placed` is
+        called when it has its room."""
         file = self.files[shard]
+        if self.limit is None or not file.remote:
+            placed()
         if not is_local(file.url, file.sha256, file.size, self.cache):
             local_file(
                 file.url,
                 file.sha256,
                 file.size,
                 self.cache,
-                room=self._room(after),
+                room=self._room(after, placed),
                 wait=False,
             )
 
@@ -170,12 +200,14 @@ class ShardFiles:
 class _Ahead:
     """Threads that bring shards, first things first, until they are told to stop."""
 
-    def __init__(self, fetch: Callable[[int, float], None], threads: int) -> None:
-        self.process = os.getpid()
+    def __init__(self, fetch: Callable[[int, float, Callable[[], None]], None], threads: int):
         self._fetch = fetch
+        # Held by the thread that chooses a shard until that has its room: what is needed first
+        # gets room first.
+        self._turn = threading.Lock()
         self._changed = threading.Condition()
         self._wanted: list[tuple[int, float]] = []
-        self._done: set[int] = set()  # or under way
+        self._taken: set[int] = set()  # and not failed
         self._not_before: dict[int, float] = {}
         self._full_until = 0.0
         self._faults: dict[int, int] = {}
@@ -186,7 +218,7 @@ class _Ahead:
     def want(self, shards: list[tuple[int, float]]) -> None:
         """(shard, what may be displaced for it), in the order of need."""
         with self._changed:
-            self._wanted, self._done, self._full_until = shards, set(), 0.0
+            self._wanted, self._taken, self._full_until = shards, set(), 0.0
             self._changed.notify_all()
 
     def stop(self) -> None:
@@ -196,46 +228,69 @@ class _Ahead:
 
     def _work(self) -> None:
         while True:
-            with self._changed:
-                while not self._stopped and (task := self._take()) is None:
-                    self._changed.wait(_PAUSE if len(self._done) < len(self._wanted) else None)
-                if self._stopped:
-                    return
-                assert task
-                shard, wanted = task[0], self._wanted
-            problem: Exception | None = None
+            self._turn.acquire()
+            held = True
+
+            def placed() -> None:
+                nonlocal held
+                if held:
+                    held = False
+                    self._turn.release()
+
             try:
-                self._fetch(*task)
-            except Exception as error:
-                problem = error
-            with self._changed:
-                if problem and wanted is self._wanted:
-                    self._done.discard(shard)
-                self._settle(shard, problem)
+                task = self._await()
+                if task is None:
+                    return
+                problem: Exception | None = None
+                try:
+                    self._fetch(*task, placed)
+                except Exception as error:
+                    problem = error
+                self._settle(task[0], problem)
+            finally:
+                placed()
+
+    def _await(self) -> tuple[int, float] | None:
+        """The next shard to bring; None when told to stop."""
+        with self._changed:
+            while not self._stopped:
+                if task := self._take():
+                    return task
+                self._changed.wait(_PAUSE if len(self._taken) < len(self._wanted) else None)
+        return None
 
     def _take(self) -> tuple[int, float] | None:
         now = time.monotonic()
         if now < self._full_until:
             return None
-        for task in self._wanted:
-            if task[0] not in self._done and self._not_before.get(task[0], 0.0) <= now:
-                self._done.add(task[0])
-                return task
+        all_placed = True
+        for shard, after in self._wanted:
+            if shard in self._taken:
+                continue
+            # Free room is not filled before what is needed soon has its own.
+            if after == np.inf and not all_placed:
+                return None
+            if self._not_before.get(shard, 0.0) <= now:
+                self._taken.add(shard)
+                return shard, after
+            all_placed = False
         return None
 
     def _settle(self, shard: int, problem: Exception | None) -> None:
-        pause = _PAUSE
-        if isinstance(problem, FullError):
-            # Room comes when files fall out of use; what is due later does not get it first.
-            self._full_until = time.monotonic() + pause
-        elif problem is None:
-            self._faults.pop(shard, None)
-        elif not isinstance(problem, BusyError):
-            faults = self._faults[shard] = self._faults.get(shard, 0) + 1
-            if faults == 1:
-                log.warning("not fetched ahead, tried again later: %s", problem)
-            pause = min(_PAUSE * 2**faults, _LONGEST_PAUSE)
-        if problem:
+        with self._changed:
+            if problem is None:
+                self._faults.pop(shard, None)
+                return
+            self._taken.discard(shard)
+            pause = _PAUSE
+            if isinstance(problem, FullError):
+                # Room comes when files fall out of use; what is due later does not get it first.
+                self._full_until = time.monotonic() + pause
+            elif not isinstance(problem, BusyError):
+                faults = self._faults[shard] = self._faults.get(shard, 0) + 1
+                if faults == 1:
+                    log.warning("not fetched ahead, tried again later: %s", problem)
+                pause = min(_PAUSE * 2**faults, _LONGEST_PAUSE)
             self._not_before[shard] = time.monotonic() + pause
 
 

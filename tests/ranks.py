@@ -21,13 +21,16 @@ Job = tuple[dict[str, Any], int | None, bool]
 """(configuration tree, step at which to stop or None, whether stopping is kill -9 of rank 1)"""
 
 
-def _rank(rank: int, world: int, port: int, jobs: list[Job], errors: Any) -> None:
+def _rank(
+    rank: int, world: int, port: int, jobs: list[Job], errors: Any, environment: dict[str, str]
+) -> None:
     import torch
     import torch.distributed as dist
 
     from trainer.loop import Control, train
 
     torch.set_num_threads(1)
+    os.environ |= environment
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
@@ -49,14 +52,28 @@ def _rank(rank: int, world: int, port: int, jobs: list[Job], errors: Any) -> Non
         raise SystemExit(1) from None
 
 
-def run_ranks(world: int, jobs: list[Job], timeout: float = 240) -> list[str]:
-    """Run jobs one after the other on `world` processes; the errors that ranks ended with."""
+def run_ranks(
+    world: int,
+    jobs: list[Job],
+    timeout: float = 240,
+    environments: list[dict[str, str]] | None = None,
+) -> list[str]:
+    """Run jobs one after the other on `world` processes; the errors that ranks ended with.
+
+    environments: what each rank's has beside this process's.
+    """
+    # The server that they are forked from has kept the environment that it started with.
+    environment = dict(os.environ)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     errors = CONTEXT.SimpleQueue()
     ranks = [
-        CONTEXT.Process(target=_rank, args=(r, world, port, jobs, errors)) for r in range(world)
+        CONTEXT.Process(
+            target=_rank,
+            args=(r, world, port, jobs, errors, environment | (environments or [{}] * world)[r]),
+        )
+        for r in range(world)
     ]
     for p in ranks:
         p.start()

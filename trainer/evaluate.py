@@ -20,10 +20,11 @@ import torch.distributed as dist
 from model.batch import Batch
 from model.losses import PreTrainingOutput
 from shards.dataset import Dataset
-from shards.sampler import SamplerSettings, SamplerState, Stream, plan
-from trainer.batch import BatchSettings, make_batch
+from shards.errors import DataError
+from shards.sampler import SamplerSettings, Stream, start_state, working_set
+from trainer.batch import BatchSettings
 from trainer.engine import all_reduce_sum
-from trainer.loader import bounds
+from trainer.loader import LoaderSettings, Share, Trouble, load_steps
 from trainer.setup import data_streams
 
 # Draws of validation are the same in every run, whatever its seed.
@@ -67,13 +68,21 @@ def _batches(
     task: Evaluation, settings: SamplerSettings, streams: tuple[Stream, ...], drawn: BatchSettings
 ) -> Iterator[Batch]:
     """This rank's part of one epoch; every rank gets equally many batches, some perhaps empty."""
-    rank, world = _world()
-    total = streams[0].pairs
-    for begin in range(0, total, task.batch_size):
-        count = min(task.batch_size, total - begin)
-        state = SamplerState(begin, (begin,), (0,), (0,))
-        own = plan(settings, streams, state, count, *bounds(count, rank, world))
-        batch = make_batch(task.data, streams, own, drawn)
+    steps = load_steps(
+        task.data,
+        settings,
+        streams,
+        drawn,
+        Share(*_world(), accumulation=1),
+        start_state(streams),
+        task.batch_size,
+        streams[0].pairs,
+        LoaderSettings(),
+    )
+    for micro in steps:
+        if isinstance(micro, Trouble):
+            raise DataError(micro.message)
+        (batch,) = micro
         if task.blind:
             batch = replace(
                 batch,
@@ -81,6 +90,13 @@ def _batches(
                 swap_features=torch.zeros_like(batch.swap_features),
             )
         yield batch
+
+
+def evaluation_bytes(data: Dataset, batch_size: int) -> int:
+    """Bytes of the node's cache that an evaluation needs at one time."""
+    settings = SamplerSettings(seed=VALIDATION_SEED, window=1)
+    streams = data_streams(settings, data)
+    return working_set(settings, streams, data.shards.remote_sizes, 2 * batch_size)
 
 
 def _masked_pass(

@@ -149,17 +149,19 @@ def load_steps(
     global_batch: int,
     total: int,
     settings: LoaderSettings,
+    beside: int = 0,
 ) -> Generator[Loaded, None, None]:
-    """This rank's micro-batches of each step from `state` until `total` pairs are consumed. Its
-    end, or its close(), ends the fetching ahead.
+    """This rank's micro-batches of each step from `state` until `total` pairs are consumed. Close
+    it to end its workers and threads.
 
-    Raises DataError where the cache limit cannot hold what the steps in flight need.
+    Raises DataError where the cache limit cannot hold what the steps in flight need, and `beside`
+    bytes that are in use for other purposes.
     """
     # The main processes are within a step of each other. Ahead of them are the steps that workers
     # keep ready; behind them each worker may still hold what its last step used.
     in_flight = global_batch * (1 + settings.workers * (settings.prefetch + 1))
-    sizes = np.asarray([file.size if file.remote else 0 for file in data.shards.files])
-    check_limit(data.shards, working_set(sampler, streams, sizes, in_flight + global_batch))
+    need = working_set(sampler, streams, data.shards.remote_sizes, in_flight + global_batch)
+    check_limit(data.shards, need + beside)
 
     # Ready, being made, and in the reader's hands: of each worker, for each micro-batch.
     ready = (settings.prefetch if settings.workers else 0) + 2

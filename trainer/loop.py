@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,7 +38,7 @@ from trainer import setup
 from trainer.checkpoint import Generation, claim_attempt
 from trainer.config import FAMILY_OBJECTIVES, ConfigError, RunConfig
 from trainer.engine import all_reduce_sum, build_engine, set_learning_rate
-from trainer.evaluate import Evaluation, evaluate
+from trainer.evaluate import Evaluation, evaluate, evaluation_bytes
 from trainer.loader import Loaded, Share, Trouble, load_steps
 from trainer.optimizer import learning_rate
 from trainer.progress import Progress, setup_logging
@@ -87,7 +87,7 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
     weights = setup.resolve_objectives(config, data)
     validation = None
     if config.data.validation:
-        validation = open_dataset(config.data.validation, config.data.cache)
+        validation = open_dataset(config.data.validation, config.data.cache, data.shards.limit)
         setup.check_same_tables(
             validation, data.manifest.vocab.sha256, data.manifest.answers.sha256
         )
@@ -148,8 +148,9 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
 
     share = Share(rank, world, config.train.accumulation)
     planned = planned_shares(settings, streams, data)
+    beside = evaluation_bytes(validation, config.train.validation_batch) if validation else 0
 
-    def load() -> Iterator[Loaded]:
+    def load() -> Generator[Loaded, None, None]:
         return load_steps(
             data,
             settings,
@@ -160,6 +161,7 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
             config.train.global_batch,
             length.total,
             setup.loader_settings(config),
+            beside,
         )
 
     batches = load()
@@ -183,6 +185,7 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
         )
         if seen.trouble:
             state = _skip(config, data, state, seen.trouble)
+            batches.close()
             batches = load()
             continue
         if seen.stop:
