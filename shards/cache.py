@@ -1,9 +1,10 @@
 """The node's cache: verified files under the name of their content.
 
-A file is downloaded to a temporary name, synced, hashed as it lies there, and only then renamed to
-its sha256. A lock per file lets one process of the node do this while the others wait. Nothing is
-trusted for being there: a marker remembers which (path, size, mtime, ctime, inode) has been
-verified, so an unchanged file is hashed once per node and a changed one is hashed again.
+A file is downloaded to a temporary name, hashed on the way, and only then renamed to its sha256. A
+lock per file lets one process of the node do this while the others wait. Nothing is trusted for
+being there: a marker remembers which (path, size, mtime, ctime, inode) has been verified since the
+machine started, so an unchanged file is hashed once and a changed one is hashed again. What a crash
+of the machine left of a file is thus found without waiting for the disk at every download.
 
     CACHE/files/<sha256>      verified shards; <sha256>.damaged is the last bad one
     CACHE/tables/<sha256>     the same for tables and vocabularies, which no limit counts
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import logging
@@ -194,16 +196,15 @@ def _fetch(
     problem: str | None = None
     for _ in range(3):
         # Under the lock: who counts files/ while a file changes its name may miss it.
-        with _renamed_when_done(path, lambda: _lock(cache, "room")) as temporary:
+        with _renamed_when_done(path, lambda: _lock(cache, "room"), durable=False) as temporary:
             if room:
                 patience = (retry or Retry()).deadline if wait else None
                 _make_room(cache, temporary, size, room, patience)
             with open(temporary, "r+b" if room else "wb") as f:
-                store.download(url, f, size, retry)
+                target = _Hashing(f)
+                store.download(url, target, size, retry)
                 f.truncate()
-                f.flush()
-                os.fsync(f.fileno())
-            problem = _problem(temporary, sha256, size)
+                problem = target.problem(sha256, size)
             if problem:
                 temporary.unlink()
         if not problem:
@@ -218,10 +219,12 @@ def _fetch(
 
 @contextlib.contextmanager
 def _renamed_when_done(
-    path: Path, renaming: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    path: Path,
+    renaming: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    durable: bool = True,
 ) -> Iterator[Path]:
     """A temporary path beside `path` that becomes `path` when the block succeeds and leaves it;
-    it is renamed in the context `renaming()`.
+    it is renamed in the context `renaming()`, and before that brought to disk if `durable`.
 
     The caller holds the lock of `path`, so other temporary files of it belong to dead processes.
     """
@@ -232,11 +235,13 @@ def _renamed_when_done(
     try:
         yield temporary
         if temporary.exists():
-            with open(temporary, "rb") as f:
-                os.fsync(f.fileno())
+            if durable:
+                with open(temporary, "rb") as f:
+                    os.fsync(f.fileno())
             with renaming():
                 os.replace(temporary, path)
-            store.sync_folder(path.parent)
+            if durable:
+                store.sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -316,12 +321,24 @@ def hash_file(path: str | Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _problem(path: Path, sha256: str, size: int) -> str | None:
-    """What is wrong with the file's content."""
-    actual = path.stat().st_size
+class _Hashing:
+    """An open file that hashes what is written to it."""
+
+    def __init__(self, f: IO[bytes]) -> None:
+        self._f, self._digest = f, hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self._digest.update(data)
+        self._f.write(data)
+
+    def problem(self, sha256: str, size: int) -> str | None:
+        return _problem(self._f.tell(), size, self._digest.hexdigest(), sha256)
+
+
+def _problem(actual: int, size: int, found: str, sha256: str) -> str | None:
+    """What is wrong with a content of `actual` bytes and hash `found`."""
     if actual != size:
         return f"{actual} bytes instead of {size}"
-    found = hash_file(path)
     if found != sha256:
         return f"sha256 {found[:12]}… instead of {sha256[:12]}…"
     return None
@@ -330,7 +347,8 @@ def _problem(path: Path, sha256: str, size: int) -> str | None:
 def _verify(path: Path, sha256: str, size: int, cache: Path) -> str | None:
     """What is wrong with the file; None, and a marker, where it is good."""
     before = _marker_text(path, sha256)
-    problem = _problem(path, sha256, size)
+    actual = path.stat().st_size
+    problem = _problem(actual, size, hash_file(path) if actual == size else "", sha256)
     if problem is None:
         # The marker describes the file as it was before hashing: a change meanwhile voids it.
         _mark(path, sha256, cache, before)
@@ -339,7 +357,7 @@ def _verify(path: Path, sha256: str, size: int, cache: Path) -> str | None:
 
 def _mark(path: Path, sha256: str, cache: Path, text: str | None = None) -> None:
     marker = cache / "verified" / _name_of(path)
-    with _renamed_when_done(marker) as temporary:
+    with _renamed_when_done(marker, durable=False) as temporary:
         temporary.write_text(text or _marker_text(path, sha256))
 
 
@@ -355,7 +373,14 @@ def _is_marked(path: Path, sha256: str, size: int, cache: Path) -> bool:
 def _marker_text(path: Path, sha256: str) -> str:
     s = path.stat()
     # No program can set ctime: a change that puts mtime back is still seen.
-    return json.dumps([str(path), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, sha256])
+    times = [s.st_mtime_ns, s.st_ctime_ns]
+    return json.dumps([_boot(), str(path), s.st_size, *times, s.st_ino, sha256])
+
+
+@functools.cache
+def _boot() -> str:
+    """What is another number each time that the machine starts."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _name_of(path: Path) -> str:

@@ -26,7 +26,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from shards.errors import DataError
 
@@ -393,10 +393,12 @@ def _etag(parts: list[dict[str, Any]]) -> str:
     return ""
 
 
-def download(
-    url: str, target: IO[bytes], size: int | None = None, retry: Retry | None = None
-) -> None:
-    """Copy an object into an open file.
+class Target(Protocol):
+    def write(self, data: bytes, /) -> Any: ...
+
+
+def download(url: str, target: Target, size: int | None = None, retry: Retry | None = None) -> None:
+    """Copy an object into something that is written to.
 
     size: bytes to read; None asks the store. Every range is retried by itself, so a cut
     connection repeats at most one. An object that ends early is copied as far as it goes.
