@@ -39,7 +39,7 @@ from shards.fetch import Outlook
 GATEWAY = Path(__file__).parents[1].parent / "shared" / "tools" / "rgw-up"
 BUCKET = "lxscale-bench"
 WINDOW = 3  # shards per shuffle window of ours
-FETCHES = 8  # downloads at once of ours, as in training
+FETCHES = 4  # downloads at once of ours, as in training
 _CONCURRENT = (2, 4, 8, 16)  # of plain reads: the fastest is the bound
 
 # Given the folder in the bucket, an empty local one, and more of its own; returns seconds.

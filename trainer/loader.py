@@ -51,7 +51,7 @@ class LoaderSettings:
 
     workers: int = 0
     prefetch: int = 2
-    threads: int = 8
+    threads: int = 4
     start: Literal["forkserver", "spawn", "fork"] = "forkserver"
 
 
