@@ -12,7 +12,9 @@ from typing import Any
 from shards import source_images, source_tsv
 from shards.answers import load_answers
 from shards.build import BuildSettings, build
+from shards.dataset import Place, open_dataset
 from shards.easy_vqa import write_easy_vqa
+from shards.planner import plan_report
 from shards.record import ImageRecord, Report
 from shards.verify import info, verify
 
@@ -50,6 +52,17 @@ def add_shards_parser(subparsers: Any) -> Any:
     info_parser = commands.add_parser("info", help="describe a data set")
     info_parser.add_argument("url")
     info_parser.set_defaults(func=_info)
+    planner = commands.add_parser("plan", help="what windows, visits and a cache limit cost")
+    planner.add_argument("url", nargs="+")
+    planner.add_argument("--window", nargs="+", type=int, default=[1, 4, 16, 0], metavar="SHARDS")
+    planner.add_argument(
+        "--sentences-per-visit", nargs="+", type=int, default=[1, 2, 4, 8], metavar="K"
+    )
+    planner.add_argument("--batch", type=int, default=256, help="pairs of a step")
+    planner.add_argument("--steps-ahead", type=int, default=8, help="loader workers x prefetch")
+    planner.add_argument("--cache-limit-gb", type=float, help="GiB of the node's cache")
+    planner.add_argument("--cache", help="folder of the node cache")
+    planner.set_defaults(func=_plan)
     easy = commands.add_parser(
         "easy-vqa", help="write the inputs of `build images` from the easy-VQA package"
     )
@@ -139,6 +152,17 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _info(args: argparse.Namespace) -> int:
     print(info(args.url))
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    data = open_dataset([Place(url) for url in args.url], args.cache)
+    limit = None if args.cache_limit_gb is None else int(args.cache_limit_gb * 2**30)
+    windows = sorted(args.window, key=lambda w: w or len(data.manifest.shards) + 1)
+    for line in plan_report(
+        data, windows, args.sentences_per_visit, args.batch, args.steps_ahead, limit
+    ):
+        print(line, flush=True)
     return 0
 
 
