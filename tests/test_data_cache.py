@@ -25,7 +25,8 @@ from shards.errors import DataError
 from shards.record import ImageRecord, Sentence
 from shards.sampler import SamplerSettings, start_state, stream_epoch, working_set
 from shards.store import Retry
-from tests.conftest import FlakyProxy, subprocess_environment
+from tests.conftest import subprocess_environment
+from tests.object_store import FaultProxy, first
 from tests.test_batches import describe, drawn, run
 from trainer.loader import LoaderSettings, Share, Trouble, load_steps
 from trainer.setup import data_streams
@@ -340,13 +341,13 @@ local_file(url, sha256, int(size), Path(folder), room=Room(int(limit), lambda sh
 
 
 def test_what_a_killed_process_reserved_does_not_count_for_ever(
-    remote: str, proxy: FlakyProxy, tmp_path: Path, expected: dict[int, list[Any]]
+    remote: str, proxy: FaultProxy, tmp_path: Path, expected: dict[int, list[Any]]
 ) -> None:
     data = open_dataset(remote, tmp_path)
     capacity = needed(data, ONE)
     data = limited(remote, tmp_path, capacity)
     limit = data.shards.limit
-    proxy.requests, proxy.fail = 0, 10**9  # the children retry until they are killed
+    proxy.begin(first(10**9, "503"))  # the children retry until they are killed
     children = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, f.url, f.sha256, str(f.size), tmp_path, str(limit)],
@@ -363,7 +364,7 @@ def test_what_a_killed_process_reserved_does_not_count_for_ever(
         child.kill()
         child.wait()
     assert sum(p.stat().st_size for p in (tmp_path / "files").glob(".*.tmp")) > limit * 0.9
-    proxy.fail = 0
+    proxy.begin()
     with watched(tmp_path) as most:
         assert run(data, ONE, 1, TOTAL, global_batch=BATCH) == expected[1]
     assert most() <= limit
@@ -442,14 +443,14 @@ def test_under_a_limit_only_free_room_is_filled_far_ahead(
 
 
 def test_an_outage_ahead_of_need_does_no_harm(
-    remote: str, proxy: FlakyProxy, tmp_path: Path, expected: dict[int, list[Any]]
+    remote: str, proxy: FaultProxy, tmp_path: Path, expected: dict[int, list[Any]]
 ) -> None:
     data = open_dataset(remote, tmp_path)
     steps = begin(data, TOTAL, LoaderSettings(threads=2))
     found = describe(next(steps)[0])
-    proxy.fail, proxy.requests = 10**9, 0
+    proxy.begin(first(10**9, "503"))
     wait_until(lambda: proxy.requests >= 3 or fetching() == 0)
-    proxy.fail = 0
+    proxy.begin()
     for (batch,) in steps:
         found += describe(batch)
     assert found == expected[1]
