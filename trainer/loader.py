@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import mmap
 import multiprocessing
+import os
+import threading
 import weakref
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from typing import Any, Literal
 
 import numpy as np
@@ -203,8 +206,8 @@ def load_steps(
     if settings.workers:
         context = multiprocessing.get_context(settings.start)
         if settings.start == "forkserver":
-            # Workers share the pages of what the server has imported.
-            context.set_forkserver_preload(["trainer.loader"])
+            # Workers share the pages of what the server that they are forked from has imported.
+            context.set_forkserver_preload(["trainer.preload"])
     loader = DataLoader(
         maker,
         batch_size=None,
@@ -212,6 +215,7 @@ def load_steps(
         num_workers=settings.workers,
         prefetch_factor=settings.prefetch if settings.workers else None,
         multiprocessing_context=context,
+        worker_init_fn=_end_with_parent,
         pin_memory=torch.cuda.is_available(),
     )
     return _closing(iter(loader), data)
@@ -222,6 +226,19 @@ def _closing(batches: Iterator[Loaded], data: Dataset) -> Generator[Loaded, None
         yield from batches
     finally:
         data.shards.stop()
+
+
+def _end_with_parent(worker: int) -> None:
+    """End this worker when the process that it works for is killed. torch looks at the parent's
+    id, which is the server's here: the two would keep each other alive, and files in use."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="lxscale-parent", daemon=True).start()
 
 
 class _Once:
