@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,19 @@ from trainer.config import RunConfig, parse_config
 
 # Forked from a server that has imported everything: a rank starts in a moment.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.ranks", "trainer.loop", "deepspeed"])
+PRELOAD = ["tests.ranks", "trainer.loop", "deepspeed"]
+CONTEXT.set_forkserver_preload(PRELOAD)
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 Job = tuple[dict[str, Any], int | None, bool]
 """(configuration tree, step at which to stop or None, whether stopping is kill -9 of rank 1)"""
+
+
+def fresh_server() -> None:
+    """Start the server anew: it and what it forks keep the environment and the output that it
+    started with."""
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    CONTEXT.set_forkserver_preload(PRELOAD)
 
 
 def _rank(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import multiprocessing
 import subprocess
 import sys
@@ -72,6 +73,7 @@ def put(folder: Path, url: str, name: str, seed: int) -> str:
 def _loader_workers_know_the_store(s3: str) -> None:
     """The server that they are forked from keeps the environment that it started with."""
     forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    CONTEXT.set_forkserver_preload(["tests.test_data_cache"])
 
 
 @pytest.fixture(scope="module")
@@ -394,6 +396,36 @@ def test_files_in_use_by_others_are_waited_for_and_then_named(remote: str, tmp_p
         f.close()
 
 
+def _until_killed(data_url: str, folder: Path, limit: int, start: Any, queue: Any) -> None:
+    data = open_dataset(data_url, folder, limit)
+    steps = begin(data, 10**6, LoaderSettings(2, start=start))
+    next(steps)
+    queue.put([p.pid for p in psutil.Process().children(recursive=True)])
+    for _ in steps:
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
+def test_a_killed_process_takes_its_workers_and_their_locks_along(
+    remote: str, tmp_path: Path, start: str
+) -> None:
+    data = limited(remote, tmp_path, needed(open_dataset(remote, tmp_path), ONE, 2))
+    # By spawn: a server of the killed process's own, if it needs one.
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    arguments = (remote, tmp_path, data.shards.limit, start, queue)
+    killed = context.Process(target=_until_killed, args=arguments)
+    killed.start()
+    workers = queue.get(timeout=60)
+    assert len(workers) >= 2
+    killed.kill()
+    killed.join()
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in workers))
+    for path in (tmp_path / "files").iterdir():
+        with open(path, "rb") as f:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 # --- ahead of need ------------------------------------------------------------------------------
 
 
@@ -424,9 +456,10 @@ def test_shards_come_in_the_order_of_need_and_no_more_than_the_run_needs(
     next(steps)
     wait_until(lambda: len(downloads) >= 6)
     time.sleep(0.5)
-    assert downloads == order[:6]
+    # The first step itself asks for the first one, while the thread may be at the second.
+    assert sorted(downloads[:2]) == sorted(order[:2]) and downloads[2:] == order[2:6]
     assert len(list(steps)) == 6 * PAIRS // BATCH - 1
-    assert downloads == order[:6]
+    assert len(downloads) == 6
 
 
 def test_under_a_limit_only_free_room_is_filled_far_ahead(

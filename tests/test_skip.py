@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from shards.dataset import Dataset, open_dataset
 from shards.sampler import SamplerState, plan, start_state, steps_ahead
 from shards.store import read_bytes
 from tests.conftest import small_records
-from tests.ranks import config_tree, run_ranks
+from tests.ranks import config_tree, fresh_server, run_ranks
 from trainer.batch import make_batch
 from trainer.checkpoint import find_generation
 from trainer.config import parse_config
@@ -28,8 +27,7 @@ OFF = {"dropout": 0.0, "attention_dropout": 0.0}
 
 @pytest.fixture(scope="module", autouse=True)
 def _loader_workers_know_the_store(s3: str) -> None:
-    """The server that they are forked from keeps the environment that it started with."""
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    fresh_server()
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +166,7 @@ def test_skip_leaves_out_that_shards_pairs_and_no_others(
 def test_what_is_skipped_is_said_once(
     remote: str, source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # another writes elsewhere
+    fresh_server()
     config = tree(remote, tmp_path, "run")
     data = open_dataset(str(source), tmp_path / "reference")
     shard, at = late_shard(config, data)

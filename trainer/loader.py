@@ -7,9 +7,12 @@ any number of loader workers gives the same stream and there is nothing of their
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import wait
 from typing import Any, Literal
 
 import numpy as np
@@ -178,8 +181,8 @@ def load_steps(
         return _read(map(maker.__getitem__, steps), data, slots)
     context = multiprocessing.get_context(settings.start)
     if settings.start == "forkserver":
-        # Workers share the pages of what the server has imported.
-        context.set_forkserver_preload(["trainer.loader"])
+        # Workers share the pages of what the server that they are forked from has imported.
+        context.set_forkserver_preload(["trainer.preload"])
     loader = DataLoader(
         maker,
         batch_size=None,
@@ -187,6 +190,7 @@ def load_steps(
         num_workers=settings.workers,
         prefetch_factor=settings.prefetch,
         multiprocessing_context=context,
+        worker_init_fn=_end_with_parent,
     )
     return _read(iter(loader), data, slots)
 
@@ -215,6 +219,19 @@ def _read(
             del made
     finally:
         data.shards.stop()
+
+
+def _end_with_parent(worker: int) -> None:
+    """End this worker when the process that it works for is killed. torch looks at the parent's
+    id, which is the server's here: the two would keep each other alive, and files in use."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="lxscale-parent", daemon=True).start()
 
 
 class _Once:
