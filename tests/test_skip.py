@@ -114,7 +114,7 @@ def damage(url: str, how: str) -> None:
         store.write_bytes(url, b"\0" + store.read_bytes(url)[1:])
 
 
-@pytest.mark.parametrize("how", ["deleted", "damaged"])
+@pytest.mark.parametrize("how", ["deleted", pytest.param("damaged", marks=pytest.mark.faults)])
 def test_fail_ends_every_rank_with_one_error(
     remote: str, source: Path, tmp_path: Path, how: str
 ) -> None:
@@ -134,7 +134,7 @@ def test_fail_ends_every_rank_with_one_error(
     [
         (3, "deleted", {}),
         (2, "damaged", {"loader_workers": 1}),
-        (2, "deleted", {"cache_limit_gb": 1.0}),
+        pytest.param(2, "deleted", {"cache_limit_gb": 1.0}, marks=pytest.mark.faults),
     ],
     ids=["deleted", "damaged-worker", "limited"],
 )
@@ -163,6 +163,7 @@ def test_skip_leaves_out_that_shards_pairs_and_no_others(
     assert state.skipped_pairs == passed
 
 
+@pytest.mark.faults
 def test_what_is_skipped_is_said_once(
     remote: str, source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -222,6 +223,7 @@ def test_ranks_agree_when_only_one_lacks_the_shard(
     assert state["skipped"] == [[shard, when]]
 
 
+@pytest.mark.faults
 def test_a_step_of_which_nothing_is_left_does_no_harm(
     remote: str, source: Path, tmp_path: Path
 ) -> None:
