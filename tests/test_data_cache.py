@@ -28,7 +28,9 @@ from shards.sampler import SamplerSettings, start_state, stream_epoch, working_s
 from shards.store import Retry
 from tests.conftest import subprocess_environment
 from tests.object_store import FaultProxy, first
+from tests.ranks import config_tree, run_ranks
 from tests.test_batches import describe, drawn, run
+from trainer.evaluate import evaluation_bytes
 from trainer.loader import LoaderSettings, Share, Trouble, load_steps
 from trainer.setup import data_streams
 
@@ -36,6 +38,7 @@ SHARDS, PAIRS, BATCH = 10, 36, 4  # of the data set, of a shard, of a step
 TOTAL = 3 * SHARDS * PAIRS
 ONE = SamplerSettings(seed=4, window=1)
 TWO = SamplerSettings(seed=4, window=2)
+THREE = SamplerSettings(seed=4, window=3)  # leaves a window of one at an epoch's end
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.test_data_cache"])
 
@@ -90,7 +93,7 @@ def other(s3: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 def expected(remote: str, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Any]]:
     """The streams without a limit, by window."""
     data = open_dataset(remote, tmp_path_factory.mktemp("unlimited"))
-    return {s.window: run(data, s, 1, TOTAL, global_batch=BATCH) for s in (ONE, TWO)}
+    return {s.window: run(data, s, 1, TOTAL, global_batch=BATCH) for s in (ONE, TWO, THREE)}
 
 
 def shard_size(data: Dataset) -> int:
@@ -157,8 +160,9 @@ def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # --- the stream and the limit -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("settings", [ONE, TWO], ids=["window1", "window2"])
+@pytest.mark.parametrize(
+    ("settings", "workers"), [(ONE, 0), (ONE, 2), (TWO, 0), (TWO, 2), (THREE, 0)]
+)
 def test_the_stream_is_the_same_under_the_smallest_limit(
     remote: str,
     tmp_path: Path,
@@ -239,6 +243,26 @@ def test_runs_on_different_data_share_a_cache(
     assert found[0] == expected[1]
     assert found[1] == run(open_dataset(other, tmp_path / "own"), ONE, 1, TOTAL, global_batch=BATCH)
     assert most() <= limit
+
+
+def test_validation_keeps_to_the_limit_too(remote: str, other: str, tmp_path: Path) -> None:
+    data, validation = open_dataset(remote, tmp_path), open_dataset(other, tmp_path)
+    need = needed(data, ONE) * shard_size(data) + evaluation_bytes(validation, BATCH)
+    tree = config_tree(
+        Path(remote),
+        tmp_path,
+        "run",
+        data={"train": remote, "validation": other, "cache": str(tmp_path)},
+        sampler={"window": 1},
+        train={"steps": 60, "global_batch": BATCH, "validation_batch": BATCH, "validate_every": 30},
+    )
+    tree["data"]["cache_limit_gb"] = (need - 1) / 2**30
+    (error,) = run_ranks(1, [(tree, None, False)])
+    assert "is below the working set" in error
+    tree["data"]["cache_limit_gb"] = need / 2**30
+    with watched(tmp_path) as most:
+        assert not run_ranks(2, [(tree, None, False)])
+    assert most() <= need
 
 
 def test_a_limit_below_the_working_set_is_refused_at_the_start(

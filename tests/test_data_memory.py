@@ -69,8 +69,9 @@ def test_twenty_epochs_leave_nothing_behind(remote: str, tmp_path: Path) -> None
         print(f"{workers} workers: {[round(m / MB, 1) for m in memory]} MB, {threads}, {files}")
         # An epoch's downloads are 0.3 MB, its batches 2 MB: a leak of either would show.
         assert memory[-1] - memory[0] < 3 * MB
-        assert max(threads) <= threads[0] + 1  # a download may begin or end just then
-        assert max(files) <= files[0] + LoaderSettings().threads  # connections to the store
+        # Batches under way, connections and locks come and go; over 17 epochs a leak adds up.
+        assert sum(threads[-5:]) <= sum(threads[:5]) + 5
+        assert sum(files[-5:]) <= sum(files[:5]) + 5 * LoaderSettings().threads
     process.join()
 
 
