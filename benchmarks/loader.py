@@ -29,7 +29,8 @@ import peers
 from protocol import Contestant, Length, Result, machine, markdown, measure
 from shards.build import BuildSettings, build
 from shards.dataset import Dataset, open_dataset
-from shards.sampler import SamplerSettings, start_state
+from shards.sampler import start_state
+from shards.streams import SamplerSettings
 from shards.tokenizer import load_tokenizer
 from synthetic import DIM, FEATURE_BYTES, OBJECTS, records
 from trainer.batch import BatchSettings

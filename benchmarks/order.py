@@ -19,7 +19,8 @@ import numpy as np
 
 from protocol import machine, markdown
 from shards.order import I64
-from shards.sampler import Stream, stream_epoch
+from shards.sampler import stream_epoch
+from shards.streams import Stream
 
 # Pairs, shards, shards per window (0 = all of them: an exact global shuffle).
 SIZES = (

@@ -24,7 +24,8 @@ from shards.errors import DataError
 from shards.fetch import ShardFile, ShardFiles
 from shards.manifest import Counts, FileInfo, Manifest, ShardInfo, load_manifest
 from shards.order import I64
-from shards.sampler import Part, Plan, Stream
+from shards.sampler import Plan
+from shards.streams import Part, Stream
 from shards.table import map_arrays, open_table, save_arrays
 
 _TABLES_AT_ONCE = 16

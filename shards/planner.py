@@ -8,8 +8,10 @@ import numpy as np
 
 from shards.dataset import Dataset
 from shards.errors import DataError
+from shards.future import working_set
 from shards.quality import Storage, measured, predicted
-from shards.sampler import SamplerSettings, Stream, stream_epoch, streams_of, working_set
+from shards.sampler import stream_epoch
+from shards.streams import SamplerSettings, Stream, streams_of
 
 _BATCHES = 200  # that are looked at for each measurement
 

@@ -5,14 +5,11 @@ can mend (no such bucket, access denied, no credentials), ends in one DataError 
 object. Local files are not retried. Credentials and endpoint come from the usual AWS environment
 (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, …) or files.
 
-Any number of threads may call in here; their requests share one event loop and its connections.
-A process has its own, and a forked child makes new ones at its first call.
+Any number of threads may call in here, of any process; forks included (shards/s3.py).
 """
 
 from __future__ import annotations
 
-import asyncio
-import atexit
 import contextlib
 import hashlib
 import io
@@ -20,15 +17,15 @@ import logging
 import os
 import random
 import secrets
-import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from shards.errors import DataError
+from shards.s3 import endpoint, s3
 
 log = logging.getLogger("lxscale")
 
@@ -96,97 +93,11 @@ def join(url: str | Path, *parts: str) -> str:
     return "/".join([str(url).rstrip("/"), *parts])
 
 
-def _endpoint() -> str:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
-
-
-class _S3:
-    """This process's event loop, which runs in a thread, and its S3 file systems by endpoint."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._file_systems: dict[tuple[str, str | None], Any] = {}
-
-    def file_system(self) -> Any:
-        which = _endpoint(), os.environ.get("AWS_ACCESS_KEY_ID")
-        with self._lock:
-            if which not in self._file_systems:
-                self._file_systems[which] = _new_file_system()
-            return self._file_systems[which]
-
-    def run(self, call: Coroutine[Any, Any, T], until: float) -> T:
-        """The result of `call`, which is cancelled, and its connection closed, at `until`."""
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(
-                    target=self._loop.run_forever, name="lxscale-store", daemon=True
-                ).start()
-        seconds = max(1.0, until - time.monotonic())
-        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(call, seconds), self._loop)
-        try:
-            return future.result()
-        except TimeoutError as error:
-            # Timeouts of the connection have words; ours has none.
-            raise TimeoutError(str(error) or f"not done within {seconds:.0f} s") from error
-        except BaseException:
-            future.cancel()  # Ctrl-C ends the request, too
-            raise
-
-    def close(self) -> None:
-        """Close the connections, so that the end of the process is quiet."""
-
-        async def close() -> None:
-            for fs in self._file_systems.values():
-                await (await fs.set_session()).close()
-
-        if self._loop is not None:
-            with contextlib.suppress(Exception):
-                self.run(close(), 0.0)
-
-
-def _new_file_system() -> Any:
-    import s3fs
-
-    # Listings are not cached: other writers exist. Retries are ours, within one deadline: those of
-    # botocore and s3fs would multiply. Loops are ours: fsspec's does not live through a fork, and
-    # its calls end late. A server that says nothing for 20 s has forgotten the request.
-    fs = s3fs.S3FileSystem(
-        asynchronous=True,
-        use_listings_cache=False,
-        skip_instance_cache=True,
-        config_kwargs={
-            "connect_timeout": 5,
-            "read_timeout": 20,
-            "max_pool_connections": 64,
-            "retries": {"total_max_attempts": 1, "mode": "standard"},
-        },
-    )
-    fs.retries = 1
-    return fs
-
-
-_s3 = _S3()
-atexit.register(lambda: _s3.close())
-_inherited: list[_S3] = []
-
-
-def _begin_anew_in_child() -> None:
-    """A forked child has its parent's connections and loop, but not the thread that runs it."""
-    global _s3
-    _inherited.append(_s3)  # never closed: that would take the parent's sockets out of its epoll
-    _s3 = _S3()
-
-
-os.register_at_fork(after_in_child=_begin_anew_in_child)
-
-
 def _call(url: str, until: float, method: str, *args: Any, **options: Any) -> Any:
     """The result of a file system's method on `url`; on S3, not later than `until`."""
     if url.startswith("s3://"):
         key = url.removeprefix("s3://").rstrip("/")
-        return _s3.run(getattr(_s3.file_system(), f"_{method}")(key, *args, **options), until)
+        return s3().run(getattr(s3().file_system(), f"_{method}")(key, *args, **options), until)
     import fsspec
 
     try:
@@ -219,14 +130,14 @@ def _final(error: BaseException, url: str) -> DataError | None:
         return None
     if code == "NoSuchBucket" or "specified bucket does not exist" in text:
         return DataError(
-            f"{url}: the bucket {url.split('/')[2]} does not exist at {_endpoint()}: create it, or "
+            f"{url}: the bucket {url.split('/')[2]} does not exist at {endpoint()}: create it, or "
             "correct the URL or AWS_ENDPOINT_URL"
         )
     if isinstance(error, FileNotFoundError):
         return NotFoundError(f"{url} does not exist")
     if isinstance(error, PermissionError):
         return DataError(
-            f"{url}: access denied at {_endpoint()} ({code or text}): check AWS_ACCESS_KEY_ID, "
+            f"{url}: access denied at {endpoint()} ({code or text}): check AWS_ACCESS_KEY_ID, "
             "AWS_SECRET_ACCESS_KEY and the bucket's policy"
         )
     if name in ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"):
@@ -236,7 +147,7 @@ def _final(error: BaseException, url: str) -> DataError | None:
         )
     if 300 <= status < 500 and status not in (408, 409, 429):
         return DataError(
-            f"{url}: refused by {_endpoint()} ({code or status}: {text}): check the URL"
+            f"{url}: refused by {endpoint()} ({code or status}: {text}): check the URL"
         )
     if isinstance(error, OSError) or _is_network_error(error):
         return None
@@ -262,7 +173,7 @@ def retrying(url: str, what: str, action: Callable[[float], T], retry: Retry | N
     "cannot … <url>" in messages."""
     retry = retry or Retry()
     if url.startswith("s3://"):
-        _s3.file_system()  # the first time, this imports for a second: not the store's fault
+        s3().file_system()  # the first time, this imports for a second: not the store's fault
     begin, attempt = time.monotonic(), 0
     while True:
         now = time.monotonic()
@@ -278,7 +189,7 @@ def retrying(url: str, what: str, action: Callable[[float], T], retry: Retry | N
         if spent >= retry.deadline:
             raise DataError(
                 f"cannot {what} {url}: {type(cause).__name__}: {cause} (gave up after "
-                f"{attempt + 1} attempts in {spent:.0f} s): check the network and {_endpoint()}, "
+                f"{attempt + 1} attempts in {spent:.0f} s): check the network and {endpoint()}, "
                 "or raise LXSCALE_STORE_DEADLINE"
             ) from cause
         # The last attempt falls on the deadline.
@@ -351,7 +262,7 @@ def _write(
 
     def call(until: float, method: str, **options: Any) -> dict[str, Any]:
         options |= {"Bucket": bucket, "Key": key}
-        answer: dict[str, Any] = _s3.run(_s3.file_system()._call_s3(method, **options), until)
+        answer: dict[str, Any] = s3().run(s3().file_system()._call_s3(method, **options), until)
         return answer
 
     started = retrying(url, "write", lambda t: call(t, "create_multipart_upload"), retry)

@@ -17,7 +17,8 @@ from shards.answers import load_answers
 from shards.build import BuildSettings, build
 from shards.dataset import Dataset, Place, open_dataset
 from shards.errors import DataError
-from shards.sampler import SamplerSettings, SamplerState, advance, plan, start_state, steps_ahead
+from shards.sampler import SamplerState, advance, plan, start_state, steps_ahead
+from shards.streams import SamplerSettings
 from tests.conftest import small_records
 from trainer.batch import BatchSettings, make_batch
 from trainer.loader import LoaderSettings, Share, Trouble, load_steps

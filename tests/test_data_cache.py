@@ -23,9 +23,11 @@ from shards import cache, store
 from shards.build import BuildSettings, build
 from shards.dataset import Dataset, Place, open_dataset
 from shards.errors import DataError
+from shards.future import working_set
 from shards.record import ImageRecord, Sentence
-from shards.sampler import SamplerSettings, start_state, stream_epoch, working_set
+from shards.sampler import start_state, stream_epoch
 from shards.store import Retry
+from shards.streams import SamplerSettings
 from tests.conftest import subprocess_environment
 from tests.object_store import FaultProxy, first
 from tests.ranks import config_tree, run_ranks

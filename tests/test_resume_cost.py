@@ -8,7 +8,8 @@ import pytest
 
 from shards.build import BuildSettings, build
 from shards.dataset import open_dataset
-from shards.sampler import SamplerSettings, SamplerState, stream_epoch
+from shards.sampler import SamplerState, stream_epoch
+from shards.streams import SamplerSettings
 from tests.conftest import small_records
 from tests.test_batches import drawn
 from trainer import loader

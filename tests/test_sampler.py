@@ -11,24 +11,19 @@ import numpy as np
 import pytest
 
 from shards.errors import DataError
+from shards.future import next_use, working_set
 from shards.quota import apportion, next_taker, shares_of
 from shards.sampler import (
-    FAMILIES,
-    Part,
     Plan,
-    SamplerSettings,
     SamplerState,
-    Stream,
     advance,
     family_of,
     next_count,
-    next_use,
     plan,
     start_state,
     steps_ahead,
-    streams_of,
-    working_set,
 )
+from shards.streams import FAMILIES, Part, SamplerSettings, Stream, streams_of
 
 SOURCES = ["cap", "vqa"]
 SHARDS = [{"cap": 30, "vqa": 11}, {"cap": 25, "vqa": 4}, {"cap": 47}, {"vqa": 6, "cap": 2}]

@@ -13,7 +13,8 @@ import torch
 from model.batch import Batch
 from shards.build import BuildSettings, build
 from shards.dataset import Dataset, open_dataset
-from shards.sampler import SamplerSettings, plan, start_state
+from shards.sampler import plan, start_state
+from shards.streams import SamplerSettings
 from tests.conftest import small_records
 from trainer.batch import BatchSettings, make_batch
 from trainer.setup import data_streams

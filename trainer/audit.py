@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from shards import store
 from shards.dataset import Dataset, Place, open_dataset
 from shards.order import VERSION
-from shards.sampler import SamplerSettings, SamplerState, Stream, advance, plan
+from shards.sampler import SamplerState, advance, plan
+from shards.streams import SamplerSettings, Stream
 from trainer.batch import pair_key, sentences_of
 from trainer.checkpoint import CheckpointError, find_generation
 from trainer.config import ConfigError, SamplerSection

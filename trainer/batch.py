@@ -17,7 +17,8 @@ from model.batch import Batch
 from shards.dataset import Dataset, ranges
 from shards.errors import DataError
 from shards.order import I64, U64, below, chance, draw, fold, halves, uniform
-from shards.sampler import Plan, Stream
+from shards.sampler import Plan
+from shards.streams import Stream
 
 # Purposes of draws; the sampler uses 1 and 2.
 _SENTENCE, _TOKEN, _TOKEN_ID, _OBJECT, _DONOR, _DONOR_OBJECT, _ANSWER = range(3, 10)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from model.config import ModelConfig
 from shards.dataset import Place
-from shards.sampler import SamplerSettings
+from shards.streams import SamplerSettings
 
 OBJECTIVES = (
     "masked_lm",

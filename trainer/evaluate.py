@@ -21,7 +21,9 @@ from model.batch import Batch
 from model.losses import PreTrainingOutput
 from shards.dataset import Dataset
 from shards.errors import DataError
-from shards.sampler import SamplerSettings, Stream, start_state, working_set
+from shards.future import working_set
+from shards.sampler import start_state
+from shards.streams import SamplerSettings, Stream
 from trainer.batch import BatchSettings
 from trainer.engine import all_reduce_sum
 from trainer.loader import LoaderSettings, Share, Trouble, load_steps

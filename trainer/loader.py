@@ -23,17 +23,9 @@ from torch.utils.data import Dataset as TorchDataset
 from model.batch import Batch
 from shards.dataset import Dataset
 from shards.fetch import Outlook, ShardError, check_limit
-from shards.sampler import (
-    SamplerSettings,
-    SamplerState,
-    Stream,
-    next_use,
-    next_windows,
-    plan,
-    steps_ahead,
-    windows_at,
-    working_set,
-)
+from shards.future import next_use, next_windows, windows_at, working_set
+from shards.sampler import SamplerState, plan, steps_ahead
+from shards.streams import SamplerSettings, Stream
 from trainer.batch import BatchSettings, make_batch
 from trainer.slots import Packed, Slots, make_in_slot
 

@@ -17,24 +17,16 @@ import yaml
 
 from model.batch import Batch
 from model.interchange import load_weights_for
-from model.losses import PreTrainingOutput, objective_counts
+from model.losses import PreTrainingOutput
 from model.lxmert import LxmertForPreTraining, init_weights
 from shards import store
 from shards.dataset import Dataset, open_dataset
-from shards.errors import DataError
 from shards.order import fold
-from shards.sampler import (
-    SamplerSettings,
-    SamplerState,
-    Stream,
-    advance,
-    family_of,
-    next_count,
-    start_state,
-    steps_ahead,
-)
+from shards.sampler import SamplerState, advance, family_of, next_count, start_state, steps_ahead
 from shards.store import Retry
+from shards.streams import SamplerSettings, Stream
 from trainer import setup
+from trainer.agree import look_around, skip, skip_report
 from trainer.checkpoint import Generation, claim_attempt
 from trainer.config import FAMILY_OBJECTIVES, ConfigError, RunConfig
 from trainer.engine import all_reduce_sum, build_engine, set_learning_rate
@@ -42,10 +34,10 @@ from trainer.evaluate import Evaluation, evaluate, evaluation_bytes
 from trainer.loader import Loaded, Share, Trouble, load_steps
 from trainer.optimizer import learning_rate
 from trainer.progress import Progress, setup_logging
-from trainer.record import Record, digest, from_limbs, to_limbs
+from trainer.record import Record
 from trainer.restore import check_data_state, parameter_shapes, restore, set_masters
 from trainer.saver import Saver
-from trainer.shares import count_pairs, planned_shares
+from trainer.shares import planned_shares
 
 log = logging.getLogger("lxscale")
 
@@ -180,11 +172,11 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
             if name in FAMILY_OBJECTIVES[family]
             and (name != "qa" or state.consumed >= config.objectives.qa_from_epoch * pairs)
         }
-        seen = _look_around(
+        seen = look_around(
             micro, active, config, list(planned), family, data, state, control.should_stop()
         )
         if seen.trouble:
-            state = _skip(config, data, state, seen.trouble)
+            state = skip(config, data, state, seen.trouble)
             batches.close()
             batches = load()
             continue
@@ -223,7 +215,7 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
     save()
     saver.wait(must_succeed=True)
     if rank == 0 and state.skipped:
-        log.warning("%s", _skip_report(state))
+        log.warning("%s", skip_report(state))
     if not stopped and validated != step:
         metrics = validate()
     if progress:
@@ -259,7 +251,7 @@ def _position(
             fresh = advance(settings, streams, before, count)
         return fresh, generation.step
     if state.skipped and dist.get_rank() == 0:
-        log.warning("%s", _skip_report(state))
+        log.warning("%s", skip_report(state))
     return state, generation.step
 
 
@@ -304,93 +296,6 @@ def _forward(
         feature_loss=config.objectives.feature_loss,
     )
     return out
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What all ranks together bring to a step, the same on every rank.
-
-    counts: targets of each objective; shares: pairs that each planned share counts; pairs and
-    digest: of what is really there; stop: a rank wants to; trouble: shards that cannot be had.
-    """
-
-    counts: dict[str, float]
-    shares: list[float]
-    pairs: int
-    digest: int
-    stop: bool
-    trouble: list[Trouble]
-
-
-def _look_around(
-    micro: Loaded,
-    active: dict[str, float],
-    config: RunConfig,
-    shares: list[str],
-    family: str,
-    data: Dataset,
-    state: SamplerState,
-    stop: bool,
-) -> _Seen:
-    """One all-reduce before the forward, of everything that ranks must agree on."""
-    names = sorted(active)
-    numbers = [0.0] * (len(names) + len(shares) + 7)
-    if isinstance(micro, Trouble):
-        numbers[-1] = 1.0
-    else:
-        found = [objective_counts(batch, config.objectives.label_scope) for batch in micro]
-        total = sum(
-            digest(state.consumed + b.slot.numpy(), b.pair_id.numpy(), b.sentence_id.numpy())
-            for b in micro
-        )
-        numbers = [
-            *(sum(float(counts[n]) for counts in found) for n in names),
-            *count_pairs(shares, micro, family, data),
-            float(sum(b.pairs for b in micro)),
-            *to_limbs(total % (1 << 64)),
-            float(stop),
-            0.0,
-        ]
-    out = all_reduce_sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
-    trouble: list[Trouble] = []
-    if out[-1]:
-        told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, micro if isinstance(micro, Trouble) else None)
-        trouble = [t for t in told if t]
-    k = len(names)
-    return _Seen(
-        dict(zip(names, out[:k], strict=True)),
-        out[k : k + len(shares)],
-        int(out[-7]),
-        from_limbs(out[-6:-2]),
-        bool(out[-2]),
-        trouble,
-    )
-
-
-def _skip(
-    config: RunConfig, data: Dataset, state: SamplerState, trouble: list[Trouble]
-) -> SamplerState:
-    """Pass over shards that cannot be had, from this step on and on every rank; or, without
-    data.on_error=skip, end the run on every rank with the same error."""
-    if config.data.on_error == "fail":
-        raise DataError(trouble[0].message)
-    fresh = {t.shard: t.message for t in trouble}
-    skipped = (*state.skipped, *((shard, state.consumed) for shard in sorted(fresh)))
-    if len(skipped) == len(data.manifest.shards):
-        raise DataError(f"no shard of {data.url} can be had: {trouble[0].message}")
-    if dist.get_rank() == 0:
-        for shard, message in sorted(fresh.items()):
-            name, pairs = data.shards.files[shard].url, data.manifest.shards[shard].pairs
-            log.error("skipping %s and its %d pairs from here on: %s", name, pairs, message)
-    return replace(state, skipped=skipped)
-
-
-def _skip_report(state: SamplerState) -> str:
-    return (
-        f"data.on_error=skip: {len(state.skipped)} shards are passed over, "
-        f"{state.skipped_pairs} pairs so far"
-    )
 
 
 def _validate(

@@ -9,7 +9,7 @@ from model.config import ModelConfig
 from shards import store
 from shards.dataset import Dataset, open_dataset
 from shards.order import VERSION
-from shards.sampler import SamplerSettings, Stream, streams_of
+from shards.streams import SamplerSettings, Stream, streams_of
 from shards.tokenizer import load_tokenizer
 from trainer.batch import BatchSettings
 from trainer.config import FAMILY_OBJECTIVES, ConfigError, RunConfig

@@ -8,8 +8,9 @@ import numpy as np
 
 from model.batch import Batch
 from shards.dataset import Dataset
+from shards.future import rates
 from shards.quota import shares_of
-from shards.sampler import FAMILIES, SamplerSettings, Stream, rates
+from shards.streams import FAMILIES, SamplerSettings, Stream
 
 
 def planned_shares(

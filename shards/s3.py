@@ -1,0 +1,111 @@
+"""A process's connections to S3: one event loop in a thread, and its file systems.
+
+Any number of threads may call in here; their requests share the loop and its connections. A forked
+child makes new ones at its first call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def endpoint() -> str:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
+
+
+class S3:
+    """This process's event loop, which runs in a thread, and its S3 file systems by endpoint."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._file_systems: dict[tuple[str, str | None], Any] = {}
+
+    def file_system(self) -> Any:
+        which = endpoint(), os.environ.get("AWS_ACCESS_KEY_ID")
+        with self._lock:
+            if which not in self._file_systems:
+                self._file_systems[which] = _new_file_system()
+            return self._file_systems[which]
+
+    def run(self, call: Coroutine[Any, Any, T], until: float) -> T:
+        """The result of `call`, which is cancelled, and its connection closed, at `until`."""
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(
+                    target=self._loop.run_forever, name="lxscale-store", daemon=True
+                ).start()
+        seconds = max(1.0, until - time.monotonic())
+        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(call, seconds), self._loop)
+        try:
+            return future.result()
+        except TimeoutError as error:
+            # Timeouts of the connection have words; ours has none.
+            raise TimeoutError(str(error) or f"not done within {seconds:.0f} s") from error
+        except BaseException:
+            future.cancel()  # Ctrl-C ends the request, too
+            raise
+
+    def close(self) -> None:
+        """Close the connections, so that the end of the process is quiet."""
+
+        async def close() -> None:
+            for fs in self._file_systems.values():
+                await (await fs.set_session()).close()
+
+        if self._loop is not None:
+            with contextlib.suppress(Exception):
+                self.run(close(), 0.0)
+
+
+def _new_file_system() -> Any:
+    import s3fs
+
+    # Listings are not cached: other writers exist. Retries are ours, within one deadline: those of
+    # botocore and s3fs would multiply. Loops are ours: fsspec's does not live through a fork, and
+    # its calls end late. A server that says nothing for 20 s has forgotten the request.
+    fs = s3fs.S3FileSystem(
+        asynchronous=True,
+        use_listings_cache=False,
+        skip_instance_cache=True,
+        config_kwargs={
+            "connect_timeout": 5,
+            "read_timeout": 20,
+            "max_pool_connections": 64,
+            "retries": {"total_max_attempts": 1, "mode": "standard"},
+        },
+    )
+    fs.retries = 1
+    return fs
+
+
+_current = S3()
+atexit.register(lambda: _current.close())
+_inherited: list[S3] = []
+
+
+def _begin_anew_in_child() -> None:
+    """A forked child has its parent's connections and loop, but not the thread that runs it."""
+    global _current
+    _inherited.append(
+        _current
+    )  # never closed: that would take the parent's sockets out of its epoll
+    _current = S3()
+
+
+os.register_at_fork(after_in_child=_begin_anew_in_child)
+
+
+def s3() -> S3:
+    """This process's own."""
+    return _current
