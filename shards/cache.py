@@ -28,7 +28,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -108,15 +108,18 @@ def local_file(
             asked = time.time()
             with _lock(cache, sha256, wait) as lock:
                 if not _is_whole(path, sha256, size, cache, url):
-                    # One outage, one error: who waited for a failed try does not repeat it.
+                    # One outage, one error: who waited through a whole failed try does not repeat
+                    # it, and who came during one tries for what its own deadline leaves.
                     if problem := _failed_since(lock, asked):
                         raise DataError(problem)
+                    began, retry = time.time(), retry or Retry()
+                    own = replace(retry, deadline=retry.deadline - (began - asked))
                     try:
-                        _fetch(url, path, sha256, size, cache, room, retry, wait)
+                        _fetch(url, path, sha256, size, cache, room, own, wait)
                     except FullError:
                         raise
                     except DataError as error:
-                        _note(lock, str(error))
+                        _note(lock, began, str(error))
                         raise
     return path
 
@@ -406,23 +409,23 @@ def _lock(folder: Path, name: str, wait: bool = True) -> Iterator[IO[str]]:
             unlock(f)
 
 
-def _note(lock: IO[str], problem: str) -> None:
-    """Leave word of a failure for those who wait for the lock."""
+def _note(lock: IO[str], began: float, problem: str) -> None:
+    """Leave word of a failed try for those who wait for the lock."""
     with contextlib.suppress(OSError):  # no space for it: they try for themselves
         lock.seek(0)
         lock.truncate()
-        lock.write(json.dumps([time.time(), problem]))
+        lock.write(json.dumps([began, problem]))
         lock.flush()
 
 
 def _failed_since(lock: IO[str], asked: float) -> str | None:
-    """The failure that was noted after `asked`, in seconds since the epoch."""
+    """The failure of a try that began after `asked`, in seconds since the epoch."""
     lock.seek(0)
     try:
-        noted, problem = json.loads(lock.read() or "null") or (0.0, "")
+        began, problem = json.loads(lock.read() or "null") or (0.0, "")
     except ValueError:
         return None
-    return str(problem) if noted >= asked else None
+    return str(problem) if began >= asked else None
 
 
 @contextlib.contextmanager
