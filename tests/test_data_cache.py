@@ -247,6 +247,7 @@ def test_runs_on_different_data_share_a_cache(
     assert most() <= limit
 
 
+@pytest.mark.faults
 def test_validation_keeps_to_the_limit_too(remote: str, other: str, tmp_path: Path) -> None:
     data, validation = open_dataset(remote, tmp_path), open_dataset(other, tmp_path)
     need = needed(data, ONE) * shard_size(data) + evaluation_bytes(validation, BATCH)
@@ -431,7 +432,9 @@ def _until_killed(data_url: str, folder: Path, limit: int, start: Any, queue: An
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize(
+    "start", ["forkserver", *(pytest.param(s, marks=pytest.mark.faults) for s in ("fork", "spawn"))]
+)
 def test_a_killed_process_takes_its_workers_and_their_locks_along(
     remote: str, tmp_path: Path, start: str
 ) -> None:

@@ -57,6 +57,7 @@ def _epochs(url: str, folder: Path, epochs: int, queue: Any) -> None:
         queue.put(found)
 
 
+@pytest.mark.faults
 def test_twenty_epochs_leave_nothing_behind(remote: str, tmp_path: Path) -> None:
     # A process of its own, which no other test has filled.
     context = multiprocessing.get_context("spawn")
