@@ -12,10 +12,15 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import Future
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+# The most bytes that are taken from a connection's buffer at a time.
+_READ = 1 << 20
 
 
 def endpoint() -> str:
@@ -39,6 +44,38 @@ class S3:
 
     def run(self, call: Coroutine[Any, Any, T], until: float) -> T:
         """The result of `call`, which is cancelled, and its connection closed, at `until`."""
+        future, seconds = self._start(call, until)
+        try:
+            return _result(future, seconds)
+        except BaseException:
+            future.cancel()  # Ctrl-C ends the request, too
+            raise
+
+    def read(self, bucket: str, key: str, begin: int, end: int, until: float) -> Iterator[bytes]:
+        """Bytes [begin, end) of an object as they arrive: who writes them does so meanwhile. Ends
+        early where the answer does."""
+        fs = self.file_system()
+        arrived: SimpleQueue[bytes | None] = SimpleQueue()
+
+        async def get() -> None:
+            answer = await fs._call_s3(
+                "get_object", Bucket=bucket, Key=key, Range=f"bytes={begin}-{end - 1}"
+            )
+            async with answer["Body"] as body:
+                while data := await body.read(_READ):
+                    arrived.put(data)
+
+        future, seconds = self._start(get(), until)
+        future.add_done_callback(lambda _: arrived.put(None))
+        try:
+            while data := arrived.get():
+                yield data
+            _result(future, seconds)
+        finally:
+            future.cancel()
+
+    def _start(self, call: Coroutine[Any, Any, T], until: float) -> tuple[Future[T], float]:
+        """The call under way, and the seconds that it may take."""
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
@@ -46,15 +83,8 @@ class S3:
                     target=self._loop.run_forever, name="lxscale-store", daemon=True
                 ).start()
         seconds = max(1.0, until - time.monotonic())
-        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(call, seconds), self._loop)
-        try:
-            return future.result()
-        except TimeoutError as error:
-            # Timeouts of the connection have words; ours has none.
-            raise TimeoutError(str(error) or f"not done within {seconds:.0f} s") from error
-        except BaseException:
-            future.cancel()  # Ctrl-C ends the request, too
-            raise
+        call = asyncio.wait_for(call, seconds)
+        return asyncio.run_coroutine_threadsafe(call, self._loop), seconds
 
     def close(self) -> None:
         """Close the connections, so that the end of the process is quiet."""
@@ -66,6 +96,14 @@ class S3:
         if self._loop is not None:
             with contextlib.suppress(Exception):
                 self.run(close(), 0.0)
+
+
+def _result(future: Future[T], seconds: float) -> T:
+    try:
+        return future.result()
+    except TimeoutError as error:
+        # Timeouts of the connection have words; ours has none.
+        raise TimeoutError(str(error) or f"not done within {seconds:.0f} s") from error
 
 
 def _new_file_system() -> Any:
@@ -97,9 +135,8 @@ _inherited: list[S3] = []
 def _begin_anew_in_child() -> None:
     """A forked child has its parent's connections and loop, but not the thread that runs it."""
     global _current
-    _inherited.append(
-        _current
-    )  # never closed: that would take the parent's sockets out of its epoll
+    # Never closed: that would take the parent's sockets out of its epoll.
+    _inherited.append(_current)
     _current = S3()
 
 

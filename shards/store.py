@@ -18,7 +18,7 @@ import os
 import random
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -309,42 +309,72 @@ class Target(Protocol):
 
 
 def download(url: str, target: Target, size: int | None = None, retry: Retry | None = None) -> None:
-    """Copy an object into something that is written to.
+    """Copy an object into something that is written to, while it arrives.
 
-    size: bytes to read; None asks the store. Every range is retried by itself, so a cut
-    connection repeats at most one. An object that ends early is copied as far as it goes.
+    size: bytes to read; None asks the store. A cut connection repeats nothing: the next attempt
+    goes on where it broke off. An object that ends early is copied as far as it goes.
     """
     size = file_size(url, retry) if size is None else size
     for begin in range(0, size, _CHUNK):
-        data = read_range(url, begin, min(begin + _CHUNK, size), retry)
-        target.write(data)
-        if len(data) < min(_CHUNK, size - begin):
+        end = min(begin + _CHUNK, size)
+        if _copy(url, begin, end, target, retry) < end:
             break
 
 
 def read_range(url: str, begin: int, end: int, retry: Retry | None = None) -> bytes:
     """Bytes [begin, end) of an object, fewer where it ends before."""
+    target = io.BytesIO()
+    _copy(url, begin, end, target, retry)
+    return target.getvalue()
+
+
+class _TargetError(DataError):
+    """What is read cannot be written: no fault of the store's."""
+
+
+def _copy(url: str, begin: int, end: int, target: Target, retry: Retry | None) -> int:
+    """Write bytes [begin, end) of an object to `target`; returns where it ended, before `end` if
+    the object does."""
+    at = begin
+
+    def action(until: float) -> None:
+        nonlocal at
+        try:
+            for data in _parts(url, at, end, until):
+                try:
+                    target.write(data)
+                except OSError as error:
+                    raise _TargetError(str(error)) from error
+                at += len(data)
+        except OSError as error:
+            if _answer(error)[1] != 416 or _size(url, until) > at:
+                raise
+        # An answer can be short and whole in itself: the object has the last word.
+        if at != end and at < (size := _size(url, until)):
+            raise OSError(f"{at - begin} bytes came of {min(end, size) - begin} at {begin}")
+
+    try:
+        retrying(url, "read", action, retry)
+    except _TargetError as error:
+        assert error.__cause__
+        raise error.__cause__ from None
+    return at
+
+
+def _parts(url: str, begin: int, end: int, until: float) -> Iterator[bytes]:
+    """Bytes [begin, end) of an object, as they come."""
     if path := local_path(url):
         try:
             with open(path, "rb") as f:
                 f.seek(begin)
-                return f.read(end - begin)
+                yield f.read(end - begin)
         except OSError as error:
             raise NotFoundError(f"cannot read {path}: {error.strerror}") from None
-
-    def action(until: float) -> bytes:
-        try:
-            data: bytes = _call(url, until, "cat_file", start=begin, end=end)
-        except OSError as error:
-            if _answer(error)[1] != 416 or _size(url, until) > begin:
-                raise
-            return b""
-        # An answer can be short and whole in itself: the object has the last word.
-        if len(data) != end - begin and begin + len(data) != (size := _size(url, until)):
-            raise OSError(f"{len(data)} bytes came of {min(end, size) - begin} at {begin}")
-        return data
-
-    return retrying(url, "read", action, retry)
+    elif url.startswith("s3://"):
+        bucket, _, key = url.removeprefix("s3://").partition("/")
+        yield from s3().read(bucket, key, begin, end, until)
+    else:
+        yield _call(url, until, "cat_file", start=begin, end=end)
 
 
 def file_size(url: str, retry: Retry | None = None) -> int:
