@@ -77,7 +77,7 @@ class DataSection(Section):
     """GiB of remote shards that a node's cache may hold; by default no limit. It must hold two
     shuffle windows (`lxscale shards plan` says how much that is). Runs that
     share a cache need one limit, which holds what they use together."""
-    fetch_threads: int = Field(4, ge=1)
+    fetch_threads: int = Field(8, ge=1)
     """Downloads at once, ahead of need, per training worker."""
     on_error: Literal["fail", "skip"] = "fail"
     """A shard that cannot be had ends the run, or all workers pass over its pairs from the same

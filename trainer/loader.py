@@ -46,7 +46,7 @@ class LoaderSettings:
 
     workers: int = 0
     prefetch: int = 2
-    threads: int = 4
+    threads: int = 8
     start: Literal["forkserver", "spawn", "fork"] = "forkserver"
 
 
