@@ -34,7 +34,8 @@ from typing import IO, Any
 
 from shards import store
 from shards.errors import DataError
-from shards.store import Retry
+from shards.locks import BusyError, failed_since, locked, note, unlock
+from shards.retry import Retry
 
 log = logging.getLogger("lxscale")
 
@@ -52,10 +53,6 @@ class Room:
     due: Callable[[str], float]
     after: float = 0.0
     made: Callable[[], None] | None = None
-
-
-class BusyError(DataError):
-    """Another process has the file's lock, and the caller does not wait."""
 
 
 class FullError(DataError):
@@ -93,7 +90,7 @@ def local_file(
         path = path.absolute()
         with _explained(path):
             if not _is_marked(path, sha256, size, cache):
-                with _lock(cache, _name_of(path)):
+                with locked(cache, _name_of(path)):
                     # Another process may have verified it meanwhile.
                     if not _is_marked(path, sha256, size, cache) and (
                         problem := _verify(path, sha256, size, cache)
@@ -106,11 +103,11 @@ def local_file(
     with _explained(cache):
         if not _is_marked(path, sha256, size, cache):
             asked = time.time()
-            with _lock(cache, sha256, wait) as lock:
+            with locked(cache, sha256, wait) as lock:
                 if not _is_whole(path, sha256, size, cache, url):
                     # One outage, one error: who waited through a whole failed try does not repeat
                     # it, and who came during one tries for what its own deadline leaves.
-                    if problem := _failed_since(lock, asked):
+                    if problem := failed_since(lock, asked):
                         raise DataError(problem)
                     began, retry = time.time(), retry or Retry()
                     own = replace(retry, deadline=retry.deadline - (began - asked))
@@ -119,7 +116,7 @@ def local_file(
                     except FullError:
                         raise
                     except DataError as error:
-                        _note(lock, began, str(error))
+                        note(lock, began, str(error))
                         raise
     return path
 
@@ -131,29 +128,11 @@ def is_local(url: str, sha256: str, size: int, cache: Path) -> bool:
     return _is_marked(place, sha256, size, cache)
 
 
-def open_shared(path: Path) -> IO[bytes] | None:
-    """The file, protected from eviction until `unlock`; None if it has gone."""
-    try:
-        f = open(path, "rb")  # noqa: SIM115
-    except FileNotFoundError:
-        return None
-    fcntl.flock(f, fcntl.LOCK_SH)
-    if os.fstat(f.fileno()).st_nlink:
-        return f
-    f.close()  # evicted between the two
-    return None
-
-
-def unlock(f: IO[Any]) -> None:
-    """Release the lock on an open file; closing does not while a forked process has it open."""
-    fcntl.flock(f, fcntl.LOCK_UN)
-
-
 def shrink(cache: Path, room: Room) -> None:
     """Keep to a limit that is lower than what an earlier run left."""
     with _explained(cache):
         (cache / "files").mkdir(parents=True, exist_ok=True)
-        with _lock(cache, "room"):
+        with locked(cache, "room"):
             _evict(cache, 0, room)
 
 
@@ -163,7 +142,7 @@ def write_once(path: str | Path, build: Callable[[Path], None]) -> Path:
     path = Path(path)
     with _explained(path):
         if not path.exists():
-            with _lock(path.parent, path.name):
+            with locked(path.parent, path.name):
                 if not path.exists():
                     with _renamed_when_done(path) as temporary:
                         build(temporary)
@@ -199,7 +178,7 @@ def _fetch(
     problem: str | None = None
     for _ in range(3):
         # Under the lock: who counts files/ while a file changes its name may miss it.
-        with _renamed_when_done(path, lambda: _lock(cache, "room"), durable=False) as temporary:
+        with _renamed_when_done(path, lambda: locked(cache, "room"), durable=False) as temporary:
             if room:
                 patience = (retry or Retry()).deadline if wait else None
                 _make_room(cache, temporary, size, room, patience)
@@ -256,7 +235,7 @@ def _make_room(cache: Path, temporary: Path, size: int, room: Room, patience: fl
     """Create `temporary` with its full size, once files/ has room for it."""
     began = time.monotonic()
     while True:
-        with _lock(cache, "room"):
+        with locked(cache, "room"):
             if _evict(cache, size, room):
                 with open(temporary, "wb") as f:
                     f.truncate(size)  # counts from now on
@@ -303,7 +282,7 @@ def _remove_unused(cache: Path, name: str) -> bool:
     """Remove a file of files/ unless a process has it open, or is fetching or verifying it."""
     path = cache / "files" / name
     try:
-        with _lock(cache, name.removeprefix(".").split(".")[0], wait=False), open(path, "rb") as f:
+        with locked(cache, name.removeprefix(".").split(".")[0], wait=False), open(path, "rb") as f:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
             unlock(f)
@@ -388,44 +367,6 @@ def _boot() -> str:
 
 def _name_of(path: Path) -> str:
     return hashlib.sha256(str(path).encode()).hexdigest()[:40]
-
-
-# --- locks --------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _lock(folder: Path, name: str, wait: bool = True) -> Iterator[IO[str]]:
-    """An advisory lock that the kernel releases when its process dies, however it dies."""
-    locks = folder / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with open(locks / name, "a+") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise BusyError(f"{name} is being fetched by another process") from None
-        try:
-            yield f
-        finally:
-            unlock(f)
-
-
-def _note(lock: IO[str], began: float, problem: str) -> None:
-    """Leave word of a failed try for those who wait for the lock."""
-    with contextlib.suppress(OSError):  # no space for it: they try for themselves
-        lock.seek(0)
-        lock.truncate()
-        lock.write(json.dumps([began, problem]))
-        lock.flush()
-
-
-def _failed_since(lock: IO[str], asked: float) -> str | None:
-    """The failure of a try that began after `asked`, in seconds since the epoch."""
-    lock.seek(0)
-    try:
-        began, problem = json.loads(lock.read() or "null") or (0.0, "")
-    except ValueError:
-        return None
-    return str(problem) if began >= asked else None
 
 
 @contextlib.contextmanager

@@ -1,6 +1,10 @@
-"""The one error class of the data side."""
+"""The errors of the data side."""
 
 
 class DataError(ValueError):
     """Input data, a data set or an object store is not as it must be; the message names the thing
     (file, line, key) and the remedy."""
+
+
+class NotFoundError(DataError):
+    """The object is not there."""

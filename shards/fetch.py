@@ -26,17 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards import store
-from shards.cache import (
-    BusyError,
-    FullError,
-    Room,
-    is_local,
-    local_file,
-    open_shared,
-    shrink,
-    unlock,
-)
+from shards.cache import FullError, Room, is_local, local_file, shrink
 from shards.errors import DataError
+from shards.locks import BusyError, open_shared, unlock
 
 log = logging.getLogger("lxscale")
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from shards import store
-from shards.errors import DataError
+from shards.errors import DataError, NotFoundError
 
 FORMAT = "lxscale-1"
 MANIFEST = "manifest.json"
@@ -217,7 +217,7 @@ def load_manifest(url: str) -> Manifest:
             if again == data:
                 raise
             return parse_manifest(again, where)
-    except store.NotFoundError as error:
+    except NotFoundError as error:
         raise DataError(
             f"no data set at {url}: {error}; `lxscale shards build` makes one"
         ) from None

@@ -19,14 +19,14 @@ import numpy as np
 import psutil
 import pytest
 
-from shards import cache, store
+from shards import cache, locks, store
 from shards.build import BuildSettings, build
 from shards.dataset import Dataset, Place, open_dataset
 from shards.errors import DataError
 from shards.future import working_set
 from shards.record import ImageRecord, Sentence
+from shards.retry import Retry
 from shards.sampler import start_state, stream_epoch
-from shards.store import Retry
 from shards.streams import SamplerSettings
 from tests.conftest import subprocess_environment
 from tests.object_store import FaultProxy, first
@@ -126,7 +126,7 @@ def watched(folder: Path) -> Iterator[Callable[[], int]]:
         nonlocal most
         while not over.is_set():
             # Nothing is created or evicted meanwhile; what is renamed keeps its inode.
-            with cache._lock(folder, "room"):
+            with locks.locked(folder, "room"):
                 found = {}
                 for path in (folder / "files").glob("*"):
                     with contextlib.suppress(FileNotFoundError):
@@ -405,7 +405,7 @@ def test_files_in_use_by_others_are_waited_for_and_then_named(remote: str, tmp_p
     first, second, third = data.shards.files[:3]
     for file in (first, second):
         cache.local_file(file.url, file.sha256, file.size, tmp_path)
-    held = [cache.open_shared(tmp_path / "files" / f.sha256) for f in (first, second)]
+    held = [locks.open_shared(tmp_path / "files" / f.sha256) for f in (first, second)]
     room = cache.Room(data.shards.limit, lambda sha: float("inf"))
 
     def get() -> Path:
@@ -415,7 +415,7 @@ def test_files_in_use_by_others_are_waited_for_and_then_named(remote: str, tmp_p
 
     with pytest.raises(DataError, match=r"is full: its limit of .* data\.cache_limit_gb"):
         get()
-    threading.Timer(0.5, cache.unlock, held[1:]).start()
+    threading.Timer(0.5, locks.unlock, held[1:]).start()
     assert get().exists()
     assert (tmp_path / "files" / first.sha256).exists()
     assert not (tmp_path / "files" / second.sha256).exists()

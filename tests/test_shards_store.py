@@ -17,7 +17,8 @@ import s3fs
 from _pytest.mark import ParameterSet
 
 from shards import store
-from shards.errors import DataError
+from shards.errors import DataError, NotFoundError
+from shards.retry import Retry, retrying
 from tests.conftest import subprocess_environment
 from tests.object_store import (
     BEFORE,
@@ -31,11 +32,11 @@ from tests.object_store import (
 )
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
-FAST = store.Retry(base=0.01, cap=0.05, deadline=20)
-SHORT = store.Retry(base=0.01, cap=0.05, deadline=0.5)
+FAST = Retry(base=0.01, cap=0.05, deadline=20)
+SHORT = Retry(base=0.01, cap=0.05, deadline=0.5)
 
 
-def downloaded(url: str, size: int | None = None, retry: store.Retry | None = None) -> bytes:
+def downloaded(url: str, size: int | None = None, retry: Retry | None = None) -> bytes:
     target = io.BytesIO()
     store.download(url, target, size, retry)
     return target.getvalue()
@@ -60,7 +61,7 @@ def test_objects_on_s3(s3: str) -> None:
 def check_objects(base: str) -> None:
     url = store.join(base, "deep", "a.bin")
     assert not store.exists(url) and store.list_names(store.join(base, "deep")) == []
-    with pytest.raises(store.NotFoundError, match=r"a.bin does not exist"):
+    with pytest.raises(NotFoundError, match=r"a.bin does not exist"):
         store.read_bytes(url)
     store.write_bytes(url, CONTENT)
     store.write_bytes(store.join(base, "deep", "er", "b"), b"")
@@ -110,7 +111,7 @@ def test_passing_faults_cost_time_only(
     url, count = f"{s3}/{kind}", FAILING[kind]
     if kind in BEFORE:
         proxy.begin(first(count, kind))
-    retry = store.Retry(base=0.01, cap=0.05, deadline=8 if kind in ("hang", "stall") else 30)
+    retry = Retry(base=0.01, cap=0.05, deadline=8 if kind in ("hang", "stall") else 30)
     store.write_bytes(url, CONTENT, retry)
     monkeypatch.setattr(store, "_CHUNK", 70_000)
     proxy.begin(first(count, kind))
@@ -133,7 +134,7 @@ def test_a_long_outage_ends_in_one_error_at_the_deadline(
         proxy.down()
     else:
         proxy.begin(first(10**9, kind))
-    retry = store.Retry(base=0.05, cap=0.2, deadline=1.5)
+    retry = Retry(base=0.05, cap=0.2, deadline=1.5)
     begin = time.monotonic()
     with pytest.raises(DataError, match=rf"cannot read {url}: .*gave up after \d+ attempts"):
         store.download(url, io.BytesIO(), len(CONTENT), retry)
@@ -166,7 +167,7 @@ def test_an_absent_server_is_waited_for(s3: str, proxy: FaultProxy) -> None:
     proxy.down()
     timer = threading.Timer(0.7, proxy.up)
     timer.start()
-    store.write_bytes(f"{s3}/late", b"1", store.Retry(base=0.05, cap=0.2, deadline=20))
+    store.write_bytes(f"{s3}/late", b"1", Retry(base=0.05, cap=0.2, deadline=20))
     timer.join()
     assert store.read_bytes(f"{s3}/late") == b"1"
 
@@ -178,7 +179,7 @@ def test_threads_in_a_storm_block_one_another_by_nothing(
     monkeypatch.setattr(store, "_CHUNK", 70_000)
     kinds = [k for k in FAILING if k != "flip"]
     proxy.begin(storm(7, 0.4, *kinds))
-    retry = store.Retry(base=0.01, cap=0.05, deadline=10)
+    retry = Retry(base=0.01, cap=0.05, deadline=10)
 
     def fetch(_: int) -> bytes:
         return downloaded(f"{s3}/storm", len(CONTENT), retry)
@@ -192,7 +193,7 @@ def test_threads_in_a_storm_block_one_another_by_nothing(
         given_up = [pool.submit(store.read_bytes, f"{s3}/storm", SHORT) for _ in range(100)]
         assert {type(future.exception()) for future in given_up} == {DataError}
     answering.set()
-    assert store.read_bytes(f"{s3}/storm", store.Retry(deadline=5)) == CONTENT
+    assert store.read_bytes(f"{s3}/storm", Retry(deadline=5)) == CONTENT
 
 
 @pytest.mark.parametrize("kind", mostly("lost 503", ["lost", "reset", "503", "hang"]))
@@ -214,7 +215,7 @@ def test_parts_of_an_upload_are_repeated_by_themselves(
     proxy.begin(once)
     # A tenth of the deadline is an attempt's: ample for all but what never answers.
     deadline = 10 if kind == "hang" else 60
-    store.upload(tmp_path / "big", url, store.Retry(base=0.01, cap=0.05, deadline=deadline))
+    store.upload(tmp_path / "big", url, Retry(base=0.01, cap=0.05, deadline=deadline))
     assert sum(r.method == "PUT" for r in proxy.log) == 6
     proxy.begin()
     assert downloaded(url) == content
@@ -227,7 +228,7 @@ def test_an_upload_that_fails_leaves_nothing(
     url = f"{s3}/failed/big"
     proxy.begin(lambda request: Fault("503") if "partNumber=2" in request.path else None)
     with pytest.raises(DataError, match=f"cannot write {url}: .*not now"):
-        store.write_bytes(url, bytes(12 << 20), store.Retry(base=0.1, cap=0.2, deadline=2))
+        store.write_bytes(url, bytes(12 << 20), Retry(base=0.1, cap=0.2, deadline=2))
     assert not store.exists(url)
     fs = s3fs.S3FileSystem(skip_instance_cache=True)
     bucket = s3.removeprefix("s3://")
@@ -335,10 +336,10 @@ def test_which_answers_are_final(
         raise kind(code) from _ClientError(code, status)
 
     if message is None:
-        assert store.retrying("s3://b/x", "read", action, FAST) == "done"
+        assert retrying("s3://b/x", "read", action, FAST) == "done"
         return
     with pytest.raises(DataError, match=message):
-        store.retrying("s3://b/x", "read", action, FAST)
+        retrying("s3://b/x", "read", action, FAST)
     assert len(calls) == 1
 
 

@@ -22,8 +22,8 @@ from model.lxmert import LxmertForPreTraining, init_weights
 from shards import store
 from shards.dataset import Dataset, open_dataset
 from shards.order import fold
+from shards.retry import Retry
 from shards.sampler import SamplerState, advance, family_of, next_count, start_state, steps_ahead
-from shards.store import Retry
 from shards.streams import SamplerSettings, Stream
 from trainer import setup
 from trainer.agree import look_around, skip, skip_report

@@ -1,0 +1,70 @@
+"""Advisory locks between the processes of a node; the kernel releases those of the dead."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from shards.errors import DataError
+
+
+class BusyError(DataError):
+    """Another process has the file's lock, and the caller does not wait."""
+
+
+def open_shared(path: Path) -> IO[bytes] | None:
+    """The file, protected from eviction until `unlock`; None if it has gone."""
+    try:
+        f = open(path, "rb")  # noqa: SIM115
+    except FileNotFoundError:
+        return None
+    fcntl.flock(f, fcntl.LOCK_SH)
+    if os.fstat(f.fileno()).st_nlink:
+        return f
+    f.close()  # evicted between the two
+    return None
+
+
+def unlock(f: IO[Any]) -> None:
+    """Release the lock on an open file; closing does not while a forked process has it open."""
+    fcntl.flock(f, fcntl.LOCK_UN)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, name: str, wait: bool = True) -> Iterator[IO[str]]:
+    """The lock `name` of a folder; the file held is what `note` writes on."""
+    locks = folder / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with open(locks / name, "a+") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise BusyError(f"{name} is being fetched by another process") from None
+        try:
+            yield f
+        finally:
+            unlock(f)
+
+
+def note(lock: IO[str], began: float, problem: str) -> None:
+    """Leave word of a failed try for those who wait for the lock."""
+    with contextlib.suppress(OSError):  # no space for it: they try for themselves
+        lock.seek(0)
+        lock.truncate()
+        lock.write(json.dumps([began, problem]))
+        lock.flush()
+
+
+def failed_since(lock: IO[str], asked: float) -> str | None:
+    """The failure of a try that began after `asked`, in seconds since the epoch."""
+    lock.seek(0)
+    try:
+        began, problem = json.loads(lock.read() or "null") or (0.0, "")
+    except ValueError:
+        return None
+    return str(problem) if began >= asked else None
