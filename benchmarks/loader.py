@@ -67,7 +67,9 @@ def batches(
     for made in load_steps(data, settings, streams, masks, share, state, step, total, loader):
         if isinstance(made, Trouble):
             raise SystemExit(made.message)
-        yield made[0].pairs
+        pairs = made[0].pairs
+        del made  # as training does: its memory is free for the next
+        yield pairs
 
 
 def bare(folder: Path, rank: int, processes: int) -> Mapping[str, Iterator[int]]:

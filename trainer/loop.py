@@ -189,6 +189,7 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
         set_learning_rate(engine, rate)
         seed = fold(config.run.seed, _DROPOUT, step, rank)
         sums = train_step(engine, micro, active, counts, config, seed)
+        del micro  # the next is made in its memory
 
         state = advance(settings, streams, state, count)
         state = replace(state, skipped_pairs=state.skipped_pairs + count - seen.pairs)
