@@ -2,7 +2,7 @@
 
 The storage of a data set is described by the image of every pair, in storage order, and the pairs
 of every shard. A perfect shuffle shows two positions of a batch the same image as seldom as chance
-does, has no correlation between neighbours, and nothing in common with the next epoch's.
+does, and has no correlation between neighbours.
 """
 
 from __future__ import annotations
@@ -104,31 +104,3 @@ def measured(
         off = pair - mean
         product.append((off[1:] * off[:-1]).mean() / variance)
     return Quality(float(np.mean(couples)), float(np.mean(images)), float(np.mean(product)))
-
-
-def places(storage: Storage, order: EpochOrder) -> I64:
-    """The position in the epoch of each pair, i64 (pairs,)."""
-    shard, index = order.locate(np.arange(order.pairs))
-    position = np.empty(order.pairs, dtype=np.int64)
-    position[storage.first[shard] + index] = np.arange(order.pairs)
-    return position
-
-
-def drift(one: I64, other: I64) -> float:
-    """Mean distance between a pair's places in two epochs, over their length: 1/3 where these are
-    independent and uniform."""
-    return float(np.abs(one - other).mean() / len(one))
-
-
-def spread(storage: Storage, order: EpochOrder) -> tuple[_F64, _F64]:
-    """Standard deviation of the places of each shard's pairs, over the epoch's length, and what it
-    is for places that are uniform in the shard's window: its length / sqrt(12). Each (shards,)."""
-    position = places(storage, order)
-    found, expected = [], []
-    edges = order.window_start()
-    for place, shard in enumerate(order.shard_order.tolist()):
-        window = place // order.window
-        own = position[storage.first[shard] : storage.first[shard + 1]]
-        found.append(own.std() / order.pairs)
-        expected.append((edges[window + 1] - edges[window]) / order.pairs / np.sqrt(12))
-    return np.asarray(found), np.asarray(expected)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from cluster.cli import main
 from shards.build import BuildSettings, build
-from shards.order import EpochOrder, epoch_order
-from shards.quality import Storage, drift, measured, places, predicted, spread
+from shards.order import I64, EpochOrder, epoch_order
+from shards.quality import Storage, measured, predicted
 from tests.conftest import small_records
 
 BATCH, BATCHES, SHARDS = 64, 400, 24
@@ -31,6 +32,34 @@ def storage() -> Storage:
 
 def order_of(storage: Storage, window: int, k: int, epoch: int = 0, seed: int = 5) -> EpochOrder:
     return epoch_order(np.diff(storage.first), seed, epoch, window, 0, k)
+
+
+def places(storage: Storage, order: EpochOrder) -> I64:
+    """The position in the epoch of each pair, i64 (pairs,)."""
+    shard, index = order.locate(np.arange(order.pairs))
+    position = np.empty(order.pairs, dtype=np.int64)
+    position[storage.first[shard] + index] = np.arange(order.pairs)
+    return position
+
+
+def drift(one: I64, other: I64) -> float:
+    """Mean distance between a pair's places in two epochs, over their length: 1/3 where these are
+    independent and uniform."""
+    return float(np.abs(one - other).mean() / len(one))
+
+
+def spread(storage: Storage, order: EpochOrder) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Standard deviation of the places of each shard's pairs, over the epoch's length, and what it
+    is for places that are uniform in the shard's window: its length / sqrt(12). Each (shards,)."""
+    position = places(storage, order)
+    found, expected = [], []
+    edges = order.window_start()
+    for place, shard in enumerate(order.shard_order.tolist()):
+        window = place // order.window
+        own = position[storage.first[shard] : storage.first[shard + 1]]
+        found.append(own.std() / order.pairs)
+        expected.append((edges[window + 1] - edges[window]) / order.pairs / np.sqrt(12))
+    return np.asarray(found), np.asarray(expected)
 
 
 def check(storage: Storage, order: EpochOrder, promised: EpochOrder) -> list[str]:
