@@ -30,13 +30,17 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     process.communicate(b"done")
 
 
-def reap(session: str) -> None:
-    """kill -9 every process of the session. Linux only; elsewhere Ray's own clean-up must do."""
+def reap(session: str, quiet: float = 0.0) -> None:
+    """kill -9 every process of the session, until none was found for `quiet` seconds: one
+    that is just being started shows no environment. Linux only; elsewhere Ray's own clean-up must
+    do."""
     mark = f"{MARK}={session}".encode()
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
+    began = seen = time.monotonic()
+    while (now := time.monotonic()) < began + quiet + 5:
         found = [pid for pid in _processes() if _environment(pid) & {mark}]
-        if not found:
+        if found:
+            seen = now
+        elif now - seen >= quiet:
             return
         for pid in found:
             try:
@@ -62,5 +66,5 @@ def _environment(pid: int) -> set[bytes]:
 
 if __name__ == "__main__":
     if sys.stdin.buffer.read() != b"done":
-        reap(sys.argv[1])
+        reap(sys.argv[1], quiet=1.0)
         shutil.rmtree(sys.argv[1], ignore_errors=True)
