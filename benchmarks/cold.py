@@ -33,9 +33,9 @@ import numpy as np
 
 import peers
 from protocol import THREADS, markdown
-from shards import store
 from shards.dataset import open_dataset
-from shards.fetch import Outlook
+from shards.store import objects
+from shards.store.prefetch import LookAhead
 
 GATEWAY = Path(__file__).parents[1].parent / "shared" / "tools" / "rgw-up"
 BUCKET = "lxscale-bench"
@@ -54,7 +54,7 @@ def plain(url: str, _: Path, concurrent: int) -> float:
     """Whole tars by an asynchronous s3fs, `concurrent` at a time, thrown away."""
     import s3fs
 
-    names = [n for n in store.list_names(url) if n.endswith(".tar")]
+    names = [n for n in objects.list_names(url) if n.endswith(".tar")]
 
     async def read() -> float:
         fs = s3fs.S3FileSystem(asynchronous=True, skip_instance_cache=True)
@@ -63,7 +63,7 @@ def plain(url: str, _: Path, concurrent: int) -> float:
 
         async def one(name: str) -> None:
             async with slots:
-                await fs._cat_file(store.join(url, name).removeprefix("s3://"))
+                await fs._cat_file(objects.join(url, name).removeprefix("s3://"))
 
         began = time.monotonic()
         await asyncio.gather(*(one(n) for n in names))
@@ -90,8 +90,8 @@ def _signed(url: str) -> list[str]:
     import s3fs
 
     fs = s3fs.S3FileSystem()
-    names = [n for n in store.list_names(url) if n.endswith(".tar")]
-    return [fs.url(store.join(url, name), expires=3600) for name in names]
+    names = [n for n in objects.list_names(url) if n.endswith(".tar")]
+    return [fs.url(objects.join(url, name), expires=3600) for name in names]
 
 
 def fetch(url: str, cache: Path) -> float:
@@ -101,7 +101,7 @@ def fetch(url: str, cache: Path) -> float:
     shards = range(len(data.manifest.shards))
     every = np.ones(len(shards), dtype=bool)
     due = np.asarray(shards, dtype=np.float64)
-    data.shards.look_ahead(Outlook(due, every, every, np.inf), FETCHES)
+    data.shards.look_ahead(LookAhead(due, every, every, np.inf), FETCHES)
     for shard in shards:
         data.tar(shard)
     return time.monotonic() - began
@@ -109,12 +109,12 @@ def fetch(url: str, cache: Path) -> float:
 
 def epoch(url: str, cache: Path, batches: Callable[..., Iterator[int]]) -> float:
     """Ours, until every batch of one epoch is made, ready for the model."""
-    from trainer.loader import Share
+    from trainer.data.loader import RankSlice
 
     data = open_dataset(url, cache)
     began = time.monotonic()
     pairs = sum(shard.pairs for shard in data.manifest.shards)
-    made = sum(batches(data, 0, Share(0, 1, 1), pairs, WINDOW))
+    made = sum(batches(data, 0, RankSlice(0, 1, 1), pairs, WINDOW))
     seconds = time.monotonic() - began
     assert made == pairs
     return seconds
@@ -199,7 +199,7 @@ def _upload(folder: Path) -> int:
     """Everything in a folder to the bucket; returns the bytes of its tars."""
     files = [p for p in sorted(folder.iterdir()) if p.is_file()]
     for path in files:
-        store.upload(path, f"s3://{BUCKET}/{folder.name}/{path.name}")
+        objects.upload(path, f"s3://{BUCKET}/{folder.name}/{path.name}")
     return sum(p.stat().st_size for p in files if p.suffix == ".tar")
 
 

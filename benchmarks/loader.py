@@ -27,14 +27,14 @@ import numpy as np
 import cold
 import peers
 from protocol import Contestant, Length, Result, machine, markdown, measure
-from shards.build import BuildSettings, build
 from shards.dataset import Dataset, open_dataset
-from shards.sampler import start_state
-from shards.streams import SamplerSettings
-from shards.tokenizer import load_tokenizer
+from shards.format.build import BuildSettings, build
+from shards.format.tokenizer import load_tokenizer
+from shards.order.sampler import start_state
+from shards.order.streams import SamplerSettings
 from synthetic import DIM, FEATURE_BYTES, OBJECTS, records
-from trainer.batch import BatchSettings
-from trainer.loader import LoaderSettings, Share, Trouble, load_steps
+from trainer.data.batch import BatchSettings
+from trainer.data.loader import LoaderSettings, MissingShard, RankSlice, load_steps
 from trainer.setup import data_streams
 
 BATCH = 256
@@ -52,11 +52,11 @@ IN_RAM = "in RAM as LXMERT's release"
 def ours(folder: Path, workers: int, rank: int, processes: int) -> Mapping[str, Iterator[int]]:
     """What a training process does for its batches, as one of `processes` ranks."""
     data = open_dataset(str(folder), folder.parent / "cache")
-    return {STEPS: batches(data, workers, Share(rank, processes, 1), ENDLESS)}
+    return {STEPS: batches(data, workers, RankSlice(rank, processes, 1), ENDLESS)}
 
 
 def batches(
-    data: Dataset, workers: int, share: Share, total: int, window: int = 0
+    data: Dataset, workers: int, share: RankSlice, total: int, window: int = 0
 ) -> Iterator[int]:
     """Batches of 256 pairs a rank until all ranks have `total`; yields their sizes."""
     settings = SamplerSettings(seed=1, window=window)
@@ -65,7 +65,7 @@ def batches(
     loader = LoaderSettings(workers)
     state, step = start_state(streams), BATCH * share.world
     for made in load_steps(data, settings, streams, masks, share, state, step, total, loader):
-        if isinstance(made, Trouble):
+        if isinstance(made, MissingShard):
             raise SystemExit(made.message)
         pairs = made[0].pairs
         del made  # as training does: its memory is free for the next
@@ -76,7 +76,7 @@ def bare(folder: Path, rank: int, processes: int) -> Mapping[str, Iterator[int]]
     """Random records copied row by row from the mapped tars: the least that any loader does."""
     data = open_dataset(str(folder), folder.parent / "cache")
     tars = [data.tar(i) for i in range(len(data.manifest.shards))]
-    count = len(data.merged.image_objects)
+    count = len(data.index.image_objects)
     rng = np.random.default_rng(rank)
 
     def gather(kept: np.ndarray | None) -> Iterator[int]:
@@ -84,7 +84,7 @@ def bare(folder: Path, rank: int, processes: int) -> Mapping[str, Iterator[int]]
             out = np.empty((BATCH, FEATURE_BYTES), dtype=np.uint8) if kept is None else kept
             images = rng.integers(0, count, BATCH)
             shards = data.shard_of_image(images).tolist()
-            offsets = data.merged.features_offset[images].tolist()
+            offsets = data.index.features_offset[images].tolist()
             for i, (shard, offset) in enumerate(zip(shards, offsets, strict=True)):
                 out[i] = tars[shard][offset : offset + FEATURE_BYTES]
             yield BATCH

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from protocol import machine, markdown
-from shards.order import I64
-from shards.sampler import stream_epoch
-from shards.streams import Stream
+from shards.order.draws import I64
+from shards.order.sampler import stream_epoch
+from shards.order.streams import Stream
 
 # Pairs, shards, shards per window (0 = all of them: an exact global shuffle).
 SIZES = (

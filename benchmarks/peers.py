@@ -27,7 +27,7 @@ import webdataset
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from shards.record import ImageRecord, labels_bytes, record_json
+from shards.format.record import ImageRecord, labels_bytes, record_json
 from synthetic import DIM, OBJECTS, records
 
 MAX_TOKENS, TOKEN_MASK, OBJECT_MASK = 20, 0.15, 0.15

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from shards.record import ImageRecord, Labels, Sentence
+from shards.format.record import ImageRecord, Labels, Sentence
 
 OBJECTS, DIM = 36, 2048
 FEATURE_BYTES = OBJECTS * DIM * 2  # of one image, fp16

@@ -28,7 +28,7 @@ from ray.train.v2._internal.execution.failure_handling.failure_policy import Fai
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.board import Board, WorkerSide, follow
+from cluster.driver_channel import DriverChannel, WorkerChannel, follow
 from cluster.errors import FINAL_ERRORS, LaunchError
 from cluster.local_ray import environment, local_ray, scratch
 from trainer.config import RunConfig, parse_config
@@ -45,9 +45,9 @@ class FinalError(RuntimeError):
 class _Policy(DefaultFailurePolicy):
     """Retries lost workers as Ray does, saying so, but not errors of the user's."""
 
-    def __init__(self, failure_config: Any, board: Any) -> None:
+    def __init__(self, failure_config: Any, channel: Any) -> None:
         super().__init__(failure_config)
-        self._board = board
+        self._board = channel
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         if _final_message(training_failed_error):
@@ -60,11 +60,11 @@ class _Policy(DefaultFailurePolicy):
 
 
 class _Trainer(TorchTrainer):
-    board: Any
+    channel: Any
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         run_config: Any = self.run_config
-        arguments["failure_policy"] = _Policy(run_config.failure_config, self.board)
+        arguments["failure_policy"] = _Policy(run_config.failure_config, self.channel)
         return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
 
 
@@ -107,10 +107,12 @@ def launch(config: RunConfig, *, ray_address: str | None = None, loop: Loop = tr
     with scratch() as folder, _ray(config, ray_address, folder), _counting_signals() as asked:
         # Where the driver is: a node that is lost must not take it along.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        board: Any = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+        channel: Any = (
+            ray.remote(DriverChannel).options(num_cpus=0, scheduling_strategy=here).remote()
+        )
         trainer = _Trainer(
             _work,
-            train_loop_config={"config": config.given(), "board": board, "loop": loop},
+            train_loop_config={"config": config.given(), "channel": channel, "loop": loop},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.cluster.workers,
                 use_gpu=config.cluster.gpus_per_worker > 0,
@@ -127,7 +129,7 @@ def launch(config: RunConfig, *, ray_address: str | None = None, loop: Loop = tr
                 failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
             ),
         )
-        trainer.board = board
+        trainer.channel = channel
         failure: list[BaseException] = []
 
         def fit() -> None:
@@ -139,24 +141,24 @@ def launch(config: RunConfig, *, ray_address: str | None = None, loop: Loop = tr
         # In a thread of its own, Ray Train leaves SIGINT to us.
         thread = threading.Thread(target=fit, name="lxscale-fit", daemon=True)
         thread.start()
-        follow(board, thread, asked)
+        follow(channel, thread, asked)
         if failure:
             raise _explain(failure[0], config)
-        result: dict[str, Any] | None = ray.get(board.result.remote())
+        result: dict[str, Any] | None = ray.get(channel.result.remote())
         if result is None:
             raise LaunchError("the workers ended without a result")
         return result
 
 
 def _work(given: dict[str, Any]) -> None:
-    """What runs in every worker: the loop, with the board around it."""
+    """What runs in every worker: the loop, with the channel around it."""
     rank = ray.train.get_context().get_world_rank()
-    side = WorkerSide(given["board"], logging.getLogger("lxscale"), rank)
+    side = WorkerChannel(given["channel"], logging.getLogger("lxscale"), rank)
     try:
         config = parse_config(given["config"], "the configuration")
         result = given["loop"](config, Control(side.should_stop))
         if rank == 0:
-            ray.get(given["board"].finish.remote(result))
+            ray.get(given["channel"].finish.remote(result))
     except FINAL_ERRORS as error:
         raise FinalError(f"{type(error).__name__}:{error}") from error
     finally:

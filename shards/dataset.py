@@ -18,22 +18,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shards import store
-from shards.cache import default_cache, local_file, write_once
 from shards.errors import DataError
-from shards.fetch import ShardFile, ShardFiles
-from shards.manifest import Counts, FileInfo, Manifest, ShardInfo, load_manifest
-from shards.order import I64
-from shards.sampler import Plan
-from shards.streams import Part, Stream
-from shards.table import map_arrays, open_table, save_arrays
+from shards.format.manifest import Counts, FileInfo, Manifest, ShardInfo, load_manifest
+from shards.format.table import map_arrays, open_table, save_arrays
+from shards.order.draws import I64
+from shards.order.sampler import Plan
+from shards.order.streams import ShardRange, Stream
+from shards.store import objects
+from shards.store.cache import default_cache, local_file, write_once
+from shards.store.prefetch import ShardFile, ShardFiles
 
 _TABLES_AT_ONCE = 16
 _LAYOUT = 2  # of the merged table; part of its file name
 
 
 @dataclass(frozen=True)
-class Merged:
+class DatasetIndex:
     """All tables of a data set, concatenated; I images, S sentences (= pairs), N shards, K sources.
 
     shard_image i64[N+1], shard_pair i64[N+1]: first image and pair of each shard
@@ -94,7 +94,7 @@ def _merge(manifest: Manifest, tables: list[Path], kinds_of: list[list[int]]) ->
     cell = np.bincount(shard_of * kinds + source, minlength=len(parts) * kinds)
     source_start = starts(list(cell))[:-1].reshape(len(parts), kinds)
     image_pair = chain("image_sentences")
-    merged = Merged(
+    index = DatasetIndex(
         shard_image=images,
         shard_pair=pairs,
         image_objects=cat("image_objects"),
@@ -116,7 +116,7 @@ def _merge(manifest: Manifest, tables: list[Path], kinds_of: list[list[int]]) ->
         source_start=np.ascontiguousarray(source_start),
         image_of=np.repeat(np.arange(len(image_pair) - 1, dtype=np.int32), np.diff(image_pair)),
     )
-    return dict(vars(merged))
+    return dict(vars(index))
 
 
 def ranges(start: I64, length: I64) -> I64:
@@ -127,7 +127,7 @@ def ranges(start: I64, length: I64) -> I64:
 
 
 @dataclass(frozen=True)
-class Place:
+class DatasetSpec:
     """A data set to open: its folder or URL, and its share of the pairs against the others'."""
 
     url: str
@@ -136,28 +136,28 @@ class Place:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Opened data sets, as one. `manifest` is that of all `manifests`; `parts` says whose shards
-    are whose.
+    """Opened data sets, as one. `manifest` is that of all `manifests`; `shard_ranges` says whose
+    shards are whose.
 
-    `manifest` and `merged` cost a few kilobytes and mapped pages.
+    `manifest` and `index` cost a few kilobytes and mapped pages.
     """
 
-    places: tuple[Place, ...]
+    specs: tuple[DatasetSpec, ...]
     manifests: list[Manifest]
     manifest: Manifest
-    parts: tuple[Part, ...]
-    merged: Merged
+    shard_ranges: tuple[ShardRange, ...]
+    index: DatasetIndex
     shards: ShardFiles
     cache: Path
 
     def __reduce__(self) -> Any:
         # Another process maps the files itself, and does not need the store for what is here.
-        return _open, (self.manifests, self.places, self.cache, self.shards.limit)
+        return _open, (self.manifests, self.specs, self.cache, self.shards.limit)
 
     @property
     def url(self) -> str:
         """The folder or URL; of several, all."""
-        return " + ".join(p.url for p in self.places)
+        return " + ".join(p.url for p in self.specs)
 
     def tar(self, shard: int) -> NDArray[np.uint8]:
         """The bytes of a shard, verified and memory-mapped on first use."""
@@ -168,7 +168,7 @@ class Dataset:
     def pairs_of(self, streams: Sequence[Stream], plan: Plan) -> I64:
         """The global pair ids of a plan."""
         if len(streams) == 1 and len(streams[0].sources) == len(self.manifest.sources):
-            return self.merged.shard_pair[plan.shard] + plan.index
+            return self.index.shard_pair[plan.shard] + plan.index
         out = np.empty(len(plan), dtype=np.int64)
         for i in np.unique(plan.stream).tolist():
             rows = np.flatnonzero(plan.stream == i)
@@ -176,7 +176,7 @@ class Dataset:
         return out
 
     def _pairs_in(self, stream: Stream, shard: I64, index: I64) -> I64:
-        m = self.merged
+        m = self.index
         if len(stream.sources) == len(self.manifest.sources):
             return m.shard_pair[shard] + index
         # The index counts through the stream's sources one after the other.
@@ -191,28 +191,28 @@ class Dataset:
 
     @cached_property
     def _source_sizes(self) -> I64:
-        flat = np.append(self.merged.source_start.reshape(-1), len(self.merged.source))
-        return np.diff(flat).reshape(self.merged.source_start.shape)
+        flat = np.append(self.index.source_start.reshape(-1), len(self.index.source))
+        return np.diff(flat).reshape(self.index.source_start.shape)
 
     def image_of(self, pair: I64) -> I64:
-        return self.merged.image_of[pair].astype(np.int64)
+        return self.index.image_of[pair].astype(np.int64)
 
     def shard_of_image(self, image: I64) -> I64:
-        return np.searchsorted(self.merged.shard_image, image, side="right") - 1
+        return np.searchsorted(self.index.shard_image, image, side="right") - 1
 
     @cached_property
-    def part_pairs(self) -> I64:
+    def dataset_pairs(self) -> I64:
         """First pair of each part, and the number of all: i64 (parts + 1,)."""
-        edges = [p.begin for p in self.parts] + [len(self.manifest.shards)]
-        return self.merged.shard_pair[np.asarray(edges)]
+        edges = [p.begin for p in self.shard_ranges] + [len(self.manifest.shards)]
+        return self.index.shard_pair[np.asarray(edges)]
 
     @cached_property
     def images_with_sentences(self) -> list[tuple[str, int]]:
         """(name, images that have pairs) of each part, counting no further than two."""
-        of, edges = self.merged.image_of, self.part_pairs.tolist()
+        of, edges = self.index.image_of, self.dataset_pairs.tolist()
         return [
             (part.name, len({int(of[a]), int(of[b - 1])}) if b > a else 0)
-            for part, a, b in zip(self.parts, edges[:-1], edges[1:], strict=True)
+            for part, a, b in zip(self.shard_ranges, edges[:-1], edges[1:], strict=True)
         ]
 
     # --- gathers --------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ class Dataset:
         Returns boxes, (images, objects, 4) f32, and with labels object ids and confidences,
         attribute ids and confidences, each (images, objects), i64 or f32; zero-padded, too.
         """
-        m, labelled = self.merged, self.manifest.schema.labels
+        m, labelled = self.index, self.manifest.schema.labels
         count, objects, dim = features.shape
         row = dim * 2
         held = m.image_objects[images].astype(np.int64)
@@ -264,7 +264,7 @@ class Dataset:
         size = self.manifest.schema.feature_dim * 2
         out = np.empty((len(images), self.manifest.schema.feature_dim), dtype=np.float16)
         to = out.reshape(-1).view(np.uint8).data
-        offsets = (self.merged.features_offset[images] + objects * size).tolist()
+        offsets = (self.index.features_offset[images] + objects * size).tolist()
         shards = self.shard_of_image(images)
         tars = {s: self.shards.tar(s).data for s in set(shards.tolist())}
         for i, (shard, at) in enumerate(zip(shards.tolist(), offsets, strict=True)):
@@ -277,12 +277,12 @@ class Dataset:
 
     def file(self, info: FileInfo) -> Path:
         """A verified local copy of the vocabulary or the answer table."""
-        url = store.join(self.places[0].url, info.file)
+        url = objects.join(self.specs[0].url, info.file)
         return local_file(url, info.sha256, info.size, self.cache, table=True)
 
     def record(self, image: int) -> bytes:
         """The JSON of an image record."""
-        at, size = int(self.merged.record_offset[image]), int(self.merged.record_size[image])
+        at, size = int(self.index.record_offset[image]), int(self.index.record_size[image])
         shard = int(self.shard_of_image(np.asarray([image]))[0])
         return self.tar(shard)[at : at + size].tobytes()
 
@@ -307,7 +307,7 @@ def _labels(raw: NDArray[np.uint8], held: I64, objects: int) -> tuple[NDArray, .
 
 
 def open_dataset(
-    places: str | Sequence[Place],
+    specs: str | Sequence[DatasetSpec],
     cache: str | Path | None = None,
     limit: int | None = None,
 ) -> Dataset:
@@ -317,23 +317,23 @@ def open_dataset(
     Raises DataError naming the file when a manifest or a table is missing or damaged, and when
     data sets do not fit together.
     """
-    if isinstance(places, str):
-        places = (Place(places),)
+    if isinstance(specs, str):
+        specs = (DatasetSpec(specs),)
     folder = Path(cache) if cache else default_cache()
-    return _open([load_manifest(p.url) for p in places], tuple(places), folder, limit)
+    return _open([load_manifest(p.url) for p in specs], tuple(specs), folder, limit)
 
 
 def _open(
-    manifests: list[Manifest], places: tuple[Place, ...], folder: Path, limit: int | None
+    manifests: list[Manifest], specs: tuple[DatasetSpec, ...], folder: Path, limit: int | None
 ) -> Dataset:
     """What `open_dataset` does once it has the manifests: what is in the cache is not asked for."""
-    manifest = _combine(manifests, places)
-    urls = [p.url for p, m in zip(places, manifests, strict=True) for _ in m.shards]
+    manifest = _combine(manifests, specs)
+    urls = [p.url for p, m in zip(specs, manifests, strict=True) for _ in m.shards]
     path = folder / f"merged-{manifest.fingerprint}-{_LAYOUT}.safetensors"
 
     def build(temporary: Path) -> None:
         def fetch(url: str, s: ShardInfo) -> Path:
-            where = store.join(url, s.table)
+            where = objects.join(url, s.table)
             return local_file(where, s.table_sha256, s.table_size, folder, table=True)
 
         with ThreadPoolExecutor(_TABLES_AT_ONCE, "lxscale-tables") as pool:
@@ -345,26 +345,26 @@ def _open(
 
     write_once(path, build)
     ends = np.cumsum([len(m.shards) for m in manifests]).tolist()
-    parts = tuple(
-        Part(m.name, end - len(m.shards), end, p.weight)
-        for p, m, end in zip(places, manifests, ends, strict=True)
+    shard_ranges = tuple(
+        ShardRange(m.name, end - len(m.shards), end, p.weight)
+        for p, m, end in zip(specs, manifests, ends, strict=True)
     )
     files = [
-        ShardFile(store.join(url, s.name), s.sha256, s.size)
+        ShardFile(objects.join(url, s.name), s.sha256, s.size)
         for url, s in zip(urls, manifest.shards, strict=True)
     ]
-    merged = Merged(**map_arrays(path))
+    index = DatasetIndex(**map_arrays(path))
     shards = ShardFiles(files, folder, limit)
-    return Dataset(places, manifests, manifest, parts, merged, shards, folder)
+    return Dataset(specs, manifests, manifest, shard_ranges, index, shards, folder)
 
 
-def _combine(manifests: Sequence[Manifest], places: Sequence[Place]) -> Manifest:
+def _combine(manifests: Sequence[Manifest], specs: Sequence[DatasetSpec]) -> Manifest:
     """One manifest for data sets that are mixed; DataError where they do not fit together."""
     first = manifests[0]
     if len(manifests) == 1:
         return first
     schema = first.schema
-    for place, m in zip(places[1:], manifests[1:], strict=True):
+    for spec, m in zip(specs[1:], manifests[1:], strict=True):
         for thing, one, other in (
             ("vocabulary", first.vocab.sha256, m.vocab.sha256),
             ("answer table", first.answers.sha256, m.answers.sha256),
@@ -373,7 +373,7 @@ def _combine(manifests: Sequence[Manifest], places: Sequence[Place]) -> Manifest
         ):
             if one != other:
                 raise DataError(
-                    f"{place.url} cannot be mixed with {places[0].url}: it has another {thing}; "
+                    f"{spec.url} cannot be mixed with {specs[0].url}: it has another {thing}; "
                     "build both with the same --vocab, --answers and features"
                 )
         schema = replace(

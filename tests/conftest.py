@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards.record import ImageRecord, Labels, Sentence
+from shards.format.record import ImageRecord, Labels, Sentence
 from tests.object_store import (
     SHARED,
     FaultProxy,

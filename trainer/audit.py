@@ -1,8 +1,9 @@
 """What a run consumed, proved: its record is re-derived from the data set, step by step.
 
-The record (trainer/record.py) says how many pairs each step took and a digest of what the ranks
-really trained on. The order, the sampler and the mismatched sentences are pure functions, so each
-digest can be computed anew; then the pairs are counted, epoch by epoch, against the manifest.
+The journal (trainer/checkpoint/journal.py) says how many pairs each step took and a digest of what
+the ranks really trained on. The order, the sampler and the mismatched sentences are pure functions,
+so each digest can be computed anew; then the pairs are counted, epoch by epoch, against the
+manifest.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shards import store
-from shards.dataset import Dataset, Place, open_dataset
-from shards.order import VERSION
-from shards.sampler import SamplerState, advance, plan
-from shards.streams import SamplerSettings, Stream
-from trainer.batch import pair_key, sentences_of
-from trainer.checkpoint import CheckpointError, find_generation
+from shards.dataset import Dataset, DatasetSpec, open_dataset
+from shards.order.permutation import VERSION
+from shards.order.sampler import SamplerState, advance, plan
+from shards.order.streams import SamplerSettings, Stream
+from shards.store import objects
+from trainer.checkpoint.format import CheckpointError, find_generation
+from trainer.checkpoint.journal import FOLDER, FORMAT, digest
 from trainer.config import ConfigError, SamplerSection
-from trainer.record import FOLDER, FORMAT, digest
+from trainer.data.batch import pair_key, sentences_of
 from trainer.setup import data_streams
 
 
@@ -118,8 +119,8 @@ def _segments(
     run_url: str, entries: list[dict[str, Any]]
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     for entry in entries:
-        url = store.join(run_url, "checkpoints", FOLDER, entry["name"])
-        raw = store.read_bytes(url)
+        url = objects.join(run_url, "checkpoints", FOLDER, entry["name"])
+        raw = objects.read_bytes(url)
         if hashlib.sha256(raw).hexdigest() != entry["sha256"]:
             raise CheckpointError(f"{url} is damaged: its sha256 is not the checkpoint's")
         header, *lines = map(json.loads, raw.splitlines())
@@ -139,7 +140,7 @@ def _replay(header: dict[str, Any], places: list[str] | None, cache: str | None)
     urls = places or header["data"]
     if len(urls) != len(weights):
         raise ConfigError(f"the run used {len(weights)} data sets: give --data as many URLs")
-    data = open_dataset([Place(u, w) for u, w in zip(urls, weights, strict=True)], cache)
+    data = open_dataset([DatasetSpec(u, w) for u, w in zip(urls, weights, strict=True)], cache)
     if data.manifest.fingerprint != state["manifest"]:
         raise ConfigError(
             f"{data.url} is not the data set of the run: its fingerprint is "
@@ -202,7 +203,7 @@ def _check_epoch(replay: _Replay, stream: int, epoch: int) -> str | None:
     seen, expected = replay.seen.pop((stream, epoch)), replay.streams[stream]
     lost = replay.passed_over.get((stream, epoch), 0)
     name = f"epoch {epoch} of stream {expected.name}"
-    kinds = np.bincount(replay.data.merged.source[seen > 0], minlength=1)
+    kinds = np.bincount(replay.data.index.source[seen > 0], minlength=1)
     strange = sum(n for s, n in enumerate(kinds.tolist()) if s not in expected.sources)
     if int(seen.max()) > 1 or strange:
         return f"{name}: {int((seen > 1).sum())} pairs more than once, {strange} of other streams"

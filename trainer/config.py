@@ -13,8 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model.config import ModelConfig
-from shards.dataset import Place
-from shards.streams import SamplerSettings
+from shards.dataset import DatasetSpec
+from shards.order.streams import SamplerSettings
 
 OBJECTIVES = (
     "masked_lm",
@@ -56,7 +56,7 @@ class RunSection(Section):
     """Of the initial weights, the order, the masks and dropout."""
 
 
-class PlaceSection(Section):
+class DatasetSection(Section):
     """One of several data sets that are mixed."""
 
     url: str
@@ -66,7 +66,7 @@ class PlaceSection(Section):
 
 
 class DataSection(Section):
-    train: str | tuple[PlaceSection, ...]
+    train: str | tuple[DatasetSection, ...]
     """Folder or s3:// URL of a data set built by `lxscale shards build`; or a list of {url,
     weight}, to mix several. Each goes through its own epochs."""
     validation: str | None = None
@@ -90,10 +90,10 @@ class DataSection(Section):
     prefetch: int = Field(2, ge=1)
     """Steps that each loader worker keeps ready."""
 
-    def places(self) -> tuple[Place, ...]:
+    def places(self) -> tuple[DatasetSpec, ...]:
         if isinstance(self.train, str):
-            return (Place(self.train),)
-        return tuple(Place(p.url, p.weight) for p in self.train)
+            return (DatasetSpec(self.train),)
+        return tuple(DatasetSpec(p.url, p.weight) for p in self.train)
 
     @model_validator(mode="after")
     def _all_or_no_weights(self) -> DataSection:
@@ -181,7 +181,7 @@ class OptimizerSection(Section):
     """Parameters whose name contains one of these have no weight decay ("bias", "LayerNorm");
     the original decays everything."""
     warmup: float = Field(0.05, ge=0, lt=1)
-    """Share of the steps with linearly rising rate; it then falls linearly to 0."""
+    """RankSlice of the steps with linearly rising rate; it then falls linearly to 0."""
     clip_norm: float = Field(1.0, ge=0)
     """Global gradient norm; 0 = no clipping."""
 

@@ -21,13 +21,13 @@ from model.batch import Batch
 from model.losses import PreTrainingOutput
 from shards.dataset import Dataset
 from shards.errors import DataError
-from shards.future import working_set
-from shards.sampler import start_state
-from shards.streams import SamplerSettings, Stream
-from trainer.batch import BatchSettings
-from trainer.engine import all_reduce_sum
-from trainer.loader import LoaderSettings, Share, Trouble, load_steps
+from shards.order.lookahead import working_set
+from shards.order.sampler import start_state
+from shards.order.streams import SamplerSettings, Stream
+from trainer.data.batch import BatchSettings
+from trainer.data.loader import LoaderSettings, MissingShard, RankSlice, load_steps
 from trainer.setup import data_streams
+from trainer.step.engine import all_reduce_sum
 
 # Draws of validation are the same in every run, whatever its seed.
 VALIDATION_SEED = 2019
@@ -75,14 +75,14 @@ def _batches(
         settings,
         streams,
         drawn,
-        Share(*_world(), accumulation=1),
+        RankSlice(*_world(), accumulation=1),
         start_state(streams),
         task.batch_size,
         streams[0].pairs,
         LoaderSettings(),
     )
     for micro in steps:
-        if isinstance(micro, Trouble):
+        if isinstance(micro, MissingShard):
             raise DataError(micro.message)
         (batch,) = micro
         if task.blind:
@@ -135,7 +135,7 @@ def _qa_pass(forward: Forward, task: Evaluation) -> dict[str, float]:
     numbers = tuple(manifest.sources.index(q) for q in chosen)
     streams = (Stream("question", 0, 0, numbers, sizes, Fraction(1), 0, True),)
     drawn = replace(task.batch, seed=VALIDATION_SEED, token_mask=0.0, object_mask=0.0)
-    m = task.data.merged
+    m = task.data.index
     kinds = len(manifest.sources)
     score, asked = np.zeros(kinds), np.zeros(kinds)
     loss = np.zeros(2)
@@ -172,7 +172,7 @@ def _qa_pass(forward: Forward, task: Evaluation) -> dict[str, float]:
 def _prediction(data: Dataset, pair: int, answer: str) -> dict[str, Any]:
     image = int(data.image_of(np.asarray([pair]))[0])
     record = json.loads(data.record(image))
-    sentence = record["sentences"][pair - int(data.merged.image_pair[image])]
+    sentence = record["sentences"][pair - int(data.index.image_pair[image])]
     found = {"image": record["image"], "question": sentence["text"], "answer": answer}
     if "id" in sentence:
         found = {"question_id": sentence["id"], **found}

@@ -14,7 +14,7 @@ from model.losses import PreTrainingOutput
 from model.lxmert import LxmertForPreTraining
 from shards.dataset import open_dataset
 from trainer import setup
-from trainer.checkpoint import CheckpointError, Generation, find_generation, load_weights
+from trainer.checkpoint.format import CheckpointError, Generation, find_generation, load_weights
 from trainer.config import RunConfig, parse_config
 from trainer.evaluate import Evaluation, evaluate
 

@@ -19,25 +19,32 @@ from model.batch import Batch
 from model.interchange import load_weights_for
 from model.losses import PreTrainingOutput
 from model.lxmert import LxmertForPreTraining, init_weights
-from shards import store
 from shards.dataset import Dataset, open_dataset
-from shards.order import fold
-from shards.retry import Retry
-from shards.sampler import SamplerState, advance, family_of, next_count, start_state, steps_ahead
-from shards.streams import SamplerSettings, Stream
+from shards.order.draws import fold
+from shards.order.sampler import (
+    SamplerState,
+    advance,
+    family_of,
+    next_count,
+    start_state,
+    steps_ahead,
+)
+from shards.order.streams import SamplerSettings, Stream
+from shards.store import objects
+from shards.store.retry import Retry
 from trainer import setup
-from trainer.agree import look_around, skip, skip_report
-from trainer.checkpoint import Generation, claim_attempt
+from trainer.checkpoint.format import Generation, claim_attempt
+from trainer.checkpoint.journal import Journal
+from trainer.checkpoint.restore import check_data_state, parameter_shapes, restore, set_masters
+from trainer.checkpoint.saver import Saver
 from trainer.config import FAMILY_OBJECTIVES, ConfigError, RunConfig
-from trainer.engine import all_reduce_sum, build_engine, set_learning_rate
+from trainer.data.loader import Loaded, MissingShard, RankSlice, load_steps
 from trainer.evaluate import Evaluation, evaluate, evaluation_bytes
-from trainer.loader import Loaded, Share, Trouble, load_steps
-from trainer.optimizer import learning_rate
 from trainer.progress import Progress, setup_logging
-from trainer.record import Record
-from trainer.restore import check_data_state, parameter_shapes, restore, set_masters
-from trainer.saver import Saver
-from trainer.shares import planned_shares
+from trainer.step.engine import all_reduce_sum, build_engine, set_learning_rate
+from trainer.step.mixture import planned_mixture
+from trainer.step.optimizer import learning_rate
+from trainer.step.sync import look_around, skip, skip_report
 
 log = logging.getLogger("lxscale")
 
@@ -109,9 +116,9 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
 
     record = None
     if rank == 0:
-        header = {"data": [p.url for p in data.places], "data_state": now}
+        header = {"data": [p.url for p in data.specs], "data_state": now}
         entries = generation.manifest["record"] if generation else []
-        record = Record(header, entries, state.to_json())
+        record = Journal(header, entries, state.to_json())
     saver = Saver(url, attempt, config.checkpoint.keep, record)
     saver.saved_step = step if generation is not None else -1
     progress = Progress(config, attempt, step, length.steps) if rank == 0 else None
@@ -138,8 +145,8 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
             progress.validation(step, metrics)
         return metrics
 
-    share = Share(rank, world, config.train.accumulation)
-    planned = planned_shares(settings, streams, data)
+    share = RankSlice(rank, world, config.train.accumulation)
+    planned = planned_mixture(settings, streams, data)
     beside = evaluation_bytes(validation, config.train.validation_batch) if validation else 0
 
     def load() -> Generator[Loaded, None, None]:
@@ -183,7 +190,7 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
         if seen.stop:
             stopped = True
             break
-        assert not isinstance(micro, Trouble)
+        assert not isinstance(micro, MissingShard)
         counts = seen.counts
         rate = learning_rate(config.optimizer, state.consumed, count, length.total)
         set_learning_rate(engine, rate)
@@ -362,6 +369,6 @@ def _announce(
 def _describe_run(resolved: dict[str, Any], url: str, data: Dataset) -> None:
     """Make the run's folder self-contained: resolved configuration, vocabulary, answer table."""
     text = yaml.safe_dump(resolved, sort_keys=False)
-    store.write_bytes(store.join(url, "config.yaml"), text.encode())
+    objects.write_bytes(objects.join(url, "config.yaml"), text.encode())
     for info in (data.manifest.vocab, data.manifest.answers):
-        store.write_bytes(store.join(url, info.file), data.file(info).read_bytes())
+        objects.write_bytes(objects.join(url, info.file), data.file(info).read_bytes())

@@ -52,7 +52,7 @@ class Progress:
     def step(
         self, step: int, values: Mapping[str, float], pairs: int, seconds: float, waited: float
     ) -> None:
-        """Record a finished step: `pairs` over all ranks, `seconds` in all, of which `waited` for
+        """Journal a finished step: `pairs` over all ranks, `seconds` in all, of which `waited` for
         data. Validation and saving are not in it."""
         self._record.write(json.dumps({"step": step, "pairs": pairs, **values}) + "\n")
         self._pairs += pairs

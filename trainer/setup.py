@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.config import ModelConfig
-from shards import store
 from shards.dataset import Dataset, open_dataset
-from shards.order import VERSION
-from shards.streams import SamplerSettings, Stream, streams_of
-from shards.tokenizer import load_tokenizer
-from trainer.batch import BatchSettings
+from shards.format.tokenizer import load_tokenizer
+from shards.order.permutation import VERSION
+from shards.order.streams import SamplerSettings, Stream, streams_of
+from shards.store import objects
 from trainer.config import FAMILY_OBJECTIVES, ConfigError, RunConfig
-from trainer.loader import LoaderSettings
+from trainer.data.batch import BatchSettings
+from trainer.data.loader import LoaderSettings
 
 
 def run_url(config: RunConfig) -> str:
-    return store.join(config.run.storage, config.run.name)
+    return objects.join(config.run.storage, config.run.name)
 
 
 def resolve_model(config: RunConfig, data: Dataset) -> ModelConfig:
@@ -65,7 +65,7 @@ def absent_objectives(config: RunConfig, data: Dataset) -> list[str]:
     absent = []
     if not data.manifest.schema.labels:
         absent += ["masked_object", "masked_attribute"]
-    if not len(data.merged.answer_id):
+    if not len(data.index.answer_id):
         absent.append("qa")
     return [name for name in absent if config.objectives.weights()[name] > 0]
 
@@ -125,7 +125,7 @@ def data_streams(settings: SamplerSettings, data: Dataset) -> tuple[Stream, ...]
         [dict(s.pairs_per_source) for s in manifest.shards],
         list(manifest.sources),
         list(manifest.question_sources),
-        data.parts,
+        data.shard_ranges,
     )
 
 
@@ -147,7 +147,7 @@ def data_state(config: RunConfig, data: Dataset) -> dict[str, Any]:
         "manifest": data.manifest.fingerprint,
         "order": VERSION,
         "run.seed": config.run.seed,
-        "data.weights": [p.weight for p in data.places],
+        "data.weights": [p.weight for p in data.specs],
     }
     state |= {f"sampler.{k}": v for k, v in config.sampler.model_dump(mode="json").items()}
     for key in ("token_mask", "object_mask"):

@@ -1,0 +1,99 @@
+"""`lxscale shards plan`: what a shuffle window, visits and a cache limit cost and give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from shards.dataset import Dataset
+from shards.errors import DataError
+from shards.order.lookahead import working_set
+from shards.order.sampler import stream_epoch
+from shards.order.shuffle_quality import Storage, measured, predicted
+from shards.order.streams import SamplerSettings, Stream, streams_of
+
+_BATCHES = 200  # that are looked at for each measurement
+
+
+def plan_report(
+    data: Dataset,
+    windows: list[int],
+    visits: list[int],
+    batch: int,
+    in_flight: int,
+    limit: int | None,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Lines to print, as they are found. batch: pairs of a step; in_flight: steps that loader
+    workers keep ready; limit: bytes of the node's cache.
+
+    Needs the tables only, no tar; a few numbers for each pair are in memory at one time.
+    """
+    for name, values in (("--window", windows), ("--sentences-per-visit", visits)):
+        if min(values) < (0 if name == "--window" else 1):
+            raise DataError(f"{name} {min(values)} makes no sense: see --help")
+    if batch < 1:
+        raise DataError(f"--batch {batch} makes no sense: give the pairs of a step")
+    manifest, m = data.manifest, data.index
+    sizes = np.asarray([shard.size for shard in manifest.shards])
+    yield (
+        f"{manifest.name}: {manifest.images:,} images, {manifest.pairs:,} pairs, "
+        f"{len(sizes):,} shards of {_gib(sizes.mean())}, {_gib(sizes.sum())} in all\n"
+    )
+    yield f"{'window':>8} {'working set':>12} {'to begin':>12}  fits the cache"
+    for window in windows:
+        settings = SamplerSettings(seed=seed, window=window)
+        streams = _streams(settings, data)
+        need = working_set(settings, streams, sizes, batch * (1 + in_flight))
+        order = stream_epoch(streams[0], seed, 0, window, 1)
+        begin = sizes[order.shard_order[: order.window]].sum()
+        fits = "no limit given" if limit is None else "yes" if limit >= need else "no"
+        yield f"{window or 'all':>8} {_gib(need):>12} {_gib(begin):>12}  {fits}"
+    total = int(sizes.sum())
+    if limit is None or limit >= total:
+        yield f"\nfrom the store: {_gib(total)} in the first epoch, then nothing\n"
+    else:
+        yield (
+            f"\nfrom the store: {_gib(total)} in the first epoch, then at least "
+            f"{_gib(total - limit)} an epoch\n"
+        )
+    yield (
+        f"batches of {batch} by window and sentences per visit (predicted / measured on "
+        f"{_BATCHES} of them)"
+    )
+    yield (
+        f"{'window':>8} {'visit':>6} {'images a batch':>19} {'features':>12} "
+        f"{'same-image couples':>20} {'lag-1 correlation':>19}"
+    )
+    storage = Storage(m.image_of.astype(np.int64), m.shard_pair)
+    objects = float(m.image_objects.mean())
+    row = objects * manifest.schema.feature_dim * 2
+    for window in windows:
+        for k in visits:
+            settings = SamplerSettings(seed=seed, window=window, sentences_per_visit=k)
+            order = stream_epoch(_streams(settings, data)[0], seed, 0, window, k)
+            a, b = predicted(storage, order, batch), measured(storage, order, batch, _BATCHES)
+            yield (
+                f"{window or 'all':>8} {k:>6} {f'{a.images:.1f} / {b.images:.1f}':>19} "
+                f"{_mib(b.images * row):>12} {f'{a.same_image:.1f} / {b.same_image:.1f}':>20} "
+                f"{f'{a.lag1:.3f} / {b.lag1:.3f}':>19}"
+            )
+
+
+def _streams(settings: SamplerSettings, data: Dataset) -> tuple[Stream, ...]:
+    manifest = data.manifest
+    return streams_of(
+        settings,
+        [dict(s.pairs_per_source) for s in manifest.shards],
+        list(manifest.sources),
+        list(manifest.question_sources),
+    )
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else _mib(count)
+
+
+def _mib(count: float) -> str:
+    return f"{count / 2**20:,.2f} MiB"

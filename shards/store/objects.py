@@ -1,0 +1,305 @@
+"""Files in a folder or under an s3:// prefix, by URL, with retries around object storage.
+
+A passing fault costs time and nothing else; one that outlasts the deadline, and one that no retry
+can mend (no such bucket, access denied, no credentials), ends in one DataError that names the
+object. Local files are not retried. Credentials and endpoint come from the usual AWS environment
+(AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, …) or files.
+
+Any number of threads may call in here, of any process; forks included (shards/store/s3.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+from shards.errors import DataError, NotFoundError
+from shards.store.retry import Retry, answer_of, retrying
+from shards.store.s3 import s3
+
+# One ranged GET or one part of an upload: large enough that latency does not count, small enough
+# to repeat cheaply.
+_CHUNK = 16 << 20
+
+# Parts of one upload that are under way at once.
+_PARTS_AT_ONCE = 4
+
+
+# --- names --------------------------------------------------------------------------------------
+
+
+def local_path(url: str | Path) -> Path | None:
+    """The path of a local URL, None for object storage."""
+    text = str(url)
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    return None if "://" in text else Path(text)
+
+
+def join(url: str | Path, *parts: str) -> str:
+    """`url` with path parts appended."""
+    return "/".join([str(url).rstrip("/"), *parts])
+
+
+def _call(url: str, until: float, method: str, *args: Any, **options: Any) -> Any:
+    """The result of a file system's method on `url`; on S3, not later than `until`."""
+    if url.startswith("s3://"):
+        key = url.removeprefix("s3://").rstrip("/")
+        return s3().run(getattr(s3().file_system(), f"_{method}")(key, *args, **options), until)
+    import fsspec
+
+    try:
+        fs, key = fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise DataError(f"{url} is not a place that can be read or written: {error}") from None
+    return getattr(fs, method)(key, *args, **options)
+
+
+# --- whole objects ------------------------------------------------------------------------------
+
+
+def read_bytes(url: str, retry: Retry | None = None) -> bytes:
+    """The whole object. Raises NotFoundError where it is absent, DataError otherwise."""
+    if path := local_path(url):
+        try:
+            return path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise NotFoundError(f"{path} does not exist") from None
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from None
+    first = read_range(url, 0, _CHUNK, retry)
+    if len(first) < _CHUNK:
+        return first
+    target = io.BytesIO(first)
+    target.seek(0, io.SEEK_END)
+    for begin in range(_CHUNK, size := file_size(url, retry), _CHUNK):
+        target.write(read_range(url, begin, min(begin + _CHUNK, size), retry))
+    return target.getvalue()
+
+
+def write_bytes(url: str, data: bytes, retry: Retry | None = None) -> None:
+    """Write the whole object at once: a reader sees all of it or nothing."""
+    if path := local_path(url):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+            try:
+                with open(temporary, "wb") as f:
+                    f.write(data)
+                    f.flush()
+                    os.fsync(f.fileno())
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            sync_folder(path.parent)
+        except OSError as error:
+            raise DataError(f"cannot write {path}: {error.strerror}") from None
+        return
+    _write(url, len(data), lambda begin, end: data[begin:end], retry)
+
+
+def upload(path: str | Path, url: str, retry: Retry | None = None) -> None:
+    """Copy a local file to object storage; in parts where it is large."""
+    with open(path, "rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        _write(url, size, lambda begin, end: os.pread(f.fileno(), end - begin, begin), retry)
+
+
+def _write(
+    url: str, size: int, part: Callable[[int, int], bytes], retry: Retry | None = None
+) -> None:
+    """Write an object of which `part` gives bytes [begin, end). Its parts are retried one by one,
+    so a fault repeats at most one; nobody sees the object before it is whole."""
+    step = max(_CHUNK, -(-size // 9999))  # S3 takes 10,000 parts
+    if size <= step or not url.startswith("s3://"):
+        data = part(0, size)
+        return retrying(url, "write", lambda until: _call(url, until, "pipe_file", data), retry)
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+
+    def call(until: float, method: str, **options: Any) -> dict[str, Any]:
+        options |= {"Bucket": bucket, "Key": key}
+        answer: dict[str, Any] = s3().run(s3().file_system()._call_s3(method, **options), until)
+        return answer
+
+    started = retrying(url, "write", lambda t: call(t, "create_multipart_upload"), retry)
+    of = {"UploadId": started["UploadId"]}
+
+    def put(begin: int) -> dict[str, Any]:
+        number, data = begin // step + 1, part(begin, min(begin + step, size))
+
+        def action(until: float) -> dict[str, Any]:
+            return call(until, "upload_part", PartNumber=number, Body=data, **of)
+
+        return {"PartNumber": number, "ETag": retrying(url, "write", action, retry)["ETag"]}
+
+    try:
+        with ThreadPoolExecutor(_PARTS_AT_ONCE, "lxscale-upload") as pool:
+            parts = list(pool.map(put, range(0, size, step)))
+
+        def complete(until: float) -> None:
+            try:
+                call(until, "complete_multipart_upload", MultipartUpload={"Parts": parts}, **of)
+            except FileNotFoundError:
+                # An attempt whose answer was lost may have completed it.
+                if call(until, "head_object")["ETag"].strip('"') != _etag(parts):
+                    raise
+
+        retrying(url, "write", complete, retry)
+    except BaseException:
+        # Parts without an object cost room until somebody removes them.
+        with contextlib.suppress(Exception):
+            call(0.0, "abort_multipart_upload", **of)
+        raise
+
+
+def _etag(parts: list[dict[str, Any]]) -> str:
+    """What S3 calls an object that is made of `parts`."""
+    with contextlib.suppress(ValueError):
+        digests = b"".join(bytes.fromhex(p["ETag"].strip('"')) for p in parts)
+        return f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(parts)}"
+    return ""
+
+
+class Target(Protocol):
+    def write(self, data: bytes, /) -> Any: ...
+
+
+def download(url: str, target: Target, size: int | None = None, retry: Retry | None = None) -> None:
+    """Copy an object into something that is written to, while it arrives.
+
+    size: bytes to read; None asks the store. A cut connection repeats nothing: the next attempt
+    goes on where it broke off. An object that ends early is copied as far as it goes.
+    """
+    size = file_size(url, retry) if size is None else size
+    for begin in range(0, size, _CHUNK):
+        end = min(begin + _CHUNK, size)
+        if _copy(url, begin, end, target, retry) < end:
+            break
+
+
+def read_range(url: str, begin: int, end: int, retry: Retry | None = None) -> bytes:
+    """Bytes [begin, end) of an object, fewer where it ends before."""
+    target = io.BytesIO()
+    _copy(url, begin, end, target, retry)
+    return target.getvalue()
+
+
+class _TargetError(DataError):
+    """What is read cannot be written: no fault of the store's."""
+
+
+def _copy(url: str, begin: int, end: int, target: Target, retry: Retry | None) -> int:
+    """Write bytes [begin, end) of an object to `target`; returns where it ended, before `end` if
+    the object does."""
+    at = begin
+
+    def action(until: float) -> None:
+        nonlocal at
+        try:
+            for data in _parts(url, at, end, until):
+                try:
+                    target.write(data)
+                except OSError as error:
+                    raise _TargetError(str(error)) from error
+                at += len(data)
+        except OSError as error:
+            if answer_of(error)[1] != 416 or _size(url, until) > at:
+                raise
+        # An answer can be short and whole in itself: the object has the last word.
+        if at != end and at < (size := _size(url, until)):
+            raise OSError(f"{at - begin} bytes came of {min(end, size) - begin} at {begin}")
+
+    try:
+        retrying(url, "read", action, retry)
+    except _TargetError as error:
+        assert error.__cause__
+        raise error.__cause__ from None
+    return at
+
+
+def _parts(url: str, begin: int, end: int, until: float) -> Iterator[bytes]:
+    """Bytes [begin, end) of an object, as they come."""
+    if path := local_path(url):
+        try:
+            with open(path, "rb") as f:
+                f.seek(begin)
+                yield f.read(end - begin)
+        except OSError as error:
+            raise NotFoundError(f"cannot read {path}: {error.strerror}") from None
+    elif url.startswith("s3://"):
+        bucket, _, key = url.removeprefix("s3://").partition("/")
+        yield from s3().read(bucket, key, begin, end, until)
+    else:
+        yield _call(url, until, "cat_file", start=begin, end=end)
+
+
+def file_size(url: str, retry: Retry | None = None) -> int:
+    """Bytes of an object; NotFoundError where it is absent."""
+    if path := local_path(url):
+        try:
+            return path.stat().st_size
+        except OSError:
+            raise NotFoundError(f"{path} does not exist") from None
+    return retrying(url, "look up", lambda until: _size(url, until), retry)
+
+
+def _size(url: str, until: float) -> int:
+    info = _call(url, until, "info")
+    if info["type"] != "file":  # a prefix of other objects
+        raise FileNotFoundError(url)
+    return int(info["size"])
+
+
+def exists(url: str, retry: Retry | None = None) -> bool:
+    """Whether the object is there."""
+    try:
+        file_size(url, retry)
+    except NotFoundError:
+        return False
+    return True
+
+
+def list_names(url: str, retry: Retry | None = None) -> list[str]:
+    """Names of the files directly in a folder or under a prefix, sorted; empty if there is none."""
+    if path := local_path(url):
+        if not path.is_dir():
+            return []
+        return sorted(p.name for p in path.iterdir() if p.is_file())
+    key = url.partition("://")[2].rstrip("/")
+
+    def action(until: float) -> list[str]:
+        entries = _call(url, until, "ls", detail=True, refresh=True)
+        names = (str(e["name"]).rstrip("/") for e in entries if e["type"] == "file")
+        return sorted(n.rpartition("/")[2] for n in names if n != key)
+
+    try:
+        return retrying(url, "list", action, retry)
+    except NotFoundError:
+        return []
+
+
+def delete(url: str, retry: Retry | None = None) -> None:
+    """Remove an object; one that is not there is no error."""
+    if path := local_path(url):
+        path.unlink(missing_ok=True)
+        return
+    try:
+        retrying(url, "delete", lambda until: _call(url, until, "rm_file"), retry)
+    except NotFoundError:
+        return
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames in a folder durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

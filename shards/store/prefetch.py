@@ -1,0 +1,302 @@
+"""The shards of a data set as one process uses them: verified, mapped, and fetched ahead of use.
+
+What is needed next is known, so threads bring the shards into the node's cache in that order while
+batches are made of those that are there. A shard that a batch touches before it has arrived is
+waited for, or fetched by who touches it.
+
+Under a byte limit, what is fetched for the windows in use and the next ones displaces what is due
+last, and what is fetched for later ones only fills free room. So each shard is downloaded as often
+as under the best possible choice (Belady's), and no more: displacing for later windows, too, would
+throw away what the current window leaves, and cost about as much as forgetting the oldest first.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.errors import DataError
+from shards.store import objects
+from shards.store.cache import CacheBudget, FullError, is_local, local_file, shrink
+from shards.store.locks import BusyError, open_shared, unlock
+
+log = logging.getLogger("lxscale")
+
+_PAUSE = 0.5  # seconds before a shard that could not be had ahead is tried again
+_LONGEST_PAUSE = 60.0  # it doubles at every fault of the same shard
+
+
+class ShardError(DataError):
+    """A shard cannot be had; `shard` is its number."""
+
+    def __init__(self, message: str, shard: int) -> None:
+        super().__init__(message)
+        self.shard = shard
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """Where a shard's tar is, and what it must be; size in bytes."""
+
+    url: str
+    sha256: str
+    size: int
+
+    @property
+    def remote(self) -> bool:
+        return objects.local_path(self.url) is None
+
+
+@dataclass(frozen=True)
+class LookAhead:
+    """What comes, by shard number; time is counted in pairs of the run.
+
+    due: time until the shard is needed, 0 while it is in use, -1 while only processes of this run
+        that are behind may use it
+    mine: whether this process uses it now; soon: whether one of the next windows has it
+    until: time left to the end of the run
+    """
+
+    due: NDArray[np.float64]
+    mine: NDArray[np.bool_]
+    soon: NDArray[np.bool_]
+    until: float
+
+
+class ShardFiles:
+    """Mapped tars by shard number. `limit`: bytes of the node's cache, None = no limit."""
+
+    def __init__(self, files: list[ShardFile], cache: Path, limit: int | None = None) -> None:
+        self.files, self.cache, self.limit = files, cache, limit
+        self._mapped: dict[int, tuple[NDArray[np.uint8], IO[bytes] | None]] = {}
+        self._due_of: dict[str, float] = {f.sha256: 0.0 for f in files}
+        self._ahead: _Ahead | None = None
+        self._process = os.getpid()
+
+    @property
+    def remote_sizes(self) -> NDArray[np.int64]:
+        """Bytes that each shard takes in the cache."""
+        return np.asarray([file.size if file.remote else 0 for file in self.files])
+
+    def tar(self, shard: int) -> NDArray[np.uint8]:
+        """The bytes of a shard, verified and memory-mapped on first use; ShardError naming it."""
+        self._leave_parent()
+        found = self._mapped.get(shard)
+        if found is None:
+            try:
+                found = self._map(shard)
+            except DataError as error:
+                raise ShardError(str(error), shard) from error
+            self._mapped[shard] = found
+        return found[0]
+
+    def _map(self, shard: int) -> tuple[NDArray[np.uint8], IO[bytes] | None]:
+        file = self.files[shard]
+        while True:
+            path = local_file(
+                file.url, file.sha256, file.size, self.cache, budget=self._budget(0.0)
+            )
+            if f := open_shared(path):
+                mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+                # Open files protect from eviction; those that nothing evicts may close.
+                keep = self.limit is not None and file.remote
+                if not keep:
+                    f.close()
+                return np.frombuffer(mapped, dtype=np.uint8), f if keep else None
+
+    def _unmap(self, shards: list[int]) -> None:
+        for shard in shards:
+            _, f = self._mapped.pop(shard)
+            if f:
+                unlock(f)
+                f.close()
+
+    def _leave_parent(self) -> None:
+        """After a fork: threads are not there, and locks are the parent's to release."""
+        if self._process != os.getpid():
+            for _, f in self._mapped.values():
+                if f:
+                    f.close()
+            self._mapped, self._ahead, self._process = {}, None, os.getpid()
+
+    def _budget(self, after: float, made: Callable[[], None] | None = None) -> CacheBudget | None:
+        if self.limit is None:
+            return None
+        return CacheBudget(self.limit, lambda sha: self._due_of.get(sha, np.inf), after, made)
+
+    # --- ahead ----------------------------------------------------------------------------------
+
+    def look_ahead(self, ahead: LookAhead, threads: int) -> None:
+        """Take a new future. Shards needed before its end are fetched by so many threads, first
+        things first; those that this process does not use now are unmapped."""
+        self._leave_parent()
+        self._unmap([shard for shard in self._mapped if not ahead.mine[shard]])
+        due_of: dict[str, float] = {}
+        for file, when in zip(self.files, ahead.due.tolist(), strict=True):
+            due_of[file.sha256] = min(when, due_of.get(file.sha256, np.inf))
+        self._due_of = due_of
+        if threads == 0:
+            return
+        if self._ahead is None:
+            if budget := self._budget(0.0):
+                shrink(self.cache, budget)
+            self._ahead = _Ahead(self._fetch, threads)
+        order = np.argsort(ahead.due, kind="stable")
+        due = ahead.due[order]
+        wanted = order[(due >= 0) & (due < ahead.until)]
+        self._ahead.want(
+            [
+                (shard, due if soon or due == 0 or self.limit is None else np.inf)
+                for shard, due, soon in zip(
+                    wanted.tolist(),
+                    ahead.due[wanted].tolist(),
+                    ahead.soon[wanted].tolist(),
+                    strict=True,
+                )
+            ]
+        )
+
+    def stop(self) -> None:
+        """Let go of everything. The threads end; a download under way is finished first."""
+        self._leave_parent()
+        self._unmap(list(self._mapped))
+        if self._ahead:
+            self._ahead.stop()
+            self._ahead = None
+
+    def _fetch(self, shard: int, after: float, placed: Callable[[], None]) -> None:
+        """Bring a shard into the cache, displacing only what is due later than `after`; `placed` is
+        called when it has its room."""
+        file = self.files[shard]
+        if self.limit is None or not file.remote:
+            placed()
+        if not is_local(file.url, file.sha256, file.size, self.cache):
+            local_file(
+                file.url,
+                file.sha256,
+                file.size,
+                self.cache,
+                budget=self._budget(after, placed),
+                wait=False,
+            )
+
+
+class _Ahead:
+    """Threads that bring shards, first things first, until they are told to stop."""
+
+    def __init__(self, fetch: Callable[[int, float, Callable[[], None]], None], threads: int):
+        self._fetch = fetch
+        # Held by the thread that chooses a shard until that has its room: what is needed first
+        # gets room first.
+        self._turn = threading.Lock()
+        self._changed = threading.Condition()
+        self._wanted: list[tuple[int, float]] = []
+        self._taken: set[int] = set()  # and not failed
+        self._not_before: dict[int, float] = {}
+        self._full_until = 0.0
+        self._faults: dict[int, int] = {}
+        self._stopped = False
+        for _ in range(threads):
+            threading.Thread(target=self._work, name="lxscale-fetch", daemon=True).start()
+
+    def want(self, shards: list[tuple[int, float]]) -> None:
+        """(shard, what may be displaced for it), in the order of need."""
+        with self._changed:
+            self._wanted, self._taken, self._full_until = shards, set(), 0.0
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            self._turn.acquire()
+            held = True
+
+            def placed() -> None:
+                nonlocal held
+                if held:
+                    held = False
+                    self._turn.release()
+
+            try:
+                task = self._await()
+                if task is None:
+                    return
+                problem: Exception | None = None
+                try:
+                    self._fetch(*task, placed)
+                except Exception as error:
+                    problem = error
+                self._settle(task[0], problem)
+            finally:
+                placed()
+
+    def _await(self) -> tuple[int, float] | None:
+        """The next shard to bring; None when told to stop."""
+        with self._changed:
+            while not self._stopped:
+                if task := self._take():
+                    return task
+                self._changed.wait(_PAUSE if len(self._taken) < len(self._wanted) else None)
+        return None
+
+    def _take(self) -> tuple[int, float] | None:
+        now = time.monotonic()
+        if now < self._full_until:
+            return None
+        all_placed = True
+        for shard, after in self._wanted:
+            if shard in self._taken:
+                continue
+            # Free room is not filled before what is needed soon has its own.
+            if after == np.inf and not all_placed:
+                return None
+            if self._not_before.get(shard, 0.0) <= now:
+                self._taken.add(shard)
+                return shard, after
+            all_placed = False
+        return None
+
+    def _settle(self, shard: int, problem: Exception | None) -> None:
+        with self._changed:
+            if problem is None:
+                self._faults.pop(shard, None)
+                return
+            self._taken.discard(shard)
+            pause = _PAUSE
+            if isinstance(problem, FullError):
+                # Room comes when files fall out of use; what is due later does not get it first.
+                self._full_until = time.monotonic() + pause
+            elif not isinstance(problem, BusyError):
+                faults = self._faults[shard] = self._faults.get(shard, 0) + 1
+                if faults == 1:
+                    log.warning("not fetched ahead, tried again later: %s", problem)
+                pause = min(_PAUSE * 2**faults, _LONGEST_PAUSE)
+            self._not_before[shard] = time.monotonic() + pause
+
+
+def check_limit(files: ShardFiles, working_set: int) -> None:
+    """DataError where the cache cannot hold the shards that are in use at one time (bytes)."""
+    if files.limit is not None and files.limit < working_set:
+        raise DataError(
+            f"the cache limit of {_size(files.limit)} is below the working set of "
+            f"{_size(working_set)}, the shards that steps in flight can need at once: raise "
+            f"data.cache_limit_gb to {working_set / 2**30:.3g} or more, or lower sampler.window"
+        )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.3f} GiB ({count:,} bytes)"

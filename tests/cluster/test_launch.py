@@ -1,0 +1,143 @@
+"""Starting and ending a Ray of our own: what is left behind, what is said, who can reach it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from cluster import local_ray, reaper
+from cluster.cli.main import _parse
+from cluster.driver_channel import Printed
+from cluster.errors import LaunchError
+from cluster.launch import _cause, launch
+from tests.conftest import subprocess_environment
+from tests.ranks import config_tree
+from trainer.config import RunConfig, parse_config
+from trainer.loop import Control
+
+
+def config(tmp_path: Path, **cluster: Any) -> RunConfig:
+    return parse_config(config_tree(tmp_path, tmp_path, "run", cluster=cluster), "test")
+
+
+def printing_loop(config: RunConfig, control: Control) -> dict[str, Any]:
+    """Prints, leaves a process behind, and has a bug."""
+    child = subprocess.Popen(["sleep", "600"])
+    print("child", child.pid)
+    print("from a library", file=sys.stderr)
+    raise KeyError("a bug in the loop")
+
+
+def test_a_bug_is_shown_and_the_logs_are_kept(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in subprocess_environment().items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(LaunchError) as caught:
+        launch(config(tmp_path, workers=1, max_failures=0), loop=printing_loop)
+    message = str(caught.value)
+    assert "printing_loop" in message and "KeyError: 'a bug in the loop'" in message
+    kept = Path(message.rpartition(" ")[2])
+    assert list(kept.glob("session_*/logs/worker-*")), message
+    shutil.rmtree(kept)
+    output = capfd.readouterr().out
+    assert output.count("[worker 0] from a library\n") == 1
+    assert output.count("[worker 0] child ") == 1
+    child = output.partition("[worker 0] child ")[2].split()[0]
+    assert not Path("/proc", child).exists()
+    assert local_ray.ray_constants.ENABLE_RAY_CLUSTER
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")
+def test_gpus_that_are_not_there_are_an_error_and_no_wait(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match="more than the 0 GPUs") as caught:
+        launch(config(tmp_path, workers=2, gpus_per_worker=1))
+    assert "Logs" not in str(caught.value)
+
+
+def test_what_a_killed_driver_leaves_is_ended_and_removed(tmp_path: Path) -> None:
+    session = tmp_path / "session"
+    session.mkdir()
+    driver = f"""
+import os, pathlib, signal, subprocess
+from cluster import reaper
+folder = pathlib.Path({str(session)!r})
+reaper.start(folder)
+env = {{**os.environ, reaper.MARK: str(folder)}}
+print(subprocess.Popen(["sleep", "600"], env=env, stdout=subprocess.DEVNULL).pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", driver],
+        env=subprocess_environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    child = Path("/proc", done.stdout.strip())
+    deadline = time.monotonic() + 20
+    while (session.exists() or _alive(child)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not session.exists() and not _alive(child)
+
+
+def _alive(process: Path) -> bool:
+    try:
+        return bool((process / "cmdline").read_bytes())  # a zombie has none
+    except OSError:
+        return False
+
+
+def test_a_reaper_that_is_told_to_stop_ends_nothing(tmp_path: Path) -> None:
+    environment = {**os.environ, reaper.MARK: str(tmp_path)}
+    with subprocess.Popen(["sleep", "600"], env=environment) as child:
+        reaper.stop(reaper.start(tmp_path))
+        assert child.poll() is None and tmp_path.exists()
+        reaper.reap(str(tmp_path))
+        assert child.wait(10) == -9
+
+
+def test_folders_of_killed_drivers_are_removed_and_used_ones_are_not(tmp_path: Path) -> None:
+    for name in ("lxscale-used", "lxscale-dead", "lxscale-dead-failed", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lock").touch()
+        os.utime(tmp_path / name, (0, time.time() - 3600))
+    with (tmp_path / "lxscale-used" / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        local_ray._sweep(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"lxscale-used", "lxscale-dead-failed", "other"}
+
+
+def test_a_lost_worker_is_named_and_its_peers_are_not() -> None:
+    lost = WorkerHealthCheckFailedError("dead", failure=RuntimeError())
+    error = WorkerGroupError("long", {0: RuntimeError("connection closed by peer"), 1: lost})
+    assert _cause(error).startswith("lost worker 1 (")
+    assert _cause(WorkerGroupError("trace", {0: KeyError("x")})).endswith("trace")
+
+
+def test_overrides_may_come_after_options() -> None:
+    for line in ("train a.yaml --ray-address x b.c=1", "train --ray-address x a.yaml b.c=1"):
+        assert _parse(line.split()).overrides == ["b.c=1"]
+    assert _parse(["demo", "--full", "b.c=1"]).overrides == ["b.c=1"]
+    for line in ("train a.yaml --ray-address x --wrong", "export a --out b c"):
+        with pytest.raises(SystemExit):
+            _parse(line.split())
+
+
+def test_printed_text_is_passed_on_in_lines() -> None:
+    lines: list[str] = []
+    stream = Printed(lines.append)
+    print("a", "b", end="", file=stream)
+    print("c\n\n 10 %\r 20 %\nrest", end="", file=stream)
+    assert lines == ["a bc", " 10 %", " 20 %"]

@@ -1,0 +1,250 @@
+"""Building: the bytes, who can read them, and what is left when it goes wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shards.errors import DataError
+from shards.format.build import BuildSettings, build
+from shards.format.manifest import load_manifest
+from shards.format.record import Report, Sentence, labels_bytes, record_key
+from shards.format.table import open_table
+from shards.format.tokenizer import load_tokenizer
+from shards.format.verify import verify
+from shards.store import objects
+from tests.conftest import MakeRecords, subprocess_environment
+
+SETTINGS = BuildSettings("small", "random", vocab_size=200, images_per_shard=4)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def test_what_is_written_is_what_was_given(tmp_path: Path, make_records: MakeRecords) -> None:
+    records = make_records(10, labels=True)
+    settings = replace(SETTINGS, answers=["blue", "green", "red"])
+    with pytest.raises(
+        DataError, match=r"image pictures/image 0.*'rare' is not in the answer table"
+    ):
+        build(records, tmp_path, settings)
+    assert list(tmp_path.iterdir()) == []
+    settings = replace(settings, skip_bad=True)
+    report = Report()
+    manifest = build(records, tmp_path, settings, report=report)
+    assert manifest == load_manifest(str(tmp_path))
+    assert [s.images for s in manifest.shards] == [4, 4, 2]
+    assert manifest.schema.labels and manifest.schema.max_objects == max(
+        len(r.boxes) for r in records
+    )
+    assert manifest.sources == ("coco_cap", "vqa") and manifest.question_sources == ("vqa",)
+    assert report.counts == {"answers that are not in the answer table": 10}
+    tokenizer = load_tokenizer(tmp_path / "vocab.txt")
+    at = 0
+    for shard in manifest.shards:
+        table, data = open_table(tmp_path / shard.table), (tmp_path / shard.name).read_bytes()
+        for i in range(shard.images):
+            record = records[at]
+            at += 1
+            n = int(table.image_objects[i])
+
+            def payload(offset: int, size: int, data: bytes = data) -> bytes:
+                return data[int(offset) :][: int(size)]
+
+            assert payload(table.features_offset[i], n * 16) == record.features.tobytes()
+            assert payload(table.boxes_offset[i], n * 16) == record.boxes.tobytes()
+            assert table.labels_offset is not None and record.labels is not None
+            assert payload(table.labels_offset[i], n * 16) == labels_bytes(record.labels)
+            document = json.loads(payload(table.record_offset[i], table.record_size[i]))
+            assert document["image"] == record.image
+            begin, end = table.image_sentences[i : i + 2]
+            assert end - begin == len(record.sentences)
+            for s, sentence in zip(range(begin, end), record.sentences, strict=True):
+                ids = table.tokens[table.token_start[s] : table.token_start[s + 1]].tolist()
+                assert ids == tokenizer.encode(sentence.text).ids[:18]
+                assert manifest.sources[table.sentence_source[s]] == sentence.source
+                answers = slice(table.answer_start[s], table.answer_start[s + 1])
+                known = {settings.answers[a] for a in table.answer_id[answers].tolist()}
+                assert known == set(sentence.answers or {}) - {"rare"}
+    assert verify(tmp_path) == []
+
+
+def test_stock_readers_read_a_shard(tmp_path: Path, make_records: MakeRecords) -> None:
+    import webdataset
+
+    records = make_records(5, labels=True)
+    build(records, tmp_path, replace(SETTINGS, images_per_shard=None))
+    tar = tmp_path / "shard-000000.tar"
+    samples = list(webdataset.WebDataset(str(tar), shardshuffle=False))
+    assert len(samples) == 5
+    for sample, record in zip(samples, records, strict=True):
+        assert sample["__key__"] == record_key(record.image)
+        assert json.loads(sample["json"])["image"] == record.image
+        features = np.frombuffer(sample["features.f16"], "<f2").reshape(record.features.shape)
+        np.testing.assert_array_equal(features, record.features)
+        np.testing.assert_array_equal(
+            np.frombuffer(sample["boxes.f32"], "<f4").reshape(-1, 4), record.boxes
+        )
+        assert {"labels.bin"} < set(sample)
+    listed = subprocess.run(["tar", "tvf", tar], capture_output=True, text=True, check=True).stdout
+    assert len(listed.splitlines()) == 20
+    assert all(line.startswith("-rw-r--r--") for line in listed.splitlines())
+    assert all(" 1970-01-01 " in line for line in listed.splitlines())
+
+
+def test_s3_gets_the_same_bytes(tmp_path: Path, make_records: MakeRecords, s3: str) -> None:
+    url = f"{s3}/same"
+    # A crowd of shards of an interrupted build: none of it may stay.
+    objects.write_bytes(f"{url}/shard-000007.tar", b"old")
+    local = build(make_records(9), tmp_path / "data", SETTINGS)
+    remote = build(make_records(9), url, SETTINGS, staging=tmp_path / "staging")
+    assert remote == local == load_manifest(url)
+    names = objects.list_names(url)
+    assert names == sorted(contents(tmp_path / "data"))
+    for name in names:
+        assert objects.read_bytes(f"{url}/{name}") == (tmp_path / "data" / name).read_bytes()
+    assert list((tmp_path / "staging").iterdir()) == []
+    assert verify(url) == []
+    with pytest.raises(DataError, match="--overwrite"):
+        build(make_records(3), url, SETTINGS)
+    fewer = build(make_records(3), url, replace(SETTINGS, overwrite=True))
+    assert load_manifest(url) == fewer != local
+    assert [n for n in objects.list_names(url) if n.endswith(".tar")] == ["shard-000000.tar"]
+
+
+def test_an_existing_data_set_is_replaced_only_on_request(
+    tmp_path: Path, make_records: MakeRecords
+) -> None:
+    build(make_records(9), tmp_path, SETTINGS)
+    before = contents(tmp_path)
+    with pytest.raises(DataError, match=r"there is a data set.*--overwrite"):
+        build(make_records(3), tmp_path, SETTINGS)
+    with pytest.raises(DataError, match="has features"):  # a failing one leaves the old as it was
+        bad = [*make_records(5), *make_records(1, feature_dim=9, seed=1)]
+        bad[-1] = replace(bad[-1], image="other")
+        build(bad, tmp_path, replace(SETTINGS, overwrite=True))
+    assert contents(tmp_path) == before
+    build(make_records(3), tmp_path, replace(SETTINGS, overwrite=True))
+    assert sorted(p.name for p in tmp_path.glob("shard-*.tar")) == ["shard-000000.tar"]
+    assert verify(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"boxes": np.ones((2, 4), np.float32) * 2}, "boxes outside of 0..1"),
+        ({"features": np.full((2, 8), np.nan, np.float16)}, "not finite"),
+        ({"features": np.zeros((3, 8), np.float16)}, r"features of shape \(3, 8\)"),
+        ({"sentences": ()}, "no sentence"),
+        ({"sentences": (Sentence("\ud800", "vqa"),)}, "not valid Unicode"),
+        ({"image": "pictures/image 0.png"}, "comes twice"),
+        ({"width": 0}, "a size of 0"),
+    ],
+)
+def test_bad_records_are_named_and_can_be_skipped(
+    tmp_path: Path, make_records: MakeRecords, change: dict, message: str
+) -> None:
+    good = make_records(2)
+    bad = replace(
+        good[1],
+        **{
+            "boxes": np.zeros((2, 4), np.float32),
+            "features": np.zeros((2, 8), np.float16),
+            "image": "bad one",
+            **change,
+        },
+    )
+    with pytest.raises(DataError, match=message) as caught:
+        build([good[0], bad], tmp_path / "a", SETTINGS)
+    assert bad.image in str(caught.value)
+    assert list((tmp_path / "a").iterdir()) == []
+    report = Report()
+    manifest = build(
+        [good[0], bad], tmp_path / "a", replace(SETTINGS, skip_bad=True), report=report
+    )
+    assert manifest.images == 1 and report.counts["bad image records"] == 1
+
+
+SLOW_BUILD = """
+import sys, time, resource
+from tests.conftest import small_records
+from shards.format.build import BuildSettings, build
+from shards.errors import DataError
+
+def slow(records):
+    for i, record in enumerate(records):
+        if i == 9 and sys.argv[2] == "hang":
+            time.sleep(60)
+        yield record
+
+if sys.argv[2] == "full":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+records = small_records(12, feature_dim=512)
+try:
+    build(slow(records), sys.argv[1], BuildSettings("x", "y", vocab_size=200, images_per_shard=4))
+except DataError as error:
+    sys.exit(str(error))
+"""
+
+
+def run_slow_build(out: Path, kind: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SLOW_BUILD, str(out), kind],
+        env=subprocess_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_killed_build_leaves_no_final_name(tmp_path: Path, make_records: MakeRecords) -> None:
+    out = tmp_path / "out"
+    child = run_slow_build(out, "hang")
+    deadline = time.monotonic() + 30
+    while not list(out.glob(".building-*/shard-000002.tar")):
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    assert [p.name for p in out.iterdir() if not p.name.startswith(".building-")] == []
+    # A living build's folder is not taken for a dead one's.
+    build(make_records(2), out, SETTINGS)
+    assert len(list(out.glob(".building-*"))) == 1
+    os.kill(child.pid, signal.SIGKILL)
+    child.communicate()
+    build(make_records(2), out, replace(SETTINGS, overwrite=True))
+    assert list(out.glob(".building-*")) == []
+    assert verify(out) == []
+
+
+def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    child = run_slow_build(out, "full")
+    _, errors = child.communicate()
+    assert (
+        child.returncode == 1 and errors.startswith("cannot write ") and "Traceback" not in errors
+    )
+    assert list(out.iterdir()) == []
+
+
+def test_no_record_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no image record"):
+        build([], tmp_path / "out", SETTINGS)
+
+
+def test_keys_are_safe_distinct_and_bounded() -> None:
+    ids = ["a/b.png", "a_b.png", "a=2Fb", "ä", "x" * 300, "x" * 301, "COCO_val2014_000000000042"]
+    keys = [record_key(i) for i in ids]
+    assert keys[0] == "a=2Fb=2Epng" and keys[-1] == ids[-1]
+    assert len(set(keys)) == len(keys)
+    assert all(len(k) <= 80 and not set(k) & set("./\\ ") for k in keys)
+    tarfile.TarInfo(f"{keys[4]}.features.f16").tobuf(tarfile.USTAR_FORMAT)  # no error

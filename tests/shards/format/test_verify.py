@@ -1,0 +1,184 @@
+"""`verify` and the manifest find what is wrong with a data set."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shards.errors import DataError
+from shards.format.build import BuildSettings, build
+from shards.format.manifest import Manifest, load_manifest
+from shards.format.table import Table, map_arrays, open_table, save_arrays
+from shards.format.verify import verify
+from shards.store.cache import hash_file
+from tests.conftest import MakeRecords
+
+TAR, TABLE = "shard-000001.tar", "shard-000001.table.safetensors"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, make_records: MakeRecords) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    settings = BuildSettings("small", "random", vocab_size=200, images_per_shard=4)
+    build(make_records(9, labels=True), folder, settings)
+    return folder
+
+
+@pytest.fixture
+def data(whole: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(whole, tmp_path / "data"))
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_whole_data_set_has_no_problem(data: Path) -> None:
+    assert verify(data) == []
+
+
+@pytest.mark.parametrize("name", [TAR, TABLE, "vocab.txt", "answers.json"])
+def test_flipped_truncated_and_missing_files_are_named(data: Path, name: str) -> None:
+    path = data / name
+    flip(path, -1)
+    assert verify(data) == [f"{path} has another sha256 than the manifest says"]
+    flip(path, -1)
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-3])
+    assert verify(data) == [f"{path} has {size - 3} bytes, the manifest says {size}"]
+    path.unlink()
+    (problem,) = verify(data)
+    assert problem.startswith(f"{path} cannot be read") and "does not exist" in problem
+
+
+def reseal(data: Path) -> None:
+    """A manifest that vouches for the files as they are: hashes alone find nothing then."""
+    manifest = load_manifest(str(data))
+    shards = tuple(
+        dataclasses.replace(
+            s,
+            size=(data / s.name).stat().st_size,
+            sha256=hash_file(data / s.name),
+            table_size=(data / s.table).stat().st_size,
+            table_sha256=hash_file(data / s.table),
+        )
+        for s in manifest.shards
+    )
+    (data / "manifest.json").write_bytes(dataclasses.replace(manifest, shards=shards).to_json())
+
+
+def change_table(data: Path, name: str, change: Callable[[np.ndarray], object]) -> None:
+    arrays = {k: np.array(v) for k, v in map_arrays(data / TABLE).items()}
+    change(arrays[name])
+    save_arrays(data / TABLE, arrays)
+    reseal(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("tokens", lambda a: a.__setitem__(3, 7), "tokens differs"),
+        ("answer_id", lambda a: a.__setitem__(0, 99), "answer_id differs"),
+        ("answer_score", lambda a: a.__setitem__(0, 0.7), "answer_score differs"),
+        ("sentence_source", lambda a: a.__setitem__(0, 1 - a[0]), "sentence_source differs"),
+        ("features_offset", lambda a: a.__setitem__(2, a[2] + 512), "record 2: .*features.f16"),
+        ("image_objects", lambda a: a.__setitem__(1, a[1] + 1), "record 1: .*boxes.f32"),
+        ("record_size", lambda a: a.__setitem__(0, a[0] - 1), "record 0: "),
+        ("labels_offset", lambda a: a.__setitem__(0, 0), "record 0: .*labels.bin"),
+        ("image_sentences", lambda a: a.__setitem__(0, 1), "ranges do not rise"),
+    ],
+)
+def test_a_wrong_table_under_a_right_hash(
+    data: Path, name: str, change: Callable[[np.ndarray], object], message: str
+) -> None:
+    change_table(data, name, change)
+    problems = verify(data)
+    assert len(problems) == 1 and "shard-000001" in problems[0]
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(problems[0])
+
+
+@pytest.mark.parametrize(
+    ("array", "value", "message"),
+    [
+        ("features_offset", np.float16(np.inf).tobytes(), "not finite"),
+        ("boxes_offset", np.float32(1.5).tobytes(), "boxes outside of 0..1"),
+        ("labels_offset", np.int32(1600).tobytes(), "object id outside"),
+        ("record_offset", b"[", "record 0: "),
+    ],
+)
+def test_wrong_members_under_a_right_hash(
+    data: Path, array: str, value: bytes, message: str
+) -> None:
+    at = int(getattr(open_table(data / TABLE), array)[0])
+    content = bytearray((data / TAR).read_bytes())
+    content[at : at + len(value)] = value
+    (data / TAR).write_bytes(content)
+    reseal(data)
+    (problem,) = verify(data)
+    assert TAR in problem and message in problem
+
+
+def test_tables_read_without_a_copy_and_by_the_library(data: Path) -> None:
+    import safetensors.numpy
+
+    arrays, library = map_arrays(data / TABLE), safetensors.numpy.load_file(data / TABLE)
+    assert set(arrays) == set(library)
+    for name, array in arrays.items():
+        assert array.dtype == library[name].dtype and not array.flags.owndata
+        np.testing.assert_array_equal(array, library[name])
+    table = open_table(data / TABLE)
+    assert isinstance(table, Table) and not table.tokens.flags.writeable
+    content = (data / TABLE).read_bytes()
+    for damaged in (content[:-8], content + b"12345678", content[:4], b"", b"\xff" * 64):
+        (data / TABLE).write_bytes(damaged)
+        with pytest.raises(DataError, match=TABLE):
+            open_table(data / TABLE)
+
+
+def test_the_manifest_round_trips_and_refuses_damage(data: Path) -> None:
+    path = data / "manifest.json"
+    manifest = load_manifest(str(data))
+    content = path.read_bytes()
+    assert manifest.to_json() == content
+    document = json.loads(content)
+    assert document["fingerprint"] == manifest.fingerprint
+
+    def refused(message: str) -> None:
+        with pytest.raises(DataError, match=message):
+            load_manifest(str(data))
+
+    path.write_bytes(content.replace(b'"random"', b'"rundom"'))
+    refused("manifest.json is damaged")
+    path.write_bytes(content[:-20])
+    refused("manifest.json is not a manifest")
+    path.write_bytes(content.replace(b"lxscale-1", b"lxscale-9"))
+    refused("has format 'lxscale-9', this lxscale reads 'lxscale-1'")
+    for changes, message in (
+        ({"name": 3}, "manifest.name is 3"),
+        ({"sources": ("vqa", "coco_cap")}, "not sorted"),
+        (
+            {
+                "shards": (
+                    dataclasses.replace(manifest.shards[0], name="../x"),
+                    *manifest.shards[1:],
+                )
+            },
+            "not a plain file name",
+        ),
+        ({"shards": manifest.shards[:1]}, "not the sums"),
+    ):
+        changed: Manifest = dataclasses.replace(manifest, **changes)  # type: ignore[arg-type]
+        path.write_bytes(changed.to_json())
+        refused(message)
+    path.unlink()
+    refused("no data set at .*lxscale shards build")

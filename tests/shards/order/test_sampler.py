@@ -1,0 +1,321 @@
+"""The sampler: exact shares, every pair once an epoch, and the future from a few integers."""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from shards.errors import DataError
+from shards.order.apportionment import apportion, next_taker, shares_of
+from shards.order.lookahead import next_use, working_set
+from shards.order.sampler import (
+    Plan,
+    SamplerState,
+    advance,
+    family_of,
+    next_count,
+    plan,
+    start_state,
+    steps_ahead,
+)
+from shards.order.streams import FAMILIES, SamplerSettings, ShardRange, Stream, streams_of
+
+SOURCES = ["cap", "vqa"]
+SHARDS = [{"cap": 30, "vqa": 11}, {"cap": 25, "vqa": 4}, {"cap": 47}, {"vqa": 6, "cap": 2}]
+PARTS = [ShardRange("a", 0, 2, 3.0), ShardRange("b", 2, 4, 1.0)]
+NATURAL = SamplerSettings(seed=2, window=2)
+BALANCED = SamplerSettings("balanced", 2, 2, mismatch=0.3, question_share=0.6)
+ALTERNATING = SamplerSettings("alternating", 2, 2, mismatch=0.25, families=(3.0, 1.0, 2.0))
+WEIGHTED = SamplerSettings("natural", 2, 2, source_weights=(("vqa", 2.0),))
+VISITS = SamplerSettings(seed=2, window=2, sentences_per_visit=3)
+ALL = {
+    "natural": NATURAL,
+    "balanced": BALANCED,
+    "alternating": ALTERNATING,
+    "weighted": WEIGHTED,
+    "visits": VISITS,
+}
+every_mode = pytest.mark.parametrize("settings", ALL.values(), ids=ALL)
+
+
+def streams_for(settings: SamplerSettings, parts: Sequence[ShardRange] = ()) -> tuple[Stream, ...]:
+    return streams_of(settings, SHARDS, SOURCES, ["vqa"], parts)
+
+
+def take(
+    settings: SamplerSettings,
+    sizes: list[int],
+    state: SamplerState | None = None,
+    parts: Sequence[ShardRange] = (),
+) -> tuple[list[Plan], SamplerState]:
+    streams = streams_for(settings, parts)
+    state = state or start_state(streams)
+    plans = []
+    for count in sizes:
+        plans.append(plan(settings, streams, state, count))
+        state = advance(settings, streams, state, count)
+    return plans, state
+
+
+def rows(plans: list[Plan]) -> list[tuple[int, ...]]:
+    fields = ("stream", "epoch", "shard", "index", "mismatched")
+    return [r for p in plans for r in zip(*(getattr(p, f).tolist() for f in fields), strict=True)]
+
+
+def worst_run(counts: list[int], pairs: list[int], share: Fraction) -> Fraction:
+    """The largest deviation from `share` over any run of consecutive steps."""
+    lead, low, high, worst = Fraction(0), Fraction(0), Fraction(0), Fraction(0)
+    for count, n in zip(counts, pairs, strict=True):
+        lead += count - share * n
+        low, high = min(low, lead), max(high, lead)
+        worst = max(worst, lead - low, high - lead)
+    return worst
+
+
+def test_natural_takes_every_pair_once_an_epoch() -> None:
+    total = sum(sum(s.values()) for s in SHARDS)
+    for epoch in range(3):
+        plans, _ = take(NATURAL, [16] * 50)
+        seen = [r[2:4] for r in rows(plans) if r[1] == epoch]
+        assert len(seen) == total == len(set(seen))
+
+
+@every_mode
+@pytest.mark.parametrize("parts", [(), PARTS], ids=["one set", "two sets"])
+def test_restoring_at_every_step_gives_the_same_tail(
+    settings: SamplerSettings, parts: Sequence[ShardRange]
+) -> None:
+    whole, _ = take(settings, [17] * 20, parts=parts)
+    for step in range(20):
+        _, state = take(settings, [17] * step, parts=parts)
+        state = SamplerState.from_json(json.loads(json.dumps(state.to_json())))
+        tail, _ = take(settings, [17] * (20 - step), state, parts)
+        assert rows(tail) == rows(whole[step:])
+
+
+@every_mode
+@pytest.mark.parametrize("parts", [(), PARTS], ids=["one set", "two sets"])
+def test_slices_of_a_step_are_the_step(
+    settings: SamplerSettings, parts: Sequence[ShardRange]
+) -> None:
+    streams = streams_for(settings, parts)
+    state = start_state(streams)
+    for _ in range(12):
+        whole = plan(settings, streams, state, 23)
+        cuts = [0, 5, 5, 14, 23]
+        slices = [plan(settings, streams, state, 23, a, b) for a, b in pairwise(cuts)]
+        assert rows(slices) == rows([whole])
+        assert np.concatenate([s.slot for s in slices]).tolist() == list(range(23))
+        state = advance(settings, streams, state, 23)
+
+
+@every_mode
+@pytest.mark.parametrize("parts", [(), PARTS], ids=["one set", "two sets"])
+def test_every_stream_takes_each_of_its_pairs_once_an_epoch(
+    settings: SamplerSettings, parts: Sequence[ShardRange]
+) -> None:
+    streams = streams_for(settings, parts)
+    plans, state = take(settings, [19] * 120, parts=parts)
+    taken = rows(plans)
+    for i, stream in enumerate(streams):
+        cursor = state.cursors[i]
+        expected = {(s, k) for s, size in enumerate(stream.sizes.tolist()) for k in range(size)}
+        for epoch in range(cursor // stream.pairs):
+            seen = [r[2:4] for r in taken if r[0] == i and r[1] == epoch]
+            assert len(seen) == len(expected) and set(seen) == expected
+        rest = [r[2:4] for r in taken if r[0] == i and r[1] == cursor // stream.pairs]
+        assert len(rest) == len(set(rest)) == cursor % stream.pairs
+
+
+def test_a_changed_global_batch_takes_the_same_pairs_in_the_same_order() -> None:
+    a, _ = take(NATURAL, [10] * 12)
+    b, _ = take(NATURAL, [30, 15, 60, 5, 10])
+    assert rows(a) == rows(b)
+    # Balanced: each stream goes on in its own order, nothing lost or repeated.
+    for stream in (0, 1):
+        a, _ = take(BALANCED, [10] * 12)
+        b, _ = take(BALANCED, [30, 15, 60, 5, 10])
+        key = [sorted(r[:4] for r in rows(x) if r[0] == stream) for x in (a, b)]
+        assert key[0] == key[1]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 1 / 3, 0.5, 0.77, 1.0])
+@pytest.mark.parametrize("mismatch", [0.0, 0.25, 0.5, 0.9])
+def test_balanced_shares_are_exact_over_any_run_of_steps(share: float, mismatch: float) -> None:
+    settings = SamplerSettings("balanced", 1, 0, mismatch, share)
+    plans, _ = take(settings, [13] * 40)
+    asked = np.asarray([s.questions for s in streams_for(settings)])
+    questions = [int(asked[p.stream].sum()) for p in plans]
+    bad = [int(p.mismatched.sum()) for p in plans]
+    for begin in range(40):
+        for end in range(begin + 1, 41):
+            pairs = 13 * (end - begin)
+            assert abs(sum(questions[begin:end]) - pairs * Fraction(str(share))) <= 1
+            assert abs(sum(bad[begin:end]) - pairs * Fraction(str(mismatch))) <= 1
+
+
+def random_sizes() -> list[int]:
+    choice = random.Random(3)
+    return [choice.choice([1, 2, 13, 64]) for _ in range(300)]
+
+
+@pytest.mark.parametrize("parts", [(), PARTS], ids=["one set", "two sets"])
+def test_two_weighted_streams_are_exact_over_any_run_of_steps(parts: Sequence[ShardRange]) -> None:
+    settings = SamplerSettings("natural", 1, 0) if parts else WEIGHTED
+    streams = streams_for(settings, parts)
+    sizes = random_sizes()
+    plans, _ = take(settings, sizes, parts=parts)
+    # vqa x 2: 21 of 125 pairs weigh twice; two sets: 3 to 1.
+    assert [s.share for s in streams] == (
+        [Fraction(3, 4), Fraction(1, 4)] if parts else [Fraction(104, 146), Fraction(42, 146)]
+    )
+    for i, stream in enumerate(streams):
+        counts = [int((p.stream == i).sum()) for p in plans]
+        assert worst_run(counts, sizes, stream.share) <= 1
+
+
+def test_many_streams_stay_within_one_of_their_share_from_the_start() -> None:
+    """Of K streams none is off by one or more at any step, nor by 2 - 2/K over any run."""
+    choice = random.Random(1)
+    for _ in range(40):
+        weights = [choice.randint(1, 40) for _ in range(choice.randint(3, 6))]
+        shares, taken, steps = shares_of(weights), [0] * len(weights), []
+        for _ in range(200):
+            got = apportion(shares, taken, count := choice.choice([len(weights) * 40, 64 * 40]))
+            assert sum(got) == count and min(got) >= 0
+            taken = [a + b for a, b in zip(taken, got, strict=True)]
+            steps.append((got, count))
+            off = [abs(t - s * sum(taken)) for t, s in zip(taken, shares, strict=True)]
+            assert max(off) <= 1 - Fraction(1, len(weights))
+        for i, share in enumerate(shares):
+            run = worst_run([g[i] for g, _ in steps], [n for _, n in steps], share)
+            assert run <= 2 - Fraction(2, len(weights))
+
+
+def test_alternating_serves_one_family_a_step_in_exact_shares() -> None:
+    streams = streams_for(ALTERNATING)
+    state = start_state(streams)
+    families, wrong, pairs = [], [], []
+    for _ in range(240):
+        whole = plan(ALTERNATING, streams, state, 13)
+        family = family_of(ALTERNATING, state)
+        families.append(family)
+        assert {FAMILIES[streams[i].family] for i in whole.stream.tolist()} == {family}
+        assert whole.masks == (family == "masked")
+        if family == "matching":
+            wrong.append(int(whole.mismatched.sum()))
+            pairs.append(13)
+        else:
+            assert not whole.mismatched.any()
+        if family == "qa":
+            assert all(streams[i].questions for i in whole.stream.tolist())
+        state = advance(ALTERNATING, streams, state, 13)
+    for family, share in zip(FAMILIES, shares_of((3, 1, 2)), strict=True):
+        assert worst_run([int(f == family) for f in families], [1] * 240, share) <= 1
+    assert worst_run(wrong, pairs, Fraction("0.25")) <= 1
+
+
+def test_any_weights_of_families_are_followed_within_one_step() -> None:
+    choice = random.Random(5)
+    for _ in range(60):
+        shares = shares_of([choice.randint(1, 30) for _ in range(3)])
+        taken = [0, 0, 0]
+        for _ in range(200):
+            taken[next_taker(shares, taken)] += 1
+            off = [abs(t - s * sum(taken)) for t, s in zip(taken, shares, strict=True)]
+            assert max(off) <= Fraction(3, 4)  # Tijdeman's bound for three
+
+
+def test_an_exhausted_set_wraps_into_its_own_next_epoch() -> None:
+    settings = SamplerSettings("natural", 1, 0)
+    plans, state = take(settings, [16] * 100, parts=PARTS)
+    streams = streams_for(settings, PARTS)
+    assert [c // s.pairs for c, s in zip(state.cursors, streams, strict=True)] == [17, 7]
+    taken = rows(plans)
+    for i in range(2):
+        assert {r[1] for r in taken if r[0] == i} == set(range([18, 8][i]))
+
+
+def test_short_batches_end_epochs() -> None:
+    settings = SamplerSettings(seed=2, window=2, last_batch="short")
+    streams = streams_for(settings)
+    steps = list(steps_ahead(settings, streams, start_state(streams), 16, 2 * 125 + 7))
+    assert [count for _, count in steps] == [*([16] * 7), 13, *([16] * 7), 13, 7]
+    for state, count in steps:
+        assert len(set(plan(settings, streams, state, count).epoch.tolist())) == 1
+        assert count == next_count(settings, streams, state, 16, 257)
+    with pytest.raises(DataError, match=r"last_batch=short.*one stream"):
+        streams_for(replace(BALANCED, last_batch="short"))
+
+
+def test_sentences_of_a_visit_come_together() -> None:
+    plans, _ = take(VISITS, [15] * 8)
+    shard, index = (np.concatenate([getattr(p, f) for p in plans]) for f in ("shard", "index"))
+    together = (np.diff(index) == 1) & (np.diff(shard) == 0)
+    # Of three neighbours two follow their neighbour; a few pairs fill no visit.
+    assert together.mean() > 0.6
+    plans, _ = take(NATURAL, [15] * 8)
+    shard, index = (np.concatenate([getattr(p, f) for p in plans]) for f in ("shard", "index"))
+    assert ((np.diff(index) == 1) & (np.diff(shard) == 0)).mean() < 0.1
+
+
+@every_mode
+def test_the_future_names_the_next_use_of_every_shard(settings: SamplerSettings) -> None:
+    """A shard is never needed before the time that next_use gives, within the shares' rounding."""
+    streams = streams_for(settings)
+    state = start_state(streams)
+    states, plans = [], []
+    for _ in range(60):
+        states.append(state)
+        plans.append(plan(settings, streams, state, 7))
+        state = advance(settings, streams, state, 7)
+    for at in range(0, 40, 3):
+        due = next_use(settings, streams, states[at])
+        for later in range(at, 60):
+            distance = 7 * (later - at + 1)
+            slack = 7 * 8  # families alternate, shares are met within a step or two
+            for shard in set(plans[later].shard.tolist()):
+                assert due[shard] <= distance + slack
+        now = set(plans[at].shard.tolist())
+        assert all(due[s] <= 7 * 3 for s in now)
+
+
+def test_the_working_set_is_two_windows_of_every_stream() -> None:
+    sizes = np.asarray([10, 20, 30, 40])
+    one = replace(NATURAL, window=1)
+    assert working_set(one, streams_for(one), sizes, 5) == 70
+    assert working_set(NATURAL, streams_for(NATURAL), sizes, 5) == 100
+    # A batch that spans several windows needs them all.
+    assert working_set(one, streams_for(one), sizes, 60) == 100
+
+
+def test_balanced_does_not_tie_mismatch_to_questions() -> None:
+    settings = SamplerSettings("balanced", 1, 0, 0.5, 0.5)
+    plans, _ = take(settings, [16] * 100)
+    table = np.zeros((2, 2))
+    for stream, *_, bad in rows(plans):
+        table[stream, int(bad)] += 1
+    assert np.abs(table / 1600 - 0.25).max() < 0.01
+
+
+def test_natural_mismatches_with_the_given_probability() -> None:
+    plans, _ = take(SamplerSettings(seed=1, mismatch=0.5), [125] * 40)
+    share = np.mean([r[-1] for r in rows(plans)])
+    assert abs(share - 0.5) < 4 * 0.5 / np.sqrt(5000)
+
+
+def test_a_wrong_source_weight_is_an_error_that_names_it() -> None:
+    with pytest.raises(DataError, match=r"source_weights names vgq.*cap, vqa"):
+        streams_for(SamplerSettings(source_weights=(("vgq", 2.0),)))
+
+
+def test_a_share_of_questions_without_questions_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"question.*sampler\.question_share"):
+        streams_of(BALANCED, [{"cap": 5}], ["cap"], [])
+    with pytest.raises(DataError, match="no pairs"):
+        streams_of(NATURAL, [{}], ["cap"], [])

@@ -1,0 +1,146 @@
+"""Pictures as a source, and the commands."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cluster.cli.shards import add_shards_parser
+from shards.errors import DataError
+from shards.format.manifest import load_manifest
+from shards.format.record import Report
+from shards.sources.easy_vqa import write_easy_vqa
+from shards.sources.images import LAYOUTS, describe, grid_boxes, read_images
+from tests.conftest import subprocess_environment
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def cli(*arguments: object) -> int:
+    parser = argparse.ArgumentParser()
+    add_shards_parser(parser.add_subparsers(required=True))
+    args = parser.parse_args(["shards", *map(str, arguments)])
+    return int(args.func(args))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven random pictures and their sentences.json."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    entries = []
+    for i in range(7):
+        size = (24 + i, 32, 3)
+        Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(folder / f"{i}.png")
+        color = ["Red", "a blue.", "grey"][i % 3]
+        sentences = [
+            {"text": f"What color has the picture {i}?", "answers": {color: 1.0}, "id": f"00{i}"},
+            {"text": "A picture of nothing.", "source": "coco_cap"},
+        ]
+        entries.append({"image": f"{i}.png", "split": "train", "sentences": sentences})
+    (folder / "sentences.json").write_text(json.dumps(entries))
+    return folder
+
+
+def test_two_processes_build_the_same_bytes(tmp_path: Path, pictures: Path) -> None:
+    script = "import sys\nfrom cluster.cli.main import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
+    (tmp_path / "run.py").write_text(script)
+    for seed, workers, out in (("1", "0", "a/data"), ("2", "2", "b/data")):
+        subprocess.run(
+            [
+                *(sys.executable, tmp_path / "run.py", "shards", "build", "images", "--quiet"),
+                *("--images", pictures, "--sentences", pictures / "sentences.json"),
+                *("--source", "vqa", "--boxes", "5", "--images-per-shard", "3"),
+                *("--workers", workers, "--out", tmp_path / out),
+            ],
+            env=subprocess_environment(PYTHONHASHSEED=seed),
+            check=True,
+        )
+    assert len(contents(tmp_path / "a/data")) == 9
+    assert contents(tmp_path / "a/data") == contents(tmp_path / "b/data")
+    manifest = load_manifest(str(tmp_path / "a/data"))
+    assert json.loads((tmp_path / "a/data/answers.json").read_text()) == ["red", "blue", "gray"]
+    assert manifest.counts.sentences == {"coco_cap": 7, "vqa": 7}
+
+
+def test_grids_and_features() -> None:
+    for n in LAYOUTS:
+        boxes = grid_boxes(n)
+        assert boxes.shape == (n, 4) and boxes.min() == 0 and boxes.max() == 1
+        assert len(np.unique(boxes, axis=0)) == n
+        assert (boxes[:, 0] < boxes[:, 2]).all() and (boxes[:, 1] < boxes[:, 3]).all()
+    np.testing.assert_allclose(grid_boxes(10)[5], [0.25, 0.25, 0.75, 0.75])
+    with pytest.raises(DataError, match="choose one of"):
+        grid_boxes(7)
+    image = Image.new("RGB", (3, 2), (255, 0, 0))
+    features = describe(image, grid_boxes(36))
+    assert features.shape == (36, 2048) and features.dtype == np.float16
+    np.testing.assert_array_equal(features[:, :6], [[1, 0, 0, 0, 0, 0]] * 36)
+    with pytest.raises(DataError, match="at least 442"):
+        describe(image, grid_boxes(1), 100)
+
+
+def test_bad_pictures_and_sentences(pictures: Path, tmp_path: Path) -> None:
+    file = tmp_path / "s.json"
+
+    def read(entries: object, **options: bool) -> list:
+        file.write_text(json.dumps(entries))
+        return list(read_images(pictures, file, boxes=1, workers=0, **options))
+
+    sentence = {"text": "x", "source": "vqa"}
+    cases: list[tuple[object, str]] = [
+        ({}, "not a list"),
+        ([{"image": "0.png", "sentences": [{"source": "vqa"}]}], r"entry 0 \(0.png\), sentence 0"),
+        ([{"image": "../0.png", "sentences": [sentence]}], "out of the folder"),
+        ([{"image": "0.png", "sentences": [sentence]}] * 2, "same image as entry 0"),
+        ([{"image": "0.png", "sentences": [sentence], "x": 1}], "unknown key 'x'"),
+        ([{"image": "0.png", "sentences": [{**sentence, "answers": {"a": 2}}]}], "not 0..1"),
+        ([{"image": "no.png", "sentences": [sentence]}], "cannot read the picture .*no.png"),
+        ([{"image": "sentences.json", "sentences": [sentence]}], "cannot read the picture"),
+    ]
+    for entries, message in cases:
+        with pytest.raises(DataError, match=message):
+            read(entries)
+    report = Report()
+    file.write_text(
+        json.dumps(
+            [
+                {"image": "no.png", "sentences": [sentence]},
+                {"image": "1.png", "sentences": []},
+                {"image": "2.png", "sentences": [sentence]},
+            ]
+        )
+    )
+    kept = read_images(pictures, file, boxes=1, workers=0, skip_bad=True, report=report)
+    assert [r.image for r in kept] == ["2.png"]
+    assert report.counts == {"images without sentences": 1, "images that cannot be read": 1}
+
+
+def test_easy_vqa_and_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = write_easy_vqa(tmp_path / "easy")
+    entries = json.loads(written.test_sentences.read_text())
+    assert len(entries) == 1000 and sum(len(e["sentences"]) for e in entries) == 9673
+    few = tmp_path / "few.json"
+    few.write_text(json.dumps(entries[:8]))
+    out = tmp_path / "data"
+    code = cli(
+        *("build", "images", "--images", written.test_images, "--sentences", few, "--boxes", 10),
+        *("--answers", written.answers, "--workers", 0, "--vocab-size", 300, "--out", out),
+    )
+    assert code == 0 and "source       easy_vqa" in capsys.readouterr().out
+    assert cli("info", out) == 0
+    assert "answers      13" in capsys.readouterr().out
+    assert cli("verify", out) == 0
+    (out / "answers.json").write_text("[]")
+    assert cli("verify", out) == 1
+    assert "answers.json has 2 bytes" in capsys.readouterr().out

@@ -1,0 +1,188 @@
+"""The commit protocol: a crash anywhere in a save leaves the old generation or the new one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shards.store import objects
+from trainer.checkpoint import format as checkpoint
+from trainer.checkpoint.format import (
+    CheckpointError,
+    Generation,
+    Snapshot,
+    claim_attempt,
+    commit,
+    find_generation,
+    generations,
+    load_weights,
+    write_object,
+)
+
+SHAPES = {"a": [4, 3], "b": [5]}
+
+
+def save(run: str, attempt: int, step: int, value: float, keep: int = 2) -> None:
+    """A generation of two ranks' objects, all values equal to `value`."""
+    parts = [[("a", 0, 8)], [("a", 8, 4), ("b", 0, 5)]]
+    objects = []
+    for rank, index in enumerate(parts):
+        size = sum(count for *_, count in index)
+        arrays = {k: np.full(size, value, np.float32) for k in ("master", "exp_avg", "exp_avg_sq")}
+        objects.append(write_object(run, step, attempt, rank, Snapshot(index, arrays)))
+    body = {"step": step, "attempt": attempt, "parameters": SHAPES, "objects": objects}
+    body["record"] = []
+    commit(run, body, keep)
+
+
+def newest_whole(run: str) -> float:
+    """The value of the newest generation that can be read in full."""
+    for g in generations(run):
+        if isinstance(g, Generation):
+            try:
+                weights = load_weights(g)
+            except CheckpointError:
+                continue
+            values = {float(v) for w in weights.values() for v in w.reshape(-1)}
+            assert len(values) == 1
+            return values.pop()
+    raise AssertionError("no generation can be read")
+
+
+class CrashError(Exception):
+    pass
+
+
+OPERATIONS = ("write_bytes", "delete", "list_names", "read_bytes")
+
+
+def count_or_crash(monkeypatch: pytest.MonkeyPatch, at: int | None) -> list[str]:
+    """Log every operation on the store; raise instead of the `at`-th."""
+    log: list[str] = []
+    for name in OPERATIONS:
+        real = getattr(objects, name)
+
+        def wrapped(
+            *args: Any, _real: Callable[..., Any] = real, _name: str = name, **kw: Any
+        ) -> Any:
+            if at is not None and len(log) == at:
+                raise CrashError
+            log.append(_name)
+            return _real(*args, **kw)
+
+        monkeypatch.setattr(checkpoint.store, name, wrapped)
+    return log
+
+
+def place(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> str:
+    if kind == "folder":
+        return str(tmp_path / "run")
+    return f"{request.getfixturevalue('s3')}/{tmp_path.name}"
+
+
+@pytest.mark.parametrize("kind", ["folder", "s3"])
+def test_a_crash_at_any_operation_leaves_a_whole_generation(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    base = place(kind, tmp_path, request)
+
+    def prepared(name: str) -> str:
+        run = f"{base}-{name}"
+        attempt = claim_attempt(run)
+        for step in (10, 20):
+            save(run, attempt, step, float(step))
+        return run
+
+    run = prepared("count")
+    with pytest.MonkeyPatch.context() as patch:
+        log = count_or_crash(patch, None)
+        save(run, 1, 30, 30.0)
+    assert newest_whole(run) == 30.0
+    assert log.count("write_bytes") == 3
+    commit_point = len(log) - 1 - log[::-1].index("write_bytes")
+    for at in range(len(log)):
+        run = prepared(str(at))
+        with pytest.MonkeyPatch.context() as patch:
+            count_or_crash(patch, at)
+            with pytest.raises(CrashError):
+                save(run, 1, 30, 30.0)
+        assert newest_whole(run) == (30.0 if at > commit_point else 20.0), log[at]
+        # The next attempt saves and cleans up whatever was left.
+        attempt = claim_attempt(run)
+        save(run, attempt, 40, 40.0)
+        assert newest_whole(run) == 40.0
+        names = objects.list_names(objects.join(run, "checkpoints", "objects"))
+        kept = [g for g in generations(run) if isinstance(g, Generation)]
+        assert len(kept) == 2
+        assert set(names) == {o["name"] for g in kept for o in g.manifest["objects"]}
+
+
+def test_a_torn_or_altered_manifest_is_not_a_generation(tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    attempt = claim_attempt(run)
+    save(run, attempt, 1, 1.0)
+    save(run, attempt, 2, 2.0)
+    path = Path(find_generation(run).url)
+    whole = path.read_bytes()
+    for damaged in (whole[:-40], whole.replace(b'"step": 2', b'"step": 3'), b"", b"[]"):
+        path.write_bytes(damaged)
+        assert newest_whole(run) == 1.0
+        assert find_generation(run).step == 1
+
+
+def test_any_damage_to_an_object_is_found_and_named(tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    save(run, claim_attempt(run), 1, 1.0)
+    generation = find_generation(run)
+    entry = generation.manifest["objects"][1]
+    path = Path(run) / "checkpoints" / "objects" / entry["name"]
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole + b"x", whole[:60] + b"\0" + whole[61:], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=entry["name"]):
+            load_weights(generation)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=entry["name"]):
+        load_weights(generation)
+
+
+def test_a_stale_attempt_commits_nothing(tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    old = claim_attempt(run)
+    save(run, old, 1, 1.0)
+    new = claim_attempt(run)
+    assert new == old + 1
+    with pytest.raises(CheckpointError, match=f"attempt {old} .* stale.*attempt {new}"):
+        save(run, old, 2, 2.0)
+    assert newest_whole(run) == 1.0
+    save(run, new, 2, 5.0)
+    assert newest_whole(run) == 5.0
+
+
+def test_a_later_attempt_counts_before_a_higher_step(tmp_path: Path) -> None:
+    """It descends from an older generation because the higher one was given up."""
+    run = str(tmp_path / "run")
+    save(run, claim_attempt(run), 50, 50.0)
+    save(run, claim_attempt(run), 40, 40.0)
+    assert newest_whole(run) == 40.0
+
+
+def test_a_missing_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no checkpoint under .*nothing"):
+        find_generation(str(tmp_path / "nothing"))
+    with pytest.raises(CheckpointError, match="not in a run's folder"):
+        find_generation("stray.json")
+
+
+def test_keeping_removes_the_oldest_with_their_objects(tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    attempt = claim_attempt(run)
+    for step in range(1, 6):
+        save(run, attempt, step, float(step), keep=3)
+    steps = [g.step for g in generations(run) if isinstance(g, Generation)]
+    assert steps == [5, 4, 3]
+    assert len(list((Path(run) / "checkpoints" / "objects").iterdir())) == 6

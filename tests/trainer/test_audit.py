@@ -1,0 +1,141 @@
+"""The auditor proves a run's record, and finds what does not hold in one that was changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.cli.main import main
+from shards.format.build import BuildSettings, build
+from tests.conftest import small_records
+from tests.ranks import config_tree, run_ranks
+from trainer.audit import audit
+from trainer.checkpoint.format import _self_hash, find_generation
+
+OFF = {"dropout": 0.0, "attention_dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("audit")
+    build(small_records(31), folder / "set", BuildSettings("audit", "test", images_per_shard=7))
+    return folder
+
+
+def trained(folder: Path, name: str, worlds: tuple[int, ...], **sections: Any) -> Path:
+    """A run whose attempts have these world sizes; each but the last is killed after 4 steps."""
+    tree = config_tree(folder / "set", folder, name, model=OFF, **sections)
+    for world in worlds[:-1]:
+        run_ranks(world, [(tree, 4, True)])
+    assert not run_ranks(worlds[-1], [(tree, None, False)])
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Path:
+    return trained(folder, "natural", (2, 3, 1), train={"steps": 14}, sampler={"window": 2})
+
+
+def test_a_run_with_kills_and_other_world_sizes_is_proved(
+    run: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["shards", "audit", str(run), "--cache", str(folder / "cache")]) == 0
+    out = capsys.readouterr().out
+    pairs = 14 * 13
+    total = json.loads((folder / "set" / "manifest.json").read_text())["counts"]["pairs"]
+    assert "14 steps on 2, 3, 1 workers, in order" in out
+    assert f"stream all: {pairs // total} whole epochs of {total} pairs, each once" in out
+    assert f"{pairs % total} so far, none twice" in out and out.endswith("proved\n")
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        {"mode": "balanced", "question_share": 0.7, "source_weights": {"vqa": 2}},
+        {"mode": "alternating", "window": 2},
+        {"last_batch": "short", "sentences_per_visit": 2},
+    ],
+    ids=["balanced", "alternating", "short"],
+)
+def test_every_mode_is_proved(folder: Path, sampler: dict[str, Any]) -> None:
+    name = "-".join(sampler)
+    run = trained(folder, name, (1,), train={"steps": 14}, sampler=sampler)
+    found = audit(str(run), cache=str(folder / "cache"))
+    assert found.problems == [] and any("whole epochs" in line for line in found.lines)
+
+
+def changed(run: Path, tmp_path: Path, change: Callable[[list[dict[str, Any]]], None]) -> str:
+    """A copy of the run whose last segment was changed by someone who can compute hashes."""
+    generation = find_generation(str(run))
+    manifest = json.loads(json.dumps(generation.manifest))
+    copy = tmp_path / "run" / "checkpoints"
+    (copy / "record").mkdir(parents=True)
+    for entry in manifest["record"]:
+        raw = (run / "checkpoints" / "record" / entry["name"]).read_text()
+        lines = [json.loads(x) for x in raw.splitlines()]
+        if entry is manifest["record"][-1]:
+            change(lines)
+        data = "".join(json.dumps(x) + "\n" for x in lines).encode()
+        (copy / "record" / entry["name"]).write_bytes(data)
+        entry["sha256"] = hashlib.sha256(data).hexdigest()
+    manifest["sha256"] = _self_hash(manifest)
+    (copy / generation.name).write_text(json.dumps(manifest))
+    return str(tmp_path / "run")
+
+
+def flip_digest(lines: list[dict[str, Any]]) -> None:
+    lines[2]["digest"] = f"{int(lines[2]['digest'], 16) ^ 1:016x}"
+
+
+def drop_step(lines: list[dict[str, Any]]) -> None:
+    del lines[1]
+
+
+def repeat_step(lines: list[dict[str, Any]]) -> None:
+    lines.insert(2, lines[2])
+
+
+def larger_step(lines: list[dict[str, Any]]) -> None:
+    lines[2]["pairs"] += 1
+
+
+def other_start(lines: list[dict[str, Any]]) -> None:
+    lines[0]["start"]["consumed"] -= 13
+    lines[0]["start"]["cursors"][0] -= 13
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (flip_digest, "trained on other pairs than the order's"),
+        (drop_step, "follows on step"),
+        (repeat_step, "follows on step"),
+        (larger_step, "trained on other pairs than the order's"),
+        (other_start, "does not go on from where step"),
+    ],
+)
+def test_a_changed_record_is_found(
+    run: Path, folder: Path, tmp_path: Path, change: Any, message: str
+) -> None:
+    found = audit(changed(run, tmp_path, change), cache=str(folder / "cache"))
+    assert any(message in p for p in found.problems), found.problems
+    assert not audit(changed(run, tmp_path / "same", lambda _: None), cache=str(folder)).problems
+
+
+def test_another_data_set_and_a_damaged_record_are_errors(
+    run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(small_records(9), tmp_path / "other", BuildSettings("other", "test"))
+    arguments = ["shards", "audit", str(run), "--cache", str(tmp_path)]
+    assert main([*arguments, "--data", str(tmp_path / "other")]) == 2
+    assert "is not the data set of the run" in capsys.readouterr().err
+    copy = Path(changed(run, tmp_path, lambda _: None))
+    segment = next((copy / "checkpoints" / "record").iterdir())
+    segment.write_bytes(segment.read_bytes()[:-1])
+    assert main(["shards", "audit", str(copy)]) == 2
+    assert f"{segment} is damaged" in capsys.readouterr().err

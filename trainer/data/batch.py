@@ -1,0 +1,218 @@
+"""Pairs -> model.Batch: gather, then draw masks, mismatched sentences and answers.
+
+Every draw is a pure function of (seed, epoch, pair, purpose), so a pair gets the same masks, the
+same other sentence and the same answer at any world size, in any process, after any restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.batch import Batch
+from shards.dataset import Dataset, ranges
+from shards.errors import DataError
+from shards.order.draws import I64, U64, below, chance, draw, fold, halves, uniform
+from shards.order.sampler import Plan
+from shards.order.streams import Stream
+
+# Purposes of draws; the sampler uses 1 and 2.
+_SENTENCE, _TOKEN, _TOKEN_ID, _OBJECT, _DONOR, _DONOR_OBJECT, _ANSWER = range(3, 10)
+
+# Of the masked words and objects: 80 % masked or zeroed, 10 % replaced, 10 % kept (LXMERT sec. 3.1)
+_MASKED, _REPLACED = 0.8, 0.9
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """seed of all draws; token_mask and object_mask are probabilities; the ids are the
+    vocabulary's."""
+
+    seed: int
+    token_mask: float
+    object_mask: float
+    cls_id: int
+    sep_id: int
+    mask_id: int
+    vocab_size: int
+
+
+Empty = Callable[[tuple[int, ...]], torch.Tensor]
+"""Shape -> an uninitialised fp16 tensor."""
+
+
+def _empty(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float16)
+
+
+def make_batch(
+    data: Dataset,
+    streams: Sequence[Stream],
+    plan: Plan,
+    settings: BatchSettings,
+    empty: Empty = _empty,
+) -> Batch:
+    """The batch of a plan's pairs, on the CPU; `empty` gives the memory of the features."""
+    if not plan.masks:
+        settings = replace(settings, token_mask=0.0, object_mask=0.0)
+    m = data.index
+    pair = data.pairs_of(streams, plan)
+    image = data.image_of(pair)
+    key = pair_key(settings.seed, plan.epoch, pair)
+    sentence = sentences_of(data, pair, image, plan.mismatched, key)
+    matched = ~plan.mismatched
+
+    tokens, token_start, lm_position, lm_target = _tokens(data, sentence, key, settings)
+
+    distinct, image_index = np.unique(image, return_inverse=True)
+    objects = int(m.image_objects[distinct].max(initial=1))
+    masks = _objects(data, image, objects, key, settings)
+
+    answer_pair, answer_target = _answers(data, pair, matched, key)
+    features = empty((len(distinct), objects, data.manifest.schema.feature_dim))
+    boxes, found = data.gather_images(distinct, features.numpy())
+    labels = found or (None, None, None, None)
+
+    def tensor(array: NDArray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array))
+
+    names = ("object_label", "object_conf", "attribute_label", "attribute_conf")
+    return Batch(
+        tokens=tensor(tokens),
+        token_start=tensor(token_start),
+        features=features,
+        boxes=tensor(boxes),
+        num_objects=tensor(m.image_objects[distinct].astype(np.int64)),
+        image_index=tensor(image_index.astype(np.int64)),
+        lm_position=tensor(lm_position),
+        lm_target=tensor(lm_target),
+        object_position=tensor(masks.position),
+        zero_position=tensor(masks.zero),
+        swap_position=tensor(masks.swap),
+        swap_features=tensor(data.gather_objects(masks.donor_image, masks.donor_object)),
+        **{n: None if v is None else tensor(v) for n, v in zip(names, labels, strict=True)},
+        matched=tensor(matched.astype(np.int64)),
+        answer_pair=tensor(answer_pair),
+        answer_target=tensor(answer_target),
+        pair_id=tensor(pair),
+        sentence_id=tensor(sentence),
+        source=tensor(m.source[pair].astype(np.int64)),
+        slot=tensor(plan.slot),
+    )
+
+
+def pair_key(seed: int, epoch: I64, pair: I64) -> U64:
+    """One key a pair: everything drawn for it in an epoch starts here."""
+    return draw(fold(seed), epoch, pair)
+
+
+def sentences_of(
+    data: Dataset, pair: I64, image: I64, mismatched: NDArray[np.bool_], key: U64
+) -> I64:
+    """The sentence shown with each pair: its own, or one of another image, uniform over all of the
+    data set that the pair is of."""
+    sentence = pair.copy()
+    todo = np.flatnonzero(mismatched)
+    if not len(todo):
+        return sentence
+    edges = data.dataset_pairs
+    part = np.searchsorted(edges, pair[todo], side="right") - 1
+    first, total = edges[part], edges[part + 1] - edges[part]
+    for name, images in data.images_with_sentences:
+        if images < 2:
+            raise DataError(f"matching needs sentences of two images, the data set {name} has one")
+    attempt = 0
+    while len(todo):
+        other = first + below(draw(key[todo], _SENTENCE, attempt), total)
+        sentence[todo] = other
+        again = data.image_of(other) == image[todo]
+        todo, first, total = todo[again], first[again], total[again]
+        attempt += 1
+    return sentence
+
+
+def _tokens(
+    data: Dataset, sentence: I64, key: U64, settings: BatchSettings
+) -> tuple[I64, I64, I64, I64]:
+    """Packed ids with [CLS] and [SEP], starts, and the masked positions with their targets."""
+    m = data.index
+    length = m.token_start[sentence + 1] - m.token_start[sentence]
+    words = m.tokens[ranges(m.token_start[sentence], length)].astype(np.int64)
+    start = np.concatenate([[0], np.cumsum(length + 2)]).astype(np.int64)
+    at = ranges(start[:-1] + 1, length)
+    word = ranges(np.zeros_like(length), length)
+    bits = draw(np.repeat(draw(key, _TOKEN), length), word)
+    masked = np.flatnonzero(chance(bits, settings.token_mask))
+    # The same draw says what a masked word becomes: its place in [0, p) is uniform too.
+    fate = uniform(bits[masked]) / max(settings.token_mask, 1e-12)
+    shown, target = words.copy(), words[masked]
+    other = below(draw(bits[masked], _TOKEN_ID), settings.vocab_size)
+    shown[masked] = np.where(
+        fate < _MASKED, settings.mask_id, np.where(fate < _REPLACED, other, target)
+    )
+    tokens = np.empty(start[-1], dtype=np.int64)
+    tokens[start[:-1]] = settings.cls_id
+    tokens[start[1:] - 1] = settings.sep_id
+    tokens[at] = shown
+    return tokens, start, at[masked], target
+
+
+@dataclass(frozen=True)
+class _ObjectMasks:
+    """Flat positions in (pairs * objects): masked, zeroed, replaced; and the donors of the last."""
+
+    position: I64
+    zero: I64
+    swap: I64
+    donor_image: I64
+    donor_object: I64
+
+
+def _objects(
+    data: Dataset, image: I64, objects: int, key: U64, settings: BatchSettings
+) -> _ObjectMasks:
+    """Masked objects. The donor of a replaced RoI is an object of another image of the same shard
+    (the shard is at hand wherever the pair is); in a shard of one image it is zeroed instead."""
+    m = data.index
+    couples = np.arange((objects + 1) // 2)
+    bits = halves(draw(draw(key, _OBJECT)[:, None], couples[None, :]))[:, :objects].reshape(-1)
+    position = np.flatnonzero(chance(bits, settings.object_mask))
+    row, column = np.divmod(position, objects)
+    real = column < m.image_objects[image[row]]
+    position, row, column = position[real], row[real], column[real]
+    fate = uniform(bits[position]) / max(settings.object_mask, 1e-12)
+    shard = data.shard_of_image(image[row])
+    first, size = m.shard_image[shard], m.shard_image[shard + 1] - m.shard_image[shard]
+    alone = size < 2
+    zero = (fate < _MASKED) | (alone & (fate < _REPLACED))
+    swap = (fate >= _MASKED) & (fate < _REPLACED) & ~alone
+
+    row, column, first, size = row[swap], column[swap], first[swap], size[swap]
+    donor = first + below(draw(key[row], _DONOR, column), size - 1)
+    donor += donor >= image[row]
+    which = below(draw(key[row], _DONOR_OBJECT, column), m.image_objects[donor].astype(np.int64))
+    return _ObjectMasks(position, position[zero], position[swap], donor, which)
+
+
+def _answers(data: Dataset, pair: I64, matched: NDArray[np.bool_], key: U64) -> tuple[I64, I64]:
+    """Matched pairs with an answer in the table, and one answer each, drawn by its score."""
+    m = data.index
+    begin, end = m.answer_start[pair], m.answer_start[pair + 1]
+    rows = np.flatnonzero(matched & (end > begin))
+    length = end[rows] - begin[rows]
+    flat = ranges(begin[rows], length)
+    # Fixed point, so that sums are exact and a draw does not depend on the rest of the batch.
+    score = np.rint(np.maximum(m.answer_score[flat], 0.0) * 2.0**20).astype(np.int64)
+    cumulative = np.concatenate([[0], np.cumsum(score)])
+    ends = np.cumsum(length)
+    before, total = cumulative[ends - length], cumulative[ends] - cumulative[ends - length]
+    rows_with = total > 0
+    rows, before, total = rows[rows_with], before[rows_with], total[rows_with]
+    # Invert each row's cumulative distribution at one uniform draw.
+    target = before + below(draw(key[rows], _ANSWER), total)
+    chosen = np.searchsorted(cumulative, target, side="right") - 1
+    return rows.astype(np.int64), m.answer_id[flat[chosen]].astype(np.int64)

@@ -1,0 +1,75 @@
+"""The DeepSpeed engine of a run: one path for CPU and GPU, every ZeRO stage."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from trainer.config import RunConfig
+from trainer.step.optimizer import build_optimizer
+
+
+def import_deepspeed() -> Any:
+    """The deepspeed module, quiet, for the accelerator at hand, and with no build at run time."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # DeepSpeed would JIT-build a shared-memory op that training never uses, and a worker killed in
+    # that build leaves a lock on which the next one hangs.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def engine_settings(config: RunConfig, world: int) -> dict[str, Any]:
+    """DeepSpeed's configuration. Batch sizes are nominal: slices may differ by one pair, and the
+    loss is normalised by global counts before DeepSpeed sees it."""
+    bf16 = config.train.precision == "bf16"
+    stage = config.train.zero_stage
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": config.train.accumulation,
+        "train_batch_size": world * config.train.accumulation,
+        "gradient_clipping": config.optimizer.clip_norm,
+        "bf16": {"enabled": bf16},
+        # Stages 0 and 1 accept only their own type here in the layout that fragments.py reads.
+        "data_types": {"grad_accum_dtype": "bf16" if bf16 and stage < 2 else "fp32"},
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+def build_engine(model: nn.Module, config: RunConfig) -> Any:
+    """Wrap a model (fp32, on the CPU) in a DeepSpeed engine; torch.distributed must be up."""
+    optimizer = build_optimizer(model, config.optimizer)
+    engine, *_ = import_deepspeed().initialize(
+        model=model,
+        optimizer=optimizer,
+        config=engine_settings(config, dist.get_world_size()),
+        dist_init_required=False,
+    )
+    # Some stages make a dry step with zero gradients; Adam must not count it.
+    engine.basic_optimizer.state.clear()
+    return engine
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    for group in engine.basic_optimizer.param_groups:
+        group["lr"] = rate
+
+
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum over the ranks, in place."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
