@@ -11,7 +11,7 @@ from trainer.config import ConfigError, load_config, parse_config
 from trainer.data.loader import bounds
 from trainer.setup import run_length
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 MINIMAL = "data: {train: d}\ntrain: {steps: 5}\n"
 
 

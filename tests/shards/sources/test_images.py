@@ -53,7 +53,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_build_the_same_bytes(tmp_path: Path, pictures: Path) -> None:
-    script = "import sys\nfrom cluster.cli.main import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
+    script = (
+        "import sys\nfrom cluster.cli.main import main\n"
+        "if __name__ == '__main__':\n    sys.exit(main())\n"
+    )
     (tmp_path / "run.py").write_text(script)
     for seed, workers, out in (("1", "0", "a/data"), ("2", "2", "b/data")):
         subprocess.run(
