@@ -74,7 +74,7 @@ def count_or_crash(monkeypatch: pytest.MonkeyPatch, at: int | None) -> list[str]
             log.append(_name)
             return _real(*args, **kw)
 
-        monkeypatch.setattr(checkpoint.store, name, wrapped)
+        monkeypatch.setattr(checkpoint.objects, name, wrapped)
     return log
 
 
