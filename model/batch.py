@@ -26,7 +26,7 @@ class Batch:
     swap_position   i64          those whose features are replaced by swap_features f16[., D]
     matched         i64[M]       1 = the sentence belongs to the image
     answer_pair     i64          pairs with an answer to predict; answer_target their answers
-    pair_id, sentence_id, source, slot  i64[M]  the pair, the sentence shown, the pair's source set
+    pair_id, sentence_id, source, offset, dataset  i64[M]  the pair, the sentence shown, the pair's source set
                                  and its place in the step's global batch
     object_label, attribute_label i64[U, O], object_conf, attribute_conf f32[U, O]
                                  the detector's argmax and its confidence; None without labels
@@ -51,7 +51,8 @@ class Batch:
     pair_id: Tensor
     sentence_id: Tensor
     source: Tensor
-    slot: Tensor
+    offset: Tensor
+    dataset: Tensor
     object_label: Tensor | None = None
     object_conf: Tensor | None = None
     attribute_label: Tensor | None = None

@@ -22,8 +22,9 @@ from shards.errors import DataError
 from shards.format.manifest import Counts, FileInfo, Manifest, ShardInfo, load_manifest
 from shards.format.table import map_arrays, open_table, save_arrays
 from shards.order.draws import I64
-from shards.order.sampler import Plan
-from shards.order.streams import ShardRange, Stream
+from shards.order.sampler import Plan, Sampler, make_sampler
+from shards.order.settings import SamplerSettings
+from shards.order.streams import Contents, ShardRange, Stream
 from shards.store import objects
 from shards.store.cache import default_cache, local_file, write_once
 from shards.store.prefetch import ShardFile, ShardFiles
@@ -163,6 +164,18 @@ class Dataset:
         """The bytes of a shard, verified and memory-mapped on first use."""
         return self.shards.tar(shard)
 
+    def sampler(self, settings: SamplerSettings, seed: int) -> Sampler:
+        """The sampler over all pairs of the data. Raises DataError where the settings ask for
+        pairs that there are none of."""
+        manifest = self.manifest
+        contents = Contents(
+            [s.pairs_per_source for s in manifest.shards],
+            manifest.sources,
+            manifest.question_sources,
+            self.shard_ranges,
+        )
+        return make_sampler(settings, seed, contents)
+
     # --- where things are -----------------------------------------------------------------------
 
     def pairs_of(self, streams: Sequence[Stream], plan: Plan) -> I64:
@@ -218,9 +231,10 @@ class Dataset:
     # --- gathers --------------------------------------------------------------------------------
 
     def gather_images(
-        self, images: I64, features: NDArray[np.float16]
+        self, images: I64, shards: I64, features: NDArray[np.float16]
     ) -> tuple[NDArray[np.float32], tuple[NDArray, ...] | None]:
-        """Copy images' features into `features`, (images, objects, feature_dim), zero-padded.
+        """Copy the features of images, which lie in `shards`, into `features`,
+        (images, objects, feature_dim), zero-padded.
 
         Returns boxes, (images, objects, 4) f32, and with labels object ids and confidences,
         attribute ids and confidences, each (images, objects), i64 or f32; zero-padded, too.
@@ -235,7 +249,6 @@ class Dataset:
         flat = features.reshape(-1).view(np.uint8)
         out, wide, narrow = flat.data, objects * row, objects * 16
         labels_at = m.labels_offset[images].tolist() if labelled else [0] * count
-        shards = self.shard_of_image(images)
         rows = zip(
             shards.tolist(),
             m.features_offset[images].tolist(),
@@ -259,13 +272,13 @@ class Dataset:
         boxes = small[0].view(np.float32).reshape(count, objects, 4)
         return boxes, _labels(small[1], held, objects) if labelled else None
 
-    def gather_objects(self, images: I64, objects: I64) -> NDArray[np.float16]:
-        """Single objects' features, (n, feature_dim): object `objects[i]` of `images[i]`."""
+    def gather_objects(self, images: I64, shards: I64, objects: I64) -> NDArray[np.float16]:
+        """Single objects' features, (n, feature_dim): object `objects[i]` of `images[i]`, which
+        lies in `shards[i]`."""
         size = self.manifest.schema.feature_dim * 2
         out = np.empty((len(images), self.manifest.schema.feature_dim), dtype=np.float16)
         to = out.reshape(-1).view(np.uint8).data
         offsets = (self.index.features_offset[images] + objects * size).tolist()
-        shards = self.shard_of_image(images)
         tars = {s: self.shards.tar(s).data for s in set(shards.tolist())}
         for i, (shard, at) in enumerate(zip(shards.tolist(), offsets, strict=True)):
             to[i * size : (i + 1) * size] = tars[shard][at : at + size]

@@ -12,7 +12,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,14 +20,13 @@ from numpy.typing import NDArray
 
 from shards.dataset import Dataset, DatasetSpec, open_dataset
 from shards.order.permutation import VERSION
-from shards.order.sampler import SamplerState, advance, plan
-from shards.order.streams import SamplerSettings, Stream
+from shards.order.sampler import Sampler, SamplerState
+from shards.order.settings import SamplerSettings
 from shards.store import objects
 from trainer.checkpoint.format import CheckpointError, find_generation
 from trainer.checkpoint.journal import FOLDER, FORMAT, digest
-from trainer.config import ConfigError, SamplerSection
+from trainer.config import ConfigError
 from trainer.data.batch import pair_key, sentences_of
-from trainer.setup import data_streams
 
 
 @dataclass
@@ -43,8 +42,7 @@ class _Replay:
     """A data set with what has been seen of it: for each stream and epoch, how often each pair."""
 
     data: Dataset
-    settings: SamplerSettings
-    streams: tuple[Stream, ...]
+    sampler: Sampler
     seen: dict[tuple[int, int], NDArray[np.uint8]] = field(default_factory=dict)
     whole: dict[int, int] = field(default_factory=dict)
     passed_over: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -149,22 +147,23 @@ def _replay(header: dict[str, Any], places: list[str] | None, cache: str | None)
         )
     prefix = "sampler."
     given = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    settings = SamplerSection.model_validate(given).settings(state["run.seed"])
-    return _Replay(data, settings, data_streams(settings, data))
+    settings = SamplerSettings.model_validate(given)
+    return _Replay(data, data.sampler(settings, state["run.seed"]))
 
 
 def _replay_step(
     replay: _Replay, state: SamplerState, line: dict[str, Any]
 ) -> tuple[SamplerState, str | None]:
     """The state after a recorded step, and what is wrong with the step."""
-    data, streams, count = replay.data, replay.streams, line["pairs"]
-    planned = plan(replay.settings, streams, state, count)
+    data, sampler, count = replay.data, replay.sampler, line["pairs"]
+    step = sampler.step(state, count)
+    planned = sampler.plan(step)
     skipped = line.get("skipped", [])
     own = planned.without(skipped)
-    pair = data.pairs_of(streams, own)
-    key = pair_key(replay.settings.seed, own.epoch, pair)
-    shown = sentences_of(data, pair, data.image_of(pair), own.mismatched, key)
-    found = digest(state.consumed + own.slot, pair, shown)
+    pair = data.pairs_of(sampler.streams, own)
+    key = pair_key(sampler.seed, own.epoch, pair)
+    shown = sentences_of(data, own, pair, data.image_of(pair), key)
+    found = digest(state.consumed + own.offset, pair, shown)
     problem = None
     if f"{found:016x}" != line["digest"]:
         problem = f"trained on other pairs than the order's ({line['digest']}, not {found:016x})"
@@ -179,17 +178,13 @@ def _replay_step(
         for stream, epoch in zip(lost.stream.tolist(), lost.epoch.tolist(), strict=True):
             missing = replay.passed_over
             missing[stream, epoch] = missing.get((stream, epoch), 0) + 1
-    after = advance(replay.settings, streams, state, count)
-    fresh = [(s, state.consumed) for s in skipped if s not in dict(state.skipped)]
-    after = SamplerState(
-        after.consumed,
-        after.cursors,
-        after.mismatched,
-        after.steps,
-        (*state.skipped, *fresh),
-        state.skipped_pairs + count - len(own),
+    fresh = [(s, state.consumed) for s in skipped if s not in state.skipped_shards]
+    after = replace(
+        step.after,
+        skipped=(*state.skipped, *fresh),
+        skipped_pairs=state.skipped_pairs + count - len(own),
     )
-    for i, stream_ in enumerate(streams):
+    for i, stream_ in enumerate(sampler.streams):
         # Epochs that are over are checked and forgotten: memory does not grow with the run.
         for epoch in [
             e for s, e in replay.seen if s == i and e < after.cursors[i] // stream_.pairs
@@ -200,7 +195,7 @@ def _replay_step(
 
 def _check_epoch(replay: _Replay, stream: int, epoch: int) -> str | None:
     """Whether a finished epoch holds each of its stream's pairs once."""
-    seen, expected = replay.seen.pop((stream, epoch)), replay.streams[stream]
+    seen, expected = replay.seen.pop((stream, epoch)), replay.sampler.streams[stream]
     lost = replay.passed_over.get((stream, epoch), 0)
     name = f"epoch {epoch} of stream {expected.name}"
     kinds = np.bincount(replay.data.index.source[seen > 0], minlength=1)
@@ -215,7 +210,7 @@ def _check_epoch(replay: _Replay, stream: int, epoch: int) -> str | None:
 
 def _count_open_epochs(replay: _Replay, out: Audit) -> None:
     """Say what is known of each stream, the epochs under way included."""
-    for i, stream in enumerate(replay.streams):
+    for i, stream in enumerate(replay.sampler.streams):
         whole = replay.whole.get(i, 0)
         text = f"stream {stream.name}: {whole} whole epochs of {stream.pairs:,} pairs, each once"
         lost = {e: n for (s, e), n in replay.passed_over.items() if s == i}

@@ -7,14 +7,14 @@ tree is stored with the run and in every checkpoint.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model.config import ModelConfig
 from shards.dataset import DatasetSpec
-from shards.order.streams import SamplerSettings
+from shards.order.settings import SamplerSettings
 
 OBJECTIVES = (
     "masked_lm",
@@ -65,7 +65,21 @@ class DatasetSection(Section):
     the sets come in proportion to their pairs."""
 
 
-class DataSection(Section):
+class LoaderSettings(Section):
+    """How batches are made ahead of the step; a part of the section `data`."""
+
+    loader_workers: int = Field(0, ge=0)
+    """Processes that make batches ahead of the step, per training worker; 0 makes them in it."""
+    loader_start: Literal["forkserver", "spawn", "fork"] = "forkserver"
+    """How they start. forkserver: quick, small, and safe beside threads; spawn: slower, each
+    imports all by itself; fork: quickest, but a copy of a process with threads."""
+    prefetch: int = Field(2, ge=1)
+    """Steps that each loader worker keeps ready."""
+    fetch_threads: int = Field(8, ge=1)
+    """Downloads at once, ahead of need, per training worker."""
+
+
+class DataSection(LoaderSettings):
     train: str | tuple[DatasetSection, ...]
     """Folder or s3:// URL of a data set built by `lxscale shards build`; or a list of {url,
     weight}, to mix several. Each goes through its own epochs."""
@@ -77,74 +91,23 @@ class DataSection(Section):
     """GiB of remote shards that a node's cache may hold; by default no limit. It must hold two
     shuffle windows (`lxscale shards plan` says how much that is). Runs that
     share a cache need one limit, which holds what they use together."""
-    fetch_threads: int = Field(8, ge=1)
-    """Downloads at once, ahead of need, per training worker."""
     on_error: Literal["fail", "skip"] = "fail"
     """A shard that cannot be had ends the run, or all workers pass over its pairs from the same
     step on; what was skipped is reported and kept in the checkpoint."""
-    loader_workers: int = Field(0, ge=0)
-    """Processes that make batches ahead of the step, per training worker; 0 makes them in it."""
-    loader_start: Literal["forkserver", "spawn", "fork"] = "forkserver"
-    """How they start. forkserver: quick, small, and safe beside threads; spawn: slower, each
-    imports all by itself; fork: quickest, but a copy of a process with threads."""
-    prefetch: int = Field(2, ge=1)
-    """Steps that each loader worker keeps ready."""
 
-    def places(self) -> tuple[DatasetSpec, ...]:
+    def specs(self) -> tuple[DatasetSpec, ...]:
         if isinstance(self.train, str):
             return (DatasetSpec(self.train),)
         return tuple(DatasetSpec(p.url, p.weight) for p in self.train)
 
     @model_validator(mode="after")
     def _all_or_no_weights(self) -> DataSection:
-        given = [p.weight is not None for p in self.places()]
+        given = [p.weight is not None for p in self.specs()]
         if not given:
             raise ValueError("data.train lists no data set")
         if any(given) != all(given):
             raise ValueError("give every data set of data.train a weight, or none")
         return self
-
-
-class FamilySection(Section):
-    """`alternating` only: how many of the steps serve each family of objectives."""
-
-    masked: float = Field(1.0, ge=0)
-    matching: float = Field(1.0, ge=0)
-    qa: float = Field(1.0, ge=0)
-
-
-class SamplerSection(Section):
-    mode: Literal["natural", "balanced", "alternating"] = "natural"
-    """natural: pairs as they come; balanced: exact shares of questions and of mismatched pairs;
-    alternating: a step serves the masked objectives, matching or QA, as in UNITER."""
-    window: int = Field(0, ge=0)
-    """Shards per shuffle window; 0 = all, the exact global shuffle of the original."""
-    mismatch: float = Field(0.5, ge=0, le=1)
-    """The paper's probability that a pair gets another image's sentence. An exact share in
-    `balanced` and in the matching steps of `alternating`."""
-    question_share: float = Field(0.5, ge=0, le=1)
-    """`balanced` only: the exact share of question pairs."""
-    source_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
-    """How often pairs of a source set come: {vqa: 2} twice as often as the others."""
-    families: FamilySection = FamilySection()
-    sentences_per_visit: int = Field(1, ge=1)
-    """Neighbouring pairs, most of one image, that come together: fewer features to read and send,
-    less of a shuffle (`lxscale shards plan` says how much)."""
-    last_batch: Literal["wrap", "short"] = "wrap"
-    """A batch at the end of an epoch goes on into the next one, or is short."""
-
-    def settings(self, seed: int) -> SamplerSettings:
-        return SamplerSettings(
-            mode=self.mode,
-            seed=seed,
-            window=self.window,
-            mismatch=self.mismatch,
-            question_share=self.question_share,
-            source_weights=tuple(sorted(self.source_weights.items())),
-            families=(self.families.masked, self.families.matching, self.families.qa),
-            sentences_per_visit=self.sentences_per_visit,
-            last_batch=self.last_batch,
-        )
 
 
 class ObjectiveSection(Section):
@@ -245,7 +208,7 @@ class ClusterSection(Section):
 class RunConfig(Section):
     run: RunSection = RunSection()
     data: DataSection
-    sampler: SamplerSection = SamplerSection()
+    sampler: SamplerSettings = SamplerSettings()
     model: ModelConfig = ModelConfig()
     objectives: ObjectiveSection = ObjectiveSection()
     optimizer: OptimizerSection = OptimizerSection()

@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 
-from model.batch import Batch
 from model.interchange import save_huggingface
-from model.losses import PreTrainingOutput
 from model.lxmert import LxmertForPreTraining
 from shards.dataset import open_dataset
 from trainer import setup
 from trainer.checkpoint.format import CheckpointError, Generation, find_generation, load_weights
 from trainer.config import RunConfig, parse_config
-from trainer.evaluate import Evaluation, evaluate
+from trainer.evaluate import Evaluation, evaluate, without_gradient
 
 
 def load_model(path: str) -> tuple[LxmertForPreTraining, RunConfig, Generation]:
@@ -59,15 +57,6 @@ def evaluate_checkpoint(
     model.to(device).eval()
     found: list[dict[str, Any]] = []
 
-    def forward(batch: Batch, objectives: frozenset[str]) -> PreTrainingOutput:
-        with torch.no_grad():
-            return model(
-                batch.to(device),
-                objectives=objectives,
-                label_scope=config.objectives.label_scope,
-                feature_loss=config.objectives.feature_loss,
-            )
-
     task = Evaluation(
         data,
         setup.batch_settings(config, data),
@@ -76,7 +65,7 @@ def evaluate_checkpoint(
         blind,
         found.append if predictions else None,
     )
-    metrics = evaluate(forward, task)
+    metrics = evaluate(without_gradient(model, device, config.objectives), task)
     if predictions:
         predictions.write_text(json.dumps(found, indent=1) + "\n")
     return metrics

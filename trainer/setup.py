@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
+
+import torch.distributed as dist
+import yaml
 
 from model.config import ModelConfig
 from shards.dataset import Dataset, open_dataset
 from shards.format.tokenizer import load_tokenizer
 from shards.order.permutation import VERSION
-from shards.order.streams import SamplerSettings, Stream, streams_of
 from shards.store import objects
+from shards.store.retry import Retry
 from trainer.config import FAMILY_OBJECTIVES, ConfigError, RunConfig
 from trainer.data.batch import BatchSettings
-from trainer.data.loader import LoaderSettings
+
+log = logging.getLogger("lxscale")
 
 
 def run_url(config: RunConfig) -> str:
     return objects.join(config.run.storage, config.run.name)
+
+
+def check_timeouts(config: RunConfig) -> None:
+    """ConfigError unless a rank that waits for the store is waited for by the others."""
+    deadline = Retry().deadline
+    if config.cluster.process_group_timeout_s <= deadline:
+        raise ConfigError(
+            f"cluster.process_group_timeout_s={config.cluster.process_group_timeout_s:g} is not "
+            f"above the store's deadline of {deadline:g} s, which the others wait: "
+            "raise it, or lower LXSCALE_STORE_DEADLINE"
+        )
 
 
 def resolve_model(config: RunConfig, data: Dataset) -> ModelConfig:
@@ -118,27 +134,19 @@ def batch_settings(config: RunConfig, data: Dataset) -> BatchSettings:
     )
 
 
-def data_streams(settings: SamplerSettings, data: Dataset) -> tuple[Stream, ...]:
-    manifest = data.manifest
-    return streams_of(
-        settings,
-        [dict(s.pairs_per_source) for s in manifest.shards],
-        list(manifest.sources),
-        list(manifest.question_sources),
-        data.shard_ranges,
-    )
-
-
-def loader_settings(config: RunConfig) -> LoaderSettings:
-    data = config.data
-    return LoaderSettings(data.loader_workers, data.prefetch, data.fetch_threads, data.loader_start)
-
-
 def open_training_data(config: RunConfig) -> Dataset:
     limit = config.data.cache_limit_gb
     return open_dataset(
-        config.data.places(), config.data.cache, None if limit is None else int(limit * 2**30)
+        config.data.specs(), config.data.cache, None if limit is None else int(limit * 2**30)
     )
+
+
+def open_validation_data(config: RunConfig, training: Dataset) -> Dataset | None:
+    if not config.data.validation:
+        return None
+    data = open_dataset(config.data.validation, config.data.cache, training.shards.limit)
+    check_same_tables(data, training.manifest.vocab.sha256, training.manifest.answers.sha256)
+    return data
 
 
 def data_state(config: RunConfig, data: Dataset) -> dict[str, Any]:
@@ -155,12 +163,69 @@ def data_state(config: RunConfig, data: Dataset) -> dict[str, Any]:
     return state
 
 
+def facts(
+    config: RunConfig,
+    data: Dataset,
+    objectives: dict[str, float],
+    shapes: dict[str, list[int]],
+) -> dict[str, Any]:
+    """What every generation says of its run."""
+    return {
+        "world_size": dist.get_world_size(),
+        "zero_stage": config.train.zero_stage,
+        "parameters": shapes,
+        "config": config.model_dump(mode="json"),
+        "data_state": data_state(config, data),
+        "objectives": objectives,
+        "vocab_sha256": data.manifest.vocab.sha256,
+        "answers_sha256": data.manifest.answers.sha256,
+    }
+
+
+def announce(
+    config: RunConfig,
+    url: str,
+    attempt: int,
+    world: int,
+    step: int,
+    length: Length,
+    data: Dataset,
+) -> None:
+    """Log what is about to be trained."""
+    manifest = data.manifest
+    log.info(
+        "run %s, attempt %d | %d workers, ZeRO %d, %s | %s: %d images, %d pairs | step %d of %d",
+        url,
+        attempt,
+        world,
+        config.train.zero_stage,
+        config.train.precision,
+        manifest.name,
+        manifest.images,
+        manifest.pairs,
+        step,
+        length.steps,
+    )
+    if absent := absent_objectives(config, data):
+        log.info("left out, as the data set has no labels for them: %s", ", ".join(absent))
+
+
+def describe(config: RunConfig, url: str, data: Dataset) -> None:
+    """Make the run's folder self-contained: resolved configuration, vocabulary, answer table."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    objects.write_bytes(objects.join(url, "config.yaml"), text.encode())
+    for info in (data.manifest.vocab, data.manifest.answers):
+        objects.write_bytes(objects.join(url, info.file), data.file(info).read_bytes())
+
+
 @dataclass(frozen=True)
 class Length:
-    """total: pairs of the whole run; steps: optimizer steps, finished ones included."""
+    """Of a whole run, with what is done."""
 
     total: int
+    """Pairs."""
     steps: int
+    """Optimizer steps."""
 
 
 def run_length(config: RunConfig, pairs: int, done_steps: int, consumed: int) -> Length:

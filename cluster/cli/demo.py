@@ -30,7 +30,7 @@ def demo(full: bool, overrides: list[str], ray_address: str | None) -> int:
     began = time.monotonic()
     with_full = [f"train.epochs={FULL_EPOCHS}"] if full else []
     config = load_config(str(files("configs") / "demo.yaml"), [*with_full, *overrides])
-    build_data(Path(config.data.places()[0].url).parent)
+    build_data(Path(config.data.specs()[0].url).parent)
     built = time.monotonic()
     result = launch(config, ray_address=ray_address)
     if result["stopped"]:

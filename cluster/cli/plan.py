@@ -9,9 +9,8 @@ import numpy as np
 from shards.dataset import Dataset
 from shards.errors import DataError
 from shards.order.lookahead import working_set
-from shards.order.sampler import stream_epoch
+from shards.order.settings import SamplerSettings
 from shards.order.shuffle_quality import Storage, measured, predicted
-from shards.order.streams import SamplerSettings, Stream, streams_of
 
 _BATCHES = 200  # that are looked at for each measurement
 
@@ -43,10 +42,9 @@ def plan_report(
     )
     yield f"{'window':>8} {'working set':>12} {'to begin':>12}  fits the cache"
     for window in windows:
-        settings = SamplerSettings(seed=seed, window=window)
-        streams = _streams(settings, data)
-        need = working_set(settings, streams, sizes, batch * (1 + in_flight))
-        order = stream_epoch(streams[0], seed, 0, window, 1)
+        sampler = data.sampler(SamplerSettings(window=window), seed)
+        need = working_set(sampler, sizes, batch * (1 + in_flight))
+        order = sampler.order(sampler.streams[0], 0)
         begin = sizes[order.shard_order[: order.window]].sum()
         fits = "no limit given" if limit is None else "yes" if limit >= need else "no"
         yield f"{window or 'all':>8} {_gib(need):>12} {_gib(begin):>12}  {fits}"
@@ -71,24 +69,15 @@ def plan_report(
     row = objects * manifest.schema.feature_dim * 2
     for window in windows:
         for k in visits:
-            settings = SamplerSettings(seed=seed, window=window, sentences_per_visit=k)
-            order = stream_epoch(_streams(settings, data)[0], seed, 0, window, k)
+            settings = SamplerSettings(window=window, sentences_per_visit=k)
+            sampler = data.sampler(settings, seed)
+            order = sampler.order(sampler.streams[0], 0)
             a, b = predicted(storage, order, batch), measured(storage, order, batch, _BATCHES)
             yield (
                 f"{window or 'all':>8} {k:>6} {f'{a.images:.1f} / {b.images:.1f}':>19} "
                 f"{_mib(b.images * row):>12} {f'{a.same_image:.1f} / {b.same_image:.1f}':>20} "
                 f"{f'{a.lag1:.3f} / {b.lag1:.3f}':>19}"
             )
-
-
-def _streams(settings: SamplerSettings, data: Dataset) -> tuple[Stream, ...]:
-    manifest = data.manifest
-    return streams_of(
-        settings,
-        [dict(s.pairs_per_source) for s in manifest.shards],
-        list(manifest.sources),
-        list(manifest.question_sources),
-    )
 
 
 def _gib(count: float) -> str:

@@ -35,7 +35,7 @@ class Packed:
 
 
 class SharedBatches:
-    """`groups` times `count` slots of `size` bytes; a loader worker uses one group's. SharedBatches that no
+    """`groups` times `count` slots of `size` bytes; a loader worker uses one group's. Slots that no
     other process uses are in huge pages, where the kernel gives them."""
 
     def __init__(self, groups: int, count: int, size: int, shared: bool = True) -> None:

@@ -66,10 +66,3 @@ def build_engine(model: nn.Module, config: RunConfig) -> Any:
 def set_learning_rate(engine: Any, rate: float) -> None:
     for group in engine.basic_optimizer.param_groups:
         group["lr"] = rate
-
-
-def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum over the ranks, in place."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
-    return values
