@@ -10,7 +10,7 @@ import pytest
 
 from shards.dataset import Dataset, open_dataset
 from shards.format.build import BuildSettings, build
-from shards.order.sampler import SamplerState, plan, start_state, steps_ahead
+from shards.order.sampler import SamplerState
 from shards.store import objects
 from shards.store.objects import read_bytes
 from tests.conftest import small_records
@@ -19,7 +19,7 @@ from trainer.checkpoint.format import find_generation
 from trainer.checkpoint.journal import FOLDER, digest
 from trainer.config import parse_config
 from trainer.data.batch import make_batch
-from trainer.setup import batch_settings, data_streams
+from trainer.setup import batch_settings
 
 STEPS, BATCH = 10, 13
 OFF = {"dropout": 0.0, "attention_dropout": 0.0}
@@ -75,15 +75,14 @@ def expected_digests(
     """What the steps must have trained on, and how many pairs were passed over, where each shard
     of `given_up` is left out from a number of consumed pairs on."""
     parsed = parse_config(config, "test")
-    settings = parsed.sampler.settings(parsed.run.seed)
-    streams = data_streams(settings, data)
+    sampler = data.sampler(parsed.sampler, parsed.run.seed)
     digests, passed = [], 0
-    for state, count in steps_ahead(settings, streams, start_state(streams), BATCH, STEPS * BATCH):
-        whole = plan(settings, streams, state, count)
-        own = whole.without([s for s, at in given_up.items() if at <= state.consumed])
+    for step in sampler.steps_ahead(sampler.start(), BATCH, STEPS * BATCH):
+        whole, consumed = sampler.plan(step), step.before.consumed
+        own = whole.without([s for s, at in given_up.items() if at <= consumed])
         passed += len(whole) - len(own)
-        batch = make_batch(data, streams, own, batch_settings(parsed, data))
-        position = state.consumed + batch.slot.numpy()
+        batch = make_batch(data, sampler, own, batch_settings(parsed, data))
+        position = consumed + batch.offset.numpy()
         total = digest(position, batch.pair_id.numpy(), batch.sentence_id.numpy())
         digests.append(f"{total:016x}")
     return digests, passed
@@ -92,11 +91,10 @@ def expected_digests(
 def first_need(config: dict[str, Any], data: Dataset, shard: int) -> int:
     """Pairs consumed before the first step that needs the shard."""
     parsed = parse_config(config, "test")
-    settings = parsed.sampler.settings(parsed.run.seed)
-    streams = data_streams(settings, data)
-    for state, count in steps_ahead(settings, streams, start_state(streams), BATCH, STEPS * BATCH):
-        if shard in plan(settings, streams, state, count).shard:
-            return state.consumed
+    sampler = data.sampler(parsed.sampler, parsed.run.seed)
+    for step in sampler.steps_ahead(sampler.start(), BATCH, STEPS * BATCH):
+        if shard in sampler.plan(step).shard:
+            return step.before.consumed
     raise AssertionError("the run does not need it")
 
 
