@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from model.batch import Batch
-from model.losses import PreTrainingOutput
+from model.lxmert import PreTrainingOutput
 from shards.dataset import Dataset
 from shards.errors import DataError
 from shards.order.lookahead import working_set
@@ -108,8 +108,10 @@ def _masked_pass(
     streams = data_streams(settings, task.data)
     names = sorted(objectives)
     sums = torch.zeros(3, len(names), dtype=torch.float64)
+    classified: set[str] = set()
     for batch in _batches(task, settings, streams, replace(task.batch, seed=VALIDATION_SEED)):
         out = forward(batch, objectives)
+        classified |= out.correct.keys()
         for i, name in enumerate(names):
             sums[0, i] += float(out.loss_sum[name])
             sums[1, i] += float(out.count[name])
@@ -120,7 +122,7 @@ def _masked_pass(
     for i, name in enumerate(names):
         loss, count, correct = sums[:, i].tolist()
         metrics[f"loss/{name}"] = loss / max(count, 1)
-        if name != "masked_feature":
+        if name in classified:
             metrics[f"accuracy/{name}"] = correct / max(count, 1)
     return metrics
 
@@ -143,7 +145,7 @@ def _qa_pass(forward: Forward, task: Evaluation) -> dict[str, float]:
     for batch in _batches(task, settings, streams, drawn):
         out = forward(batch, frozenset({"qa"}))
         loss += [float(out.loss_sum["qa"]), float(out.count["qa"])]
-        predicted = out.answer_prediction.cpu().numpy()
+        predicted = out.prediction["qa"].cpu().numpy()
         for pair, source, answer in zip(
             batch.pair_id[batch.answer_pair].tolist(),
             batch.source[batch.answer_pair].tolist(),

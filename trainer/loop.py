@@ -16,9 +16,8 @@ import torch.distributed as dist
 import yaml
 
 from model.batch import Batch
-from model.interchange import load_weights_for
-from model.losses import PreTrainingOutput
-from model.lxmert import LxmertForPreTraining, init_weights
+from model.lxmert import PreTrainingOutput
+from model.objectives import objectives_of
 from shards.dataset import Dataset, open_dataset
 from shards.order.draws import fold
 from shards.order.sampler import (
@@ -37,9 +36,10 @@ from trainer.checkpoint.format import Generation, claim_attempt
 from trainer.checkpoint.journal import Journal
 from trainer.checkpoint.restore import check_data_state, parameter_shapes, restore, set_masters
 from trainer.checkpoint.saver import Saver
-from trainer.config import FAMILY_OBJECTIVES, ConfigError, RunConfig
+from trainer.config import ConfigError, RunConfig
 from trainer.data.loader import Loaded, MissingShard, RankSlice, load_steps
 from trainer.evaluate import Evaluation, evaluate, evaluation_bytes
+from trainer.model import build_model
 from trainer.progress import Progress, setup_logging
 from trainer.step.engine import all_reduce_sum, build_engine, set_learning_rate
 from trainer.step.mixture import planned_mixture
@@ -94,10 +94,9 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
 
     model_config = setup.resolve_model(config, data)
     resolved = config.model_copy(update={"model": model_config}).model_dump(mode="json")
-    model = LxmertForPreTraining(model_config)
-    init_weights(model, config.run.seed)
-    if config.train.init_from:
-        load_weights_for(model, config.train.init_from)
+    model = build_model(
+        model_config, config.run.seed, config.train.init_from, config.train.init_fresh
+    )
     first = {name: p.detach().clone() for name, p in model.named_parameters()}
     shapes = parameter_shapes(model)
     engine = build_engine(model, config)
@@ -176,7 +175,7 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
         active = {
             name: w
             for name, w in weights.items()
-            if name in FAMILY_OBJECTIVES[family]
+            if name in objectives_of(family)
             and (name != "qa" or state.consumed >= config.objectives.qa_from_epoch * pairs)
         }
         seen = look_around(
@@ -298,10 +297,7 @@ def _forward(
     engine: Any, batch: Batch, objectives: frozenset[str], config: RunConfig
 ) -> PreTrainingOutput:
     out: PreTrainingOutput = engine(
-        batch,
-        objectives=objectives,
-        label_scope=config.objectives.label_scope,
-        feature_loss=config.objectives.feature_loss,
+        batch, objectives=objectives, settings=config.objectives.losses()
     )
     return out
 

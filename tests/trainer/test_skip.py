@@ -83,7 +83,7 @@ def expected_digests(
         own = whole.without([s for s, at in given_up.items() if at <= state.consumed])
         passed += len(whole) - len(own)
         batch = make_batch(data, streams, own, batch_settings(parsed, data))
-        position = state.consumed + batch.slot.numpy()
+        position = state.consumed + batch.offset.numpy()
         total = digest(position, batch.pair_id.numpy(), batch.sentence_id.numpy())
         digests.append(f"{total:016x}")
     return digests, passed

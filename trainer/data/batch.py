@@ -101,7 +101,8 @@ def make_batch(
         pair_id=tensor(pair),
         sentence_id=tensor(sentence),
         source=tensor(m.source[pair].astype(np.int64)),
-        slot=tensor(plan.slot),
+        offset=tensor(plan.slot),
+        dataset=tensor(np.searchsorted(data.dataset_pairs, pair, side="right") - 1),
     )
 
 

@@ -51,13 +51,13 @@ def planned_mixture(
 def count_mixture(names: list[str], micro: list[Batch], family: str, data: Dataset) -> list[float]:
     """The pairs of this rank's micro-batches that each of `planned_mixture`'s names counts."""
     out: defaultdict[str, float] = defaultdict(float)
-    sources, edges = data.manifest.sources, data.dataset_pairs
+    sources = data.manifest.sources
     for batch in micro:
         for s, pairs in enumerate(np.bincount(batch.source.numpy(), minlength=len(sources))):
             out[f"source/{sources[s]}"] += int(pairs)
         if len(data.shard_ranges) > 1:
-            part = np.searchsorted(edges, batch.pair_id.numpy(), side="right") - 1
-            for p, pairs in enumerate(np.bincount(part, minlength=len(data.shard_ranges))):
+            parts = np.bincount(batch.dataset.numpy(), minlength=len(data.shard_ranges))
+            for p, pairs in enumerate(parts):
                 out[f"set/{data.shard_ranges[p].name}"] += int(pairs)
         out["mismatched"] += int((batch.matched == 0).sum())
         out["objective/masked"] += batch.pairs * (family in ("all", "masked"))

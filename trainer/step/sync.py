@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from model.losses import objective_counts
+from model.objectives import target_counts
 from shards.dataset import Dataset
 from shards.errors import DataError
 from shards.order.sampler import SamplerState
@@ -56,9 +56,9 @@ def look_around(
     if isinstance(micro, MissingShard):
         numbers[-1] = 1.0
     else:
-        found = [objective_counts(batch, config.objectives.label_scope) for batch in micro]
+        found = [target_counts(batch, config.objectives.losses()) for batch in micro]
         total = sum(
-            digest(state.consumed + b.slot.numpy(), b.pair_id.numpy(), b.sentence_id.numpy())
+            digest(state.consumed + b.offset.numpy(), b.pair_id.numpy(), b.sentence_id.numpy())
             for b in micro
         )
         numbers = [

@@ -143,7 +143,11 @@ def run(
                     raise DataError(micro.message)
                 for batch in micro:
                     first = len(pairs) - begin
-                    assert batch.slot.tolist() == list(range(first, first + batch.pairs))
+                    assert batch.offset.tolist() == list(range(first, first + batch.pairs))
+                    edges = data.dataset_pairs[batch.dataset.numpy()]
+                    assert (edges <= batch.pair_id.numpy()).all()
+                    edges = data.dataset_pairs[batch.dataset.numpy() + 1]
+                    assert (batch.pair_id.numpy() < edges).all()
                     pairs += describe(batch)
     finally:
         for steps in ranks:
