@@ -7,31 +7,16 @@ tree is stored with the run and in every checkpoint.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from model.config import ModelConfig
+from model.objectives import OBJECTIVES
+from model.objectives.base import FeatureLoss, LabelScope, LossSettings
 from shards.dataset import DatasetSpec
 from shards.order.settings import SamplerSettings
-
-OBJECTIVES = (
-    "masked_lm",
-    "masked_feature",
-    "masked_object",
-    "masked_attribute",
-    "matching",
-    "qa",
-)
-
-# What a step of `alternating` serves.
-FAMILY_OBJECTIVES = {
-    "masked": ("masked_lm", "masked_feature", "masked_object", "masked_attribute"),
-    "matching": ("matching",),
-    "qa": ("qa",),
-    "all": OBJECTIVES,
-}
 
 
 class ConfigError(ValueError):
@@ -110,27 +95,40 @@ class DataSection(LoaderSettings):
         return self
 
 
-class ObjectiveSection(Section):
-    """Weights of the objectives; 0 leaves one out. Visual losses are means over the masked objects
-    here, which equals the released code's mean over all objects times 1/0.15."""
+def weights_section() -> type[Section]:
+    """A section with a weight for every objective of the table."""
+    keys: dict[str, Any] = {name: (float, Field(1.0, ge=0)) for name in OBJECTIVES}
+    return create_model("WeightsSection", __base__=Section, **keys)
 
-    masked_lm: float = Field(1.0, ge=0)
-    masked_feature: float = Field(1.0, ge=0)
-    masked_object: float = Field(1.0, ge=0)
-    masked_attribute: float = Field(1.0, ge=0)
-    matching: float = Field(1.0, ge=0)
-    qa: float = Field(1.0, ge=0)
+
+if TYPE_CHECKING:
+    WeightsSection = Section
+else:
+    WeightsSection = weights_section()
+
+
+class ObjectiveSection(WeightsSection):
+    """A weight for each objective of model/objectives, 1 by default; 0 leaves one out. Visual
+    losses are means over the masked objects here, which equals the released code's mean over all
+    objects times 1/0.15."""
+
     qa_from_epoch: float = Field(0.0, ge=0)
     """QA joins after so many epochs; the paper's schedule is 10 of 20."""
     token_mask: float = Field(0.15, ge=0, le=1)
+    """Probability that a word is masked."""
     object_mask: float = Field(0.15, ge=0, le=1)
-    label_scope: Literal["masked", "all"] = "masked"
+    """Probability that an object is masked."""
+    label_scope: LabelScope = "masked"
     """Objects that carry the label losses: the masked ones (paper) or all (released code)."""
-    feature_loss: Literal["l2", "smooth_l1"] = "l2"
+    feature_loss: FeatureLoss = "l2"
     """paper: L2; released code: SmoothL1."""
 
     def weights(self) -> dict[str, float]:
+        """Name -> weight of every objective, in the table's order."""
         return {name: getattr(self, name) for name in OBJECTIVES}
+
+    def losses(self) -> LossSettings:
+        return LossSettings(self.label_scope, self.feature_loss)
 
 
 class OptimizerSection(Section):
@@ -144,7 +142,7 @@ class OptimizerSection(Section):
     """Parameters whose name contains one of these have no weight decay ("bias", "LayerNorm");
     the original decays everything."""
     warmup: float = Field(0.05, ge=0, lt=1)
-    """RankSlice of the steps with linearly rising rate; it then falls linearly to 0."""
+    """Share of the steps with linearly rising rate; it then falls linearly to 0."""
     clip_norm: float = Field(1.0, ge=0)
     """Global gradient norm; 0 = no clipping."""
 
@@ -164,12 +162,23 @@ class TrainSection(Section):
     """Steps between validations; 0 = only at the end."""
     validation_batch: int = Field(256, ge=1)
     init_from: str | None = None
-    """Initial weights: a Hugging Face folder or a released .pth; by default from scratch."""
+    """Initial weights; by default from scratch. A Hugging Face folder of an LXMERT, or a released
+    .pth: every weight; a Hugging Face folder of a BERT: embeddings and language encoder."""
+    init_fresh: tuple[str, ...] = ()
+    """Parts of the model that keep their random weights although `init_from` is given, by the
+    beginning of their parameters' names ("answer_head", "lxmert.embeddings.word_embeddings"). The
+    file may lack them, or have them in other sizes."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of train.epochs and train.steps")
+        return self
+
+    @model_validator(mode="after")
+    def _fresh_beside_something(self) -> TrainSection:
+        if self.init_fresh and self.init_from is None:
+            raise ValueError("train.init_fresh goes with train.init_from: without, all is fresh")
         return self
 
 

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 
 from model.batch import Batch
-from model.losses import PreTrainingOutput
+from model.lxmert import PreTrainingOutput
+from model.objectives.base import LossSettings
 from shards.dataset import Dataset
 from shards.errors import DataError
 from shards.order.lookahead import working_set
 from shards.order.sampler import Sampler
 from shards.order.settings import SamplerSettings
-from trainer.config import LoaderSettings, ObjectiveSection
+from trainer.config import LoaderSettings
 from trainer.data.batch import BatchSettings
 from trainer.data.loader import RankSlice, load_steps
 from trainer.ranks import all_reduce_sum, rank_and_world
@@ -49,17 +50,12 @@ class Evaluation:
     """Called with each question's image, text, id where it has one, and predicted answer."""
 
 
-def without_gradient(model: Any, device: torch.device, section: ObjectiveSection) -> Forward:
+def without_gradient(model: Any, device: torch.device, losses: LossSettings) -> Forward:
     """The forward of a model or an engine for `evaluate`; the caller puts it in evaluation mode."""
 
     @torch.no_grad()
     def forward(batch: Batch, objectives: frozenset[str]) -> PreTrainingOutput:
-        out: PreTrainingOutput = model(
-            batch.to(device),
-            objectives=objectives,
-            label_scope=section.label_scope,
-            feature_loss=section.feature_loss,
-        )
+        out: PreTrainingOutput = model(batch.to(device), objectives, losses)
         return out
 
     return forward
@@ -115,8 +111,10 @@ def _masked_pass(
 ) -> dict[str, float]:
     names = sorted(objectives)
     sums = torch.zeros(3, len(names), dtype=torch.float64)
+    classified: set[str] = set()
     for batch in _batches(task, _all_pairs(task.data), replace(task.batch, seed=VALIDATION_SEED)):
         out = forward(batch, objectives)
+        classified |= out.correct.keys()
         for i, name in enumerate(names):
             sums[0, i] += float(out.loss_sum[name])
             sums[1, i] += float(out.count[name])
@@ -127,7 +125,7 @@ def _masked_pass(
     for i, name in enumerate(names):
         loss, count, correct = sums[:, i].tolist()
         metrics[f"loss/{name}"] = loss / max(count, 1)
-        if name != "masked_feature":
+        if name in classified:
             metrics[f"accuracy/{name}"] = correct / max(count, 1)
     return metrics
 
@@ -153,7 +151,7 @@ def _qa_pass(forward: Forward, task: Evaluation) -> dict[str, float]:
     for batch in _batches(task, _questions(task.data), drawn):
         out = forward(batch, frozenset({"qa"}))
         loss += [float(out.loss_sum["qa"]), float(out.count["qa"])]
-        predicted = out.answer_prediction.cpu().numpy()
+        predicted = out.prediction["qa"].cpu().numpy()
         for pair, source, answer in zip(
             batch.pair_id[batch.answer_pair].tolist(),
             batch.source[batch.answer_pair].tolist(),

@@ -44,7 +44,7 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
         waited = time.monotonic() - began
         active = active_objectives(run, loaded.step)
         sync = sync_step(
-            loaded, [*active], config.objectives.label_scope, run.mixture, control.should_stop()
+            loaded, [*active], config.objectives.losses(), run.mixture, control.should_stop()
         )
         if sync.missing:
             state = skip(run, state, sync.missing)

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from model.interchange import load_weights_for
-from model.lxmert import LxmertForPreTraining, init_weights
+from model.objectives import objectives_of
 from shards.dataset import Dataset
 from shards.errors import DataError
 from shards.order.sampler import Sampler, SamplerState, Step
@@ -22,10 +21,11 @@ from trainer.checkpoint.format import Generation, claim_attempt
 from trainer.checkpoint.journal import Journal
 from trainer.checkpoint.restore import check_data_state, parameter_shapes, restore, set_masters
 from trainer.checkpoint.saver import Saver
-from trainer.config import FAMILY_OBJECTIVES, RunConfig
+from trainer.config import RunConfig
 from trainer.data.batch import BatchSettings
 from trainer.data.loader import Loaded, MissingShard, RankSlice, load_steps
 from trainer.evaluate import Evaluation, evaluate, evaluation_bytes, without_gradient
+from trainer.model import build_model
 from trainer.progress import Progress
 from trainer.ranks import from_rank_0
 from trainer.step.engine import build_engine, set_learning_rate
@@ -136,10 +136,8 @@ def start(config: RunConfig) -> tuple[Run, TrainState]:
 
 def _engine(config: RunConfig) -> tuple[Any, dict[str, list[int]]]:
     """The engine with the initial weights, and the parameters' shapes."""
-    model = LxmertForPreTraining(config.model)
-    init_weights(model, config.run.seed)
-    if config.train.init_from:
-        load_weights_for(model, config.train.init_from)
+    train = config.train
+    model = build_model(config.model, config.run.seed, train.init_from, train.init_fresh)
     bf16 = config.train.precision == "bf16"
     first = {n: p.detach().clone() for n, p in model.named_parameters()} if bf16 else {}
     shapes = parameter_shapes(model)
@@ -191,11 +189,11 @@ def load(run: Run, state: TrainState) -> Generator[Loaded, None, None]:
 def active_objectives(run: Run, step: Step) -> dict[str, float]:
     """Weights of the objectives that a step serves."""
     qa_from = run.config.objectives.qa_from_epoch * run.data.manifest.pairs
+    served = objectives_of(step.family)
     return {
         name: weight
         for name, weight in run.objectives.items()
-        if name in FAMILY_OBJECTIVES[step.family]
-        and (name != "qa" or step.before.consumed >= qa_from)
+        if name in served and (name != "qa" or step.before.consumed >= qa_from)
     }
 
 
@@ -207,7 +205,8 @@ def step(
     rate = learning_rate(run.config.optimizer, state.consumed, taken.count, run.length.total)
     set_learning_rate(run.engine, rate)
     seed = dropout_seed(run.config.run.seed, state.step, run.part.rank)
-    sums = train_step(run.engine, loaded.batches, active, sync.counts, run.config.objectives, seed)
+    losses = run.config.objectives.losses()
+    sums = train_step(run.engine, loaded.batches, active, sync.counts, losses, seed)
     # The loader cannot know how many pairs earlier steps lacked.
     passed_over = state.sampler.skipped_pairs + taken.count - sync.pairs
     after = replace(taken.after, skipped_pairs=passed_over)
@@ -269,7 +268,7 @@ def validate(run: Run, state: TrainState) -> TrainState:
         frozenset(run.objectives),
         run.config.train.validation_batch,
     )
-    forward = without_gradient(run.engine, run.engine.device, run.config.objectives)
+    forward = without_gradient(run.engine, run.engine.device, run.config.objectives.losses())
     metrics = evaluate(forward, task)
     if run.progress:
         run.progress.validation(state.step, metrics)

@@ -10,12 +10,13 @@ import torch.distributed as dist
 import yaml
 
 from model.config import ModelConfig
+from model.objectives import OBJECTIVES, objectives_of
 from shards.dataset import Dataset, open_dataset
 from shards.format.tokenizer import load_tokenizer
 from shards.order.permutation import VERSION
 from shards.store import objects
 from shards.store.retry import Retry
-from trainer.config import FAMILY_OBJECTIVES, ConfigError, RunConfig
+from trainer.config import ConfigError, RunConfig
 from trainer.data.batch import BatchSettings
 
 log = logging.getLogger("lxscale")
@@ -78,12 +79,9 @@ def check_same_tables(data: Dataset, vocab_sha256: str, answers_sha256: str) -> 
 
 def absent_objectives(config: RunConfig, data: Dataset) -> list[str]:
     """Objectives that have a weight and that the data set has no labels for."""
-    absent = []
-    if not data.manifest.schema.labels:
-        absent += ["masked_object", "masked_attribute"]
-    if not len(data.index.answer_id):
-        absent.append("qa")
-    return [name for name in absent if config.objectives.weights()[name] > 0]
+    has = {"labels": data.manifest.schema.labels, "answers": len(data.index.answer_id) > 0}
+    weights = config.objectives.weights()
+    return [n for n, o in OBJECTIVES.items() if o.needs and not has[o.needs] and weights[n] > 0]
 
 
 def resolve_objectives(config: RunConfig, data: Dataset) -> dict[str, float]:
@@ -101,10 +99,11 @@ def resolve_objectives(config: RunConfig, data: Dataset) -> dict[str, float]:
         )
     if config.sampler.mode == "alternating":
         for family, share in config.sampler.families.model_dump().items():
-            if share > 0 and not set(FAMILY_OBJECTIVES[family]) & set(weights):
+            served = objectives_of(family)
+            if share > 0 and not set(served) & set(weights):
                 raise ConfigError(
                     f"sampler.families.{family}={share:g}, but none of its objectives is trained: "
-                    f"set it to 0, or give one a weight ({', '.join(FAMILY_OBJECTIVES[family])})"
+                    f"set it to 0, or give one a weight ({', '.join(served)})"
                 )
         if config.objectives.qa_from_epoch > 0:
             raise ConfigError(

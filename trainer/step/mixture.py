@@ -13,10 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.batch import Batch
+from model.objectives import OBJECTIVES
 from shards.dataset import Dataset
 from shards.order.sampler import Sampler
 
-FAMILIES = ("masked", "matching", "qa")
+
+def _families() -> dict[str, bool]:
+    """The families of objectives, and whether only pairs with an answer can serve them."""
+    families: dict[str, bool] = {}
+    for objective in OBJECTIVES.values():
+        answers = objective.needs == "answers"
+        families[objective.family] = families.get(objective.family, True) and answers
+    return families
 
 
 @dataclass(frozen=True)
@@ -26,8 +34,8 @@ class Mixture:
     planned: dict[str, float]
     """Share of the pairs consumed in the long run, by name:
     source/… and set/…: pairs of a source set and, of several, a data set;
-    objective/…: pairs that serve a family of objectives (for QA, matched pairs with an answer in
-    the table); mismatched: pairs with another image's sentence."""
+    objective/…: pairs that serve a family of objectives (matched pairs with an answer in the
+    table where it takes that); mismatched: pairs with another image's sentence."""
     sources: tuple[str, ...]
     datasets: tuple[str, ...]
 
@@ -39,8 +47,8 @@ class Mixture:
             if len(self.datasets) > 1:
                 _add(out, "set", self.datasets, batch.dataset.numpy())
             out["mismatched"] += int((batch.matched == 0).sum())
-            for name in FAMILIES:
-                serving = len(batch.answer_pair) if name == "qa" else batch.pairs
+            for name, answers_only in _families().items():
+                serving = len(batch.answer_pair) if answers_only else batch.pairs
                 out[f"objective/{name}"] += serving * (family in ("all", name))
         return [out[name] for name in self.planned]
 
@@ -54,7 +62,7 @@ def plan_mixture(sampler: Sampler, data: Dataset) -> Mixture:
     """The mixture that a sampler makes of its data in the long run."""
     sources, datasets = data.manifest.sources, tuple(r.name for r in data.shard_ranges)
     pairs, answered = _pairs_by_set(data)
-    out = defaultdict(float, {f"objective/{name}": 0.0 for name in FAMILIES})
+    out = defaultdict(float, {f"objective/{name}": 0.0 for name in _families()})
     for stream, rate in zip(sampler.streams, sampler.rates(), strict=True):
         family = sampler.families[stream.family]
         bad = 0.0 if family.mismatch == "never" else sampler.settings.mismatch
@@ -64,10 +72,10 @@ def plan_mixture(sampler: Sampler, data: Dataset) -> Mixture:
             out[f"source/{sources[s]}"] += here
             if len(datasets) > 1:
                 out[f"set/{datasets[stream.dataset]}"] += here
-        for name in FAMILIES:
+        for name, answers_only in _families().items():
             if family.name in ("all", name):
                 share = 1.0
-                if name == "qa":
+                if answers_only:
                     own = answered[stream.dataset, list(stream.sources)].sum() / stream.pairs
                     share = (1 - bad) * own
                 out[f"objective/{name}"] += rate * share

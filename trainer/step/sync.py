@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from model.losses import LabelScope, objective_counts
+from model.objectives import target_counts
+from model.objectives.base import LossSettings
 from trainer.checkpoint.journal import digest, from_limbs, to_limbs
 from trainer.data.loader import Loaded, MissingShard
 from trainer.ranks import all_reduce_sum, gather_objects
@@ -36,7 +37,7 @@ class StepSync:
 
 
 def sync_step(
-    loaded: Loaded, objectives: list[str], label_scope: LabelScope, mixture: Mixture, stop: bool
+    loaded: Loaded, objectives: list[str], losses: LossSettings, mixture: Mixture, stop: bool
 ) -> StepSync:
     """Sum what the ranks bring, before the forward. objectives: the active ones."""
     width = len(objectives) + len(mixture.planned)
@@ -44,7 +45,7 @@ def sync_step(
     if loaded.missing:
         numbers[-1] = 1.0
     else:
-        targets = [objective_counts(batch, label_scope) for batch in loaded.batches]
+        targets = [target_counts(batch, losses) for batch in loaded.batches]
         numbers = [
             *(sum(float(found[name]) for found in targets) for name in objectives),
             *mixture.count(loaded.batches, loaded.step.family),

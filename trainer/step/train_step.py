@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from model.batch import Batch
+from model.objectives.base import LossSettings
 from shards.order.draws import fold
-from trainer.config import ObjectiveSection
 from trainer.ranks import all_reduce_sum
 
 _DROPOUT = 100  # purpose of draws; shards and batches use lower ones
@@ -20,7 +20,7 @@ def train_step(
     batches: list[Batch],
     weights: dict[str, float],
     counts: dict[str, float],
-    section: ObjectiveSection,
+    losses: LossSettings,
     seed: int,
 ) -> dict[str, float]:
     """Train on this rank's micro-batches; the loss sums over all ranks, by objective.
@@ -38,12 +38,7 @@ def train_step(
     )
     for i, batch in enumerate(batches):
         torch.manual_seed(fold(seed, i) >> 1)
-        out = engine(
-            batch.to(device),
-            objectives=frozenset(weights),
-            label_scope=section.label_scope,
-            feature_loss=section.feature_loss,
-        )
+        out = engine(batch.to(device), objectives=frozenset(weights), settings=losses)
         sums = torch.stack([out.loss_sum[name] for name in weights])
         engine.backward((scale * sums).sum(), scale_wrt_gas=False)
         engine.step()

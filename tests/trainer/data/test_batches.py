@@ -146,6 +146,10 @@ def run(
                 for batch in loaded.batches:
                     first = len(pairs) - begin
                     assert batch.offset.tolist() == list(range(first, first + batch.pairs))
+                    edges = data.dataset_pairs[batch.dataset.numpy()]
+                    assert (edges <= batch.pair_id.numpy()).all()
+                    edges = data.dataset_pairs[batch.dataset.numpy() + 1]
+                    assert (batch.pair_id.numpy() < edges).all()
                     pairs += describe(batch)
     finally:
         for steps in ranks:
