@@ -14,7 +14,8 @@ from model.losses import PreTrainingOutput
 from model.lxmert import LxmertForPreTraining
 from shards.dataset import open_dataset
 from trainer import setup
-from trainer.checkpoint.format import CheckpointError, Generation, find_generation, load_weights
+from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.generations import Generation, find_generation, load_weights
 from trainer.config import RunConfig, parse_config
 from trainer.evaluate import Evaluation, evaluate
 
@@ -22,8 +23,7 @@ from trainer.evaluate import Evaluation, evaluate
 def load_model(path: str) -> tuple[LxmertForPreTraining, RunConfig, Generation]:
     """The model of a checkpoint (a run's folder or URL, or a generation's manifest), in fp32."""
     generation = find_generation(path)
-    manifest = generation.manifest
-    config = parse_config(manifest["config"], generation.url)
+    config = parse_config(generation.manifest.config, generation.url)
     model = LxmertForPreTraining(config.model)
     weights = {name: torch.from_numpy(w) for name, w in load_weights(generation).items()}
     # A tied weight is saved once, under its first name.
@@ -54,7 +54,7 @@ def evaluate_checkpoint(
     model, config, generation = load_model(path)
     data = open_dataset(data_url, cache or config.data.cache)
     manifest = generation.manifest
-    setup.check_same_tables(data, manifest["vocab_sha256"], manifest["answers_sha256"])
+    setup.check_same_tables(data, manifest.vocab_sha256, manifest.answers_sha256)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
     found: list[dict[str, Any]] = []

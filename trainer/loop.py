@@ -33,8 +33,10 @@ from shards.order.streams import SamplerSettings, Stream
 from shards.store import objects
 from shards.store.retry import Retry
 from trainer import setup
-from trainer.checkpoint.format import Generation, claim_attempt
-from trainer.checkpoint.journal import Journal
+from trainer.checkpoint.attempts import claim_attempt
+from trainer.checkpoint.format import RunDescription
+from trainer.checkpoint.generations import Generation
+from trainer.checkpoint.journal import Journal, StepLine
 from trainer.checkpoint.restore import check_data_state, parameter_shapes, restore, set_masters
 from trainer.checkpoint.saver import Saver
 from trainer.config import FAMILY_OBJECTIVES, ConfigError, RunConfig
@@ -114,28 +116,23 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
         _announce(config, url, attempt, world, step, length, data)
         _describe_run(resolved, url, data)
 
-    record = None
+    journal = None
     if rank == 0:
-        header = {"data": [p.url for p in data.specs], "data_state": now}
-        entries = generation.manifest["record"] if generation else []
-        record = Journal(header, entries, state.to_json())
-    saver = Saver(url, attempt, config.checkpoint.keep, record)
-    saver.saved_step = step if generation is not None else -1
+        segments = generation.manifest.journal if generation else ()
+        journal = Journal(tuple(p.url for p in data.specs), now, segments, state)
+    description = RunDescription(
+        world_size=world,
+        zero_stage=config.train.zero_stage,
+        parameters=shapes,
+        config=resolved,
+        data_state=now,
+        objectives=weights,
+        vocab_sha256=data.manifest.vocab.sha256,
+        answers_sha256=data.manifest.answers.sha256,
+    )
+    saved_step = generation.step if generation else None
+    saver = Saver(url, attempt, config.checkpoint.keep, description, journal, saved_step)
     progress = Progress(config, attempt, step, length.steps) if rank == 0 else None
-    body = {
-        "world_size": world,
-        "zero_stage": config.train.zero_stage,
-        "parameters": shapes,
-        "config": resolved,
-        "data_state": now,
-        "objectives": weights,
-        "vocab_sha256": data.manifest.vocab.sha256,
-        "answers_sha256": data.manifest.answers.sha256,
-    }
-
-    def save() -> None:
-        if saver.saved_step != step:
-            saver.save(engine, step, {**body, "sampler": state.to_json()})
 
     def validate() -> dict[str, float]:
         if validation is None:
@@ -201,11 +198,9 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
         state = advance(settings, streams, state, count)
         state = replace(state, skipped_pairs=state.skipped_pairs + count - seen.pairs)
         step += 1
-        if record:
-            line = {"step": step, "pairs": count, "world": world, "digest": f"{seen.digest:016x}"}
-            if state.skipped:
-                line["skipped"] = [shard for shard, _ in state.skipped]
-            record.add({**line, "state": state.to_json()})
+        if journal:
+            skipped = tuple(shard for shard, _ in state.skipped)
+            journal.add(StepLine(step, count, world, seen.digest, skipped), state)
         seconds = time.monotonic() - began
         trained_pairs += count
         trained_seconds += seconds
@@ -217,10 +212,10 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
             progress.shares(planned, seen.shares, count)
             progress.step(step, values, count, seconds, waited)
         if step % config.checkpoint.every == 0:
-            save()
+            saver.save(engine, step, state)
         if config.train.validate_every and step % config.train.validate_every == 0:
             metrics, validated = validate(), step
-    save()
+    saver.save(engine, step, state)
     saver.wait(must_succeed=True)
     if rank == 0 and state.skipped:
         log.warning("%s", skip_report(state))
@@ -249,9 +244,9 @@ def _position(
     fresh = start_state(streams)
     if generation is None:
         return fresh, 0
-    saved = generation.manifest["data_state"]
+    saved = generation.manifest.data_state
     check_data_state(saved, now, config.checkpoint.override_data_state)
-    state = SamplerState.from_json(generation.manifest["sampler"])
+    state = generation.manifest.sampler
     if any(saved.get(k) != v for k, v in now.items() if k.startswith(("sampler.", "data."))):
         # Overridden: as if the run had used this sampler from its start.
         done, batch = state.consumed, config.train.global_batch

@@ -15,7 +15,7 @@ from shards.dataset import open_dataset
 from shards.format.build import BuildSettings, build
 from tests.conftest import small_records
 from tests.ranks import config_tree, run_ranks
-from trainer.checkpoint.format import find_generation, load_weights
+from trainer.checkpoint.generations import find_generation, load_weights
 from trainer.config import ConfigError
 from trainer.export import evaluate_checkpoint, load_model
 
