@@ -33,10 +33,13 @@ def restore(engine: Any, run_url: str, shapes: dict[str, list[int]]) -> Generati
     dist.broadcast_object_list(found, src=0)
     problems = []
     for candidate in found[0]:
-        problem = candidate if isinstance(candidate, str) else _load(engine, candidate, shapes)
-        if not isinstance(candidate, str) and problem is None:
-            refresh_weights(engine)
-            return candidate
+        if isinstance(candidate, Generation):
+            problem = _load(engine, candidate, shapes)
+            if not problem:
+                refresh_weights(engine)
+                return candidate
+        else:
+            problem = candidate
         problems.append(problem)
         if dist.get_rank() == 0:
             log.warning("%s; falling back to the generation before", problem)
@@ -48,8 +51,8 @@ def restore(engine: Any, run_url: str, shapes: dict[str, list[int]]) -> Generati
     return None
 
 
-def _load(engine: Any, generation: Generation, shapes: dict[str, list[int]]) -> str | None:
-    """Load one generation on every rank; what is wrong with it on any of them, or None."""
+def _load(engine: Any, generation: Generation, shapes: dict[str, list[int]]) -> str:
+    """Load one generation on every rank; what is wrong with it on any of them, or ""."""
     check_same_model(generation, shapes)
     fragments = list_fragments(engine)
     problem = ""
@@ -62,7 +65,7 @@ def _load(engine: Any, generation: Generation, shapes: dict[str, list[int]]) -> 
         problem = str(error)
     told: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(told, problem)
-    return next((t for t in told if t), None)
+    return next((t for t in told if t), "")
 
 
 def check_same_model(generation: Generation, shapes: dict[str, list[int]]) -> None:
