@@ -1,4 +1,4 @@
-"""What a run consumed, proved: its record is re-derived from the data set, step by step.
+"""What a run consumed, proved: its journal is re-derived from the data set, step by step.
 
 The journal (trainer/checkpoint/journal.py) says how many pairs each step took and a digest of what
 the ranks really trained on. The order, the sampler and the mismatched sentences are pure functions,
@@ -8,10 +8,8 @@ manifest.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,16 +20,15 @@ from shards.dataset import Dataset, DatasetSpec, open_dataset
 from shards.order.permutation import VERSION
 from shards.order.sampler import Sampler, SamplerState
 from shards.order.settings import SamplerSettings
-from shards.store import objects
-from trainer.checkpoint.format import CheckpointError, find_generation
-from trainer.checkpoint.journal import FOLDER, FORMAT, digest
+from trainer.checkpoint.generations import find_generation
+from trainer.checkpoint.journal import SegmentHead, StepLine, digest, read_segments
 from trainer.config import ConfigError
 from trainer.data.batch import pair_key, sentences_of
 
 
 @dataclass
 class Audit:
-    """lines: what was found; problems: what does not hold, empty where the record is proved."""
+    """lines: what was found; problems: what does not hold, empty where the journal is proved."""
 
     lines: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -57,7 +54,7 @@ def audit(
     """Audit a run's folder or URL, or the manifest of one of its checkpoints.
 
     data: where its data sets are now, if elsewhere. Raises CheckpointError, DataError or
-    ConfigError where the record or the data set cannot be read or is another one.
+    ConfigError where the journal or the data set cannot be read or is another one.
     """
     generation = find_generation(run)
     out = Audit()
@@ -67,26 +64,25 @@ def audit(
     worlds: list[int] = []
     total = generation.step
     context: Any = None
-    for header, lines in _segments(generation.run_url, generation.manifest["record"]):
-        start = SamplerState.from_json(header["start"])
-        if context != (header["data"], header["data_state"]):
-            context = (header["data"], header["data_state"])
+    for head, lines in read_segments(generation.run_url, generation.manifest.journal):
+        if context != (head.data, head.data_state):
+            context = (head.data, head.data_state)
             if replay is not None:
                 out.lines.append(f"from step {step + 1}: another data state, by override")
                 _count_open_epochs(replay, out)
-            replay, state = _replay(header, data, cache), None
+            replay, state = _replay(head, data, cache), None
         assert replay is not None
-        if state is None and not step and start.consumed:
-            out.problems.append(f"the record begins at {start.consumed} pairs, not at 0")
-        elif state is not None and state != start:
+        if state is None and not step and head.start.consumed:
+            out.problems.append(f"the journal begins at {head.start.consumed} pairs, not at 0")
+        elif state is not None and state != head.start:
             out.problems.append(f"step {step + 1} does not go on from where step {step} ended")
-        state = start
+        state = head.start
         for line in lines:
-            if line["step"] != step + 1 and steps:
-                out.problems.append(f"step {line['step']} follows on step {step}")
-            step, steps = line["step"], steps + 1
-            if not worlds or worlds[-1] != line["world"]:
-                worlds.append(line["world"])
+            if line.step != step + 1 and steps:
+                out.problems.append(f"step {line.step} follows on step {step}")
+            step, steps = line.step, steps + 1
+            if not worlds or worlds[-1] != line.world:
+                worlds.append(line.world)
             state, problem = _replay_step(replay, state, line)
             if problem:
                 out.problems.append(f"step {step}: {problem}")
@@ -94,13 +90,13 @@ def audit(
                 last = time.monotonic()
                 say(f"step {step:,} of {total:,}")
     if replay is None or state is None:
-        out.problems.append("the run has no record: it has done no step")
+        out.problems.append("the run has no journal: it has done no step")
         return out
     _count_open_epochs(replay, out)
-    saved = SamplerState.from_json(generation.manifest["sampler"])
+    saved = generation.manifest.sampler
     if step != total or saved != state:
         out.problems.append(
-            f"the record ends at step {step} with {state.consumed} pairs, the checkpoint is at "
+            f"the journal ends at step {step} with {state.consumed} pairs, the checkpoint is at "
             f"step {total} with {saved.consumed}"
         )
     shown = ", ".join(map(str, worlds))
@@ -113,29 +109,15 @@ def audit(
     return out
 
 
-def _segments(
-    run_url: str, entries: list[dict[str, Any]]
-) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    for entry in entries:
-        url = objects.join(run_url, "checkpoints", FOLDER, entry["name"])
-        raw = objects.read_bytes(url)
-        if hashlib.sha256(raw).hexdigest() != entry["sha256"]:
-            raise CheckpointError(f"{url} is damaged: its sha256 is not the checkpoint's")
-        header, *lines = map(json.loads, raw.splitlines())
-        if header["format"] != FORMAT:
-            raise CheckpointError(f"{url} has format {header['format']!r}, not {FORMAT!r}")
-        yield header, lines
-
-
-def _replay(header: dict[str, Any], places: list[str] | None, cache: str | None) -> _Replay:
-    state = header["data_state"]
+def _replay(head: SegmentHead, places: list[str] | None, cache: str | None) -> _Replay:
+    state = head.data_state
     if state["order"] != VERSION:
         raise ConfigError(
             f"the run used version {state['order']} of the order, this lxscale has {VERSION}: "
             "audit it with the version that trained it"
         )
     weights = state["data.weights"]
-    urls = places or header["data"]
+    urls = places or head.data
     if len(urls) != len(weights):
         raise ConfigError(f"the run used {len(weights)} data sets: give --data as many URLs")
     data = open_dataset([DatasetSpec(u, w) for u, w in zip(urls, weights, strict=True)], cache)
@@ -152,33 +134,32 @@ def _replay(header: dict[str, Any], places: list[str] | None, cache: str | None)
 
 
 def _replay_step(
-    replay: _Replay, state: SamplerState, line: dict[str, Any]
+    replay: _Replay, state: SamplerState, line: StepLine
 ) -> tuple[SamplerState, str | None]:
-    """The state after a recorded step, and what is wrong with the step."""
-    data, sampler, count = replay.data, replay.sampler, line["pairs"]
+    """The state after a step of the journal, and what is wrong with the step."""
+    data, sampler, count = replay.data, replay.sampler, line.pairs
     step = sampler.step(state, count)
     planned = sampler.plan(step)
-    skipped = line.get("skipped", [])
-    own = planned.without(skipped)
+    own = planned.without(line.skipped)
     pair = data.pairs_of(sampler.streams, own)
     key = pair_key(sampler.seed, own.epoch, pair)
     shown = sentences_of(data, own, pair, data.image_of(pair), key)
     found = digest(state.consumed + own.offset, pair, shown)
     problem = None
-    if f"{found:016x}" != line["digest"]:
-        problem = f"trained on other pairs than the order's ({line['digest']}, not {found:016x})"
+    if found != line.digest:
+        problem = f"trained on other pairs than the order's ({line.digest:016x}, not {found:016x})"
     for stream, epoch in sorted(set(zip(own.stream.tolist(), own.epoch.tolist(), strict=True))):
         rows = (own.stream == stream) & (own.epoch == epoch)
         seen = replay.seen.get((stream, epoch))
         if seen is None:
             seen = replay.seen[stream, epoch] = np.zeros(data.manifest.pairs, dtype=np.uint8)
         np.add.at(seen, pair[rows], 1)
-    if skipped:
-        lost = planned.take(np.flatnonzero(np.isin(planned.shard, skipped)))
+    if line.skipped:
+        lost = planned.take(np.flatnonzero(np.isin(planned.shard, line.skipped)))
         for stream, epoch in zip(lost.stream.tolist(), lost.epoch.tolist(), strict=True):
             missing = replay.passed_over
             missing[stream, epoch] = missing.get((stream, epoch), 0) + 1
-    fresh = [(s, state.consumed) for s in skipped if s not in state.skipped_shards]
+    fresh = [(s, state.consumed) for s in line.skipped if s not in state.skipped_shards]
     after = replace(
         step.after,
         skipped=(*state.skipped, *fresh),

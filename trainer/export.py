@@ -22,7 +22,8 @@ from shards.format.staging import publish, staging_folder
 from shards.format.tokenizer import parse_vocab
 from shards.store import objects
 from trainer import setup
-from trainer.checkpoint.format import CheckpointError, Generation
+from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.generations import Generation
 from trainer.config import RunConfig
 from trainer.evaluate import Evaluation, evaluate, without_gradient
 from trainer.model import load_checkpoint
@@ -51,7 +52,7 @@ def evaluate_checkpoint(
     model, config, generation = load_checkpoint(path)
     data = open_dataset(data_url, cache or config.data.cache)
     manifest = generation.manifest
-    setup.check_same_tables(data, manifest["vocab_sha256"], manifest["answers_sha256"])
+    setup.check_same_tables(data, manifest.vocab_sha256, manifest.answers_sha256)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
     found: list[dict[str, Any]] = []
@@ -91,7 +92,7 @@ def _vocabulary(generation: Generation) -> bytes:
     """The vocab.txt of the checkpoint's run, verified."""
     url = objects.join(generation.run_url, VOCAB)
     vocab = objects.read_bytes(url)
-    if hashlib.sha256(vocab).hexdigest() != generation.manifest["vocab_sha256"]:
+    if hashlib.sha256(vocab).hexdigest() != generation.manifest.vocab_sha256:
         raise CheckpointError(
             f"{url} is not the vocabulary that {generation.url} was trained with (their sha256 "
             f"differ): copy the training set's {VOCAB} there"

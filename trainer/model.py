@@ -13,7 +13,8 @@ from model.config import ModelConfig
 from model.errors import ModelError
 from model.interchange import is_part, read_config, read_lxmert
 from model.lxmert import LxmertForPreTraining, init_weights
-from trainer.checkpoint.format import CheckpointError, Generation, find_generation, load_weights
+from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.generations import Generation, find_generation, load_weights
 from trainer.config import RunConfig, parse_config
 
 
@@ -36,7 +37,7 @@ def build_model(
 def load_checkpoint(path: str) -> tuple[LxmertForPreTraining, RunConfig, Generation]:
     """The model of a checkpoint (a run's folder or URL, or a generation's manifest), in fp32."""
     generation = find_generation(path)
-    config = parse_config(generation.manifest["config"], generation.url)
+    config = parse_config(generation.manifest.config, generation.url)
     model = build_model(config.model, config.run.seed)
     weights = {name: torch.from_numpy(w) for name, w in load_weights(generation).items()}
     # A tied weight is saved once, under its first name.

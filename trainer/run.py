@@ -17,8 +17,9 @@ from shards.dataset import Dataset
 from shards.errors import DataError
 from shards.order.sampler import Sampler, SamplerState, Step
 from trainer import setup
-from trainer.checkpoint.format import Generation, claim_attempt
-from trainer.checkpoint.journal import Journal
+from trainer.checkpoint.attempts import claim_attempt
+from trainer.checkpoint.generations import Generation
+from trainer.checkpoint.journal import Journal, StepLine
 from trainer.checkpoint.restore import check_data_state, parameter_shapes, restore, set_masters
 from trainer.checkpoint.saver import Saver
 from trainer.config import RunConfig
@@ -74,8 +75,6 @@ class Run:
     validation: Dataset | None
     engine: Any
     length: setup.Length
-    facts: dict[str, Any]
-    """What every generation says of the run."""
     saver: Saver
     journal: Journal | None
     """Rank 0's, as is the next."""
@@ -97,22 +96,22 @@ def start(config: RunConfig) -> tuple[Run, TrainState]:
     batch = setup.batch_settings(config, data)
     config = config.model_copy(update={"model": setup.resolve_model(config, data)})
     engine, shapes = _engine(config)
-    facts = setup.facts(config, data, objectives, shapes)
+    description = setup.describe(config, data, objectives, shapes)
 
     generation = restore(engine, url, shapes)
-    state = _position(generation, config, facts["data_state"], sampler)
+    state = _position(generation, config, description.data_state, sampler)
     length = setup.run_length(config, data.manifest.pairs, state.step, state.consumed)
     rank, world = dist.get_rank(), dist.get_world_size()
     journal, progress = None, None
     if rank == 0:
         setup.announce(config, url, attempt, world, state.step, length, data)
-        setup.describe(config, url, data)
-        header = {"data": [s.url for s in data.specs], "data_state": facts["data_state"]}
-        entries = generation.manifest["record"] if generation else []
-        journal = Journal(header, entries, state.sampler.to_json())
+        setup.write_run_files(config, url, data)
+        urls = tuple(s.url for s in data.specs)
+        segments = generation.manifest.journal if generation else ()
+        journal = Journal(urls, description.data_state, segments, state.sampler)
         progress = Progress(config, attempt, state.step, length.steps)
-    saver = Saver(url, attempt, config.checkpoint.keep, journal)
-    saver.saved_step = state.step if generation is not None else -1
+    saved_step = state.step if generation else None
+    saver = Saver(url, attempt, config.checkpoint.keep, description, journal, saved_step)
     run = Run(
         config=config,
         url=url,
@@ -126,7 +125,6 @@ def start(config: RunConfig) -> tuple[Run, TrainState]:
         validation=validation,
         engine=engine,
         length=length,
-        facts=facts,
         saver=saver,
         journal=journal,
         progress=progress,
@@ -154,9 +152,9 @@ def _position(
     fresh = sampler.start()
     if generation is None:
         return TrainState(fresh, 0)
-    saved = generation.manifest["data_state"]
+    saved = generation.manifest.data_state
     check_data_state(saved, now, config.checkpoint.override_data_state)
-    state = SamplerState.from_json(generation.manifest["sampler"])
+    state = generation.manifest.sampler
     if any(saved.get(k) != v for k, v in now.items() if k.startswith(("sampler.", "data."))):
         # Overridden: as if the run had used this sampler from its start.
         for step in sampler.steps_ahead(fresh, config.train.global_batch, state.consumed):
@@ -212,11 +210,9 @@ def step(
     after = replace(taken.after, skipped_pairs=passed_over)
     state = replace(state, sampler=after, step=state.step + 1, pairs=state.pairs + taken.count)
     if run.journal:
-        line: dict[str, Any] = {"step": state.step, "pairs": taken.count, "world": run.part.world}
-        line["digest"] = f"{sync.digest:016x}"
-        if after.skipped:
-            line["skipped"] = after.skipped_shards
-        run.journal.add({**line, "state": after.to_json()})
+        skipped = tuple(after.skipped_shards)
+        line = StepLine(state.step, taken.count, run.part.world, sync.digest, skipped)
+        run.journal.add(line, after)
     values = {f"loss/{name}": sums[name] / max(sync.counts[name], 1.0) for name in active}
     values["loss"] = sum(active[name] * values[f"loss/{name}"] for name in active)
     values["lr"] = rate
@@ -253,8 +249,7 @@ def _skip_report(state: SamplerState) -> str:
 
 def save(run: Run, state: TrainState) -> None:
     """Write a generation of this step behind the training, unless there is one."""
-    if run.saver.saved_step != state.step:
-        run.saver.save(run.engine, state.step, {**run.facts, "sampler": state.sampler.to_json()})
+    run.saver.save(run.engine, state.step, state.sampler)
 
 
 def validate(run: Run, state: TrainState) -> TrainState:

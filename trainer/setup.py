@@ -16,6 +16,7 @@ from shards.format.tokenizer import load_tokenizer
 from shards.order.permutation import VERSION
 from shards.store import objects
 from shards.store.retry import Retry
+from trainer.checkpoint.format import RunDescription
 from trainer.config import ConfigError, RunConfig
 from trainer.data.batch import BatchSettings
 
@@ -162,23 +163,23 @@ def data_state(config: RunConfig, data: Dataset) -> dict[str, Any]:
     return state
 
 
-def facts(
+def describe(
     config: RunConfig,
     data: Dataset,
     objectives: dict[str, float],
     shapes: dict[str, list[int]],
-) -> dict[str, Any]:
-    """What every generation says of its run."""
-    return {
-        "world_size": dist.get_world_size(),
-        "zero_stage": config.train.zero_stage,
-        "parameters": shapes,
-        "config": config.model_dump(mode="json"),
-        "data_state": data_state(config, data),
-        "objectives": objectives,
-        "vocab_sha256": data.manifest.vocab.sha256,
-        "answers_sha256": data.manifest.answers.sha256,
-    }
+) -> RunDescription:
+    """What every generation says of its run. config: with the model's resolved sizes."""
+    return RunDescription(
+        world_size=dist.get_world_size(),
+        zero_stage=config.train.zero_stage,
+        parameters=shapes,
+        config=config.model_dump(mode="json"),
+        data_state=data_state(config, data),
+        objectives=objectives,
+        vocab_sha256=data.manifest.vocab.sha256,
+        answers_sha256=data.manifest.answers.sha256,
+    )
 
 
 def announce(
@@ -209,7 +210,7 @@ def announce(
         log.info("left out, as the data set has no labels for them: %s", ", ".join(absent))
 
 
-def describe(config: RunConfig, url: str, data: Dataset) -> None:
+def write_run_files(config: RunConfig, url: str, data: Dataset) -> None:
     """Make the run's folder self-contained: resolved configuration, vocabulary, answer table."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     objects.write_bytes(objects.join(url, "config.yaml"), text.encode())

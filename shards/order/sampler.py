@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +29,7 @@ PURPOSE_MATCH, PURPOSE_ARRANGE = 1, 2
 
 @dataclass(frozen=True)
 class SamplerState:
-    """The whole data state."""
+    """The whole data state. Its fields are part of the checkpoints' format."""
 
     consumed: int
     """Pairs taken since the run began."""
@@ -48,29 +47,6 @@ class SamplerState:
     @property
     def skipped_shards(self) -> list[int]:
         return [shard for shard, _ in self.skipped]
-
-    def to_json(self) -> dict[str, Any]:
-        lists = {k: list(getattr(self, k)) for k in ("cursors", "mismatched", "steps")}
-        return {
-            "consumed": self.consumed,
-            **lists,
-            "skipped": [list(entry) for entry in self.skipped],
-            "skipped_pairs": self.skipped_pairs,
-        }
-
-    @staticmethod
-    def from_json(data: dict[str, Any]) -> SamplerState:
-        def numbers(key: str) -> tuple[int, ...]:
-            return tuple(int(n) for n in data[key])
-
-        return SamplerState(
-            int(data["consumed"]),
-            numbers("cursors"),
-            numbers("mismatched"),
-            numbers("steps"),
-            tuple((int(s), int(c)) for s, c in data["skipped"]),
-            int(data["skipped_pairs"]),
-        )
 
 
 @dataclass(frozen=True)

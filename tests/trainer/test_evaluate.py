@@ -20,7 +20,8 @@ from shards.format.build import BuildSettings, build
 from shards.format.tokenizer import encode_batch, load_tokenizer
 from tests.conftest import small_records, subprocess_environment
 from tests.ranks import config_tree, run_ranks
-from trainer.checkpoint.format import CheckpointError, find_generation, load_weights
+from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.generations import find_generation, load_weights
 from trainer.config import ConfigError
 from trainer.export import evaluate_checkpoint, export_huggingface, write_tokenizer
 from trainer.model import load_checkpoint
