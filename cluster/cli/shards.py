@@ -13,6 +13,7 @@ from cluster.cli.plan import plan_report
 from shards.dataset import DatasetSpec, open_dataset
 from shards.format.answers import load_answers
 from shards.format.build import BuildSettings, build
+from shards.format.pretrained import pretrained_vocab
 from shards.format.record import Report
 from shards.format.verify import info, verify
 from shards.progress import Progress, no_progress
@@ -51,7 +52,9 @@ def _add_build_arguments(parser: argparse.ArgumentParser, extractor: str) -> Non
     add("--out", required=True, metavar="URL", help="folder or s3:// prefix")
     add("--answers", type=Path, metavar="JSON", help="answer table (default: from the data)")
     add("--min-answer-count", type=int, default=1, help="sentences that an answer needs for it")
-    add("--vocab", type=Path, metavar="TXT", help="vocab.txt (default: train one)")
+    vocab = parser.add_mutually_exclusive_group().add_argument
+    vocab("--vocab", type=Path, metavar="TXT", help="vocab.txt (default: train one)")
+    vocab("--tokenizer", metavar="FOLDER", help="or a name: for Hugging Face's AutoTokenizer")
     add("--vocab-size", type=int, default=30522, help="most tokens of a trained one")
     add("--name", help="name of the data set (default: the last part of --out)")
     add("--extractor", default=extractor, help="what made the features (default: %(default)s)")
@@ -72,7 +75,7 @@ def _build(source: Source, args: argparse.Namespace) -> int:
     settings = BuildSettings(
         name=args.name or out.rpartition("/")[2] or "data",
         extractor=args.extractor,
-        vocab=args.vocab,
+        vocab=pretrained_vocab(args.tokenizer) if args.tokenizer else args.vocab,
         vocab_size=args.vocab_size,
         answers=load_answers(args.answers) if args.answers else None,
         min_answer_count=args.min_answer_count,

@@ -51,7 +51,7 @@ def expand(patterns: Iterable[str]) -> list[str]:
     for pattern in patterns:
         try:
             found += braceexpand.braceexpand(pattern)
-        except braceexpand.UnbalancedBracesError as error:
+        except ValueError as error:
             raise DataError(f"{pattern} is no brace pattern: {error}") from None
     for url in found:
         remote = objects.local_path(url) is None
@@ -118,7 +118,7 @@ def _members(
     try:
         tar = tarfile.open(fileobj=f, mode="r:")  # noqa: SIM115  it owns nothing
         while info := tar.next():
-            tar.members = []  # else it keeps them all
+            tar.members = []  # type: ignore[attr-defined]  # else it keeps them all
             if info.size < 0:
                 raise ValueError("a member of less than no bytes")
             if info.isdir():

@@ -44,11 +44,11 @@ PARTS = {
     "sentences": Part(
         'a text, texts, or objects {"text", "source", "answers", "id"}', ("json:sentences", "txt")
     ),
-    "image": Part("its id (default: the key)", ("json:image",)),
-    "split": Part("its split, if any", ("json:split",)),
-    "object_id": Part("classes of objects, if any", _label("object_id")),
+    "image": Part("its id, else the key is", ("json:image",)),
+    "split": Part("its split, where there is one", ("json:split",)),
+    "object_id": Part("classes of objects, where there are any", _label("object_id")),
     "object_conf": Part("their confidences", _label("object_conf")),
-    "attribute_id": Part("attributes of objects, if any", _label("attribute_id")),
+    "attribute_id": Part("attributes of objects", _label("attribute_id")),
     "attribute_conf": Part("their confidences", _label("attribute_conf")),
 }
 
@@ -271,9 +271,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--tars", nargs="+", required=True, metavar="URL", help="paths or s3:// URLs; {000..009}")
     for name, part in PARTS.items():
-        shown = ", ".join(part.places)
-        flag = f"--{name.replace('_', '-')}"
-        add(flag, metavar="SUFFIX[:NAME]", help=f"{part.help} (default: the first of {shown})")
+        flag, default = f"--{name.replace('_', '-')}", ", ".join(part.places)
+        add(flag, metavar="SUFFIX[:NAME]", help=f"{part.help} (default: {default})")
     add(
         "--boxes-in", choices=("fractions", "pixels"), default="fractions",
         help="fractions: 0..1 of width and height (default: %(default)s)",
