@@ -47,7 +47,7 @@ class _Policy(DefaultFailurePolicy):
 
     def __init__(self, failure_config: Any, channel: Any) -> None:
         super().__init__(failure_config)
-        self._board = channel
+        self._channel = channel
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         if _final_message(training_failed_error):
@@ -55,12 +55,15 @@ class _Policy(DefaultFailurePolicy):
         decision = super().make_decision(training_failed_error)
         if decision is FailureDecision.RETRY:
             cause = _cause(training_failed_error)
-            self._board.exchange.remote([f"{cause}; starting again"])
+            self._channel.exchange.remote([f"{cause}; starting again"])
         return decision
 
 
 class _Trainer(TorchTrainer):
+    """Ray Train's trainer with our failure policy, for which it has no parameter."""
+
     channel: Any
+    """The driver channel, on which the policy says what it does."""
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         run_config: Any = self.run_config
@@ -97,8 +100,9 @@ def _final_message(error: BaseException) -> str | None:
 
 
 def launch(config: RunConfig, *, ray_address: str | None = None, loop: Loop = train) -> dict:
-    """Run `loop` in config.cluster.workers workers and return what rank 0's returns.
+    """Run `loop` in config.cluster.workers workers; returns the result of the loop on rank 0.
 
+    ray_address: a Ray cluster to join; None starts a local one and ends it.
     The first SIGINT or SIGTERM asks for a clean stop (the loop saves and returns), the second
     aborts. Raises one of FINAL_ERRORS with the worker's message, or LaunchError.
     """
@@ -153,16 +157,16 @@ def launch(config: RunConfig, *, ray_address: str | None = None, loop: Loop = tr
 def _work(given: dict[str, Any]) -> None:
     """What runs in every worker: the loop, with the channel around it."""
     rank = ray.train.get_context().get_world_rank()
-    side = WorkerChannel(given["channel"], logging.getLogger("lxscale"), rank)
+    channel = WorkerChannel(given["channel"], logging.getLogger("lxscale"), rank)
     try:
         config = parse_config(given["config"], "the configuration")
-        result = given["loop"](config, Control(side.should_stop))
+        result = given["loop"](config, Control(channel.should_stop))
         if rank == 0:
             ray.get(given["channel"].finish.remote(result))
     except FINAL_ERRORS as error:
         raise FinalError(f"{type(error).__name__}:{error}") from error
     finally:
-        side.close()
+        channel.close()
 
 
 def _explain(error: BaseException, config: RunConfig) -> BaseException:
