@@ -114,26 +114,7 @@ def launch(config: RunConfig, *, ray_address: str | None = None, loop: Loop = tr
         channel: Any = (
             ray.remote(DriverChannel).options(num_cpus=0, scheduling_strategy=here).remote()
         )
-        trainer = _Trainer(
-            _work,
-            train_loop_config={"config": config.given(), "channel": channel, "loop": loop},
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=config.cluster.workers,
-                use_gpu=config.cluster.gpus_per_worker > 0,
-                resources_per_worker=_resources(config),
-            ),
-            torch_config=TorchConfig(
-                backend="cpu:gloo,cuda:nccl" if config.cluster.gpus_per_worker else "gloo",
-                timeout_s=int(config.cluster.process_group_timeout_s),
-            ),
-            # Ray Train wants a place for its ledger; ours is the trainer's, so this one goes.
-            run_config=ray.train.RunConfig(
-                name="lxscale",
-                storage_path=str(folder / "ledger"),
-                failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
-            ),
-        )
-        trainer.channel = channel
+        trainer = _trainer(config, loop, channel, folder)
         failure: list[BaseException] = []
 
         def fit() -> None:
@@ -152,6 +133,32 @@ def launch(config: RunConfig, *, ray_address: str | None = None, loop: Loop = tr
         if result is None:
             raise LaunchError("the workers ended without a result")
         return result
+
+
+def _trainer(config: RunConfig, loop: Loop, channel: Any, folder: Path) -> _Trainer:
+    """Ray Train's trainer for the run; `folder` goes with the run's end."""
+    cluster = config.cluster
+    trainer = _Trainer(
+        _work,
+        train_loop_config={"config": config.given(), "channel": channel, "loop": loop},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=cluster.workers,
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker=_resources(config),
+        ),
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if cluster.gpus_per_worker else "gloo",
+            timeout_s=int(cluster.process_group_timeout_s),
+        ),
+        # Ray Train wants a place for its ledger; ours is the trainer's, so this one goes.
+        run_config=ray.train.RunConfig(
+            name="lxscale",
+            storage_path=str(folder / "ledger"),
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+        ),
+    )
+    trainer.channel = channel
+    return trainer
 
 
 def _work(given: dict[str, Any]) -> None:

@@ -119,10 +119,14 @@ def describe(
 
 @dataclass(frozen=True)
 class ImageEntry:
-    """One entry of a sentences file: path of the picture, its name there, and its sentences."""
+    """One entry of a sentences file."""
 
     path: Path
+    """Of the picture."""
+
     image: str
+    """Its name in the file."""
+
     sentences: tuple[Sentence, ...]
     split: str | None
 
