@@ -67,6 +67,8 @@ def opened(url: str, room: Path | None = None) -> Iterator[IO[bytes]]:
     with contextlib.ExitStack() as stack:
         try:
             if path is None:
+                if room is not None:
+                    room.mkdir(parents=True, exist_ok=True)
                 f: IO[bytes] = stack.enter_context(tempfile.TemporaryFile(dir=room))
                 objects.download(url, f)
                 f.seek(0)

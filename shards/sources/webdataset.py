@@ -26,10 +26,11 @@ from shards.sources.source import Source
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a record: what it is, and the places that are tried in turn."""
+    """A part of a record."""
 
     help: str
     places: tuple[str, ...]
+    """Tried in turn where the user names none."""
 
 
 def _label(name: str) -> tuple[str, ...]:
@@ -37,8 +38,13 @@ def _label(name: str) -> tuple[str, ...]:
 
 
 PARTS = {
-    "features": Part("n x width", ("features.f16", "features.f32", "features.npy", "npz:features")),
-    "boxes": Part("n x 4, x1 y1 x2 y2", ("boxes.f32", "boxes.npy", "npz:boxes", "json:boxes")),
+    "features": Part(
+        "a row an object, n x width",
+        ("features.f16", "features.f32", "features.npy", "npz:features"),
+    ),
+    "boxes": Part(
+        "a row an object, x1 y1 x2 y2", ("boxes.f32", "boxes.npy", "npz:boxes", "json:boxes")
+    ),
     "width": Part("of the image, in pixels", ("json:width",)),
     "height": Part("of the image, in pixels", ("json:height",)),
     "sentences": Part(
@@ -269,7 +275,7 @@ def _rows(suffix: str, value: Any, part: str, width: int) -> NDArray:
 
 def _add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--tars", nargs="+", required=True, metavar="URL", help="paths or s3:// URLs; {000..009}")
+    add("--tars", nargs="+", required=True, metavar="URL", help="paths, s3:// URLs, {000..009}")
     for name, part in PARTS.items():
         flag, default = f"--{name.replace('_', '-')}", ", ".join(part.places)
         add(flag, metavar="SUFFIX[:NAME]", help=f"{part.help} (default: {default})")

@@ -340,7 +340,6 @@ def test_from_and_to_s3_by_the_command(
 ) -> None:
     build(make_records(9), f"{s3}/own", BuildSettings("own", "test", images_per_shard=5))
     room = tmp_path / "room"
-    room.mkdir()
     arguments = [
         *("shards", "build", "webdataset", "--tars", f"{s3}/own/shard-{{000000..000001}}.tar"),
         *("--feature-dim", "8", "--out", f"{s3}/again", "--name", "own", "--extractor", "test"),
