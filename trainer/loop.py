@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch.distributed as dist
 
@@ -28,12 +27,22 @@ class Control:
     return."""
 
 
-def train(config: RunConfig, control: Control) -> dict[str, Any]:
-    """Train to the end of the run, going on from its newest whole checkpoint.
+@dataclass(frozen=True)
+class TrainResult:
+    step: int
+    consumed: int
+    stopped: bool
+    """Control ended it early."""
+    metrics: dict[str, float]
+    """Of the last validation; empty where there was none."""
+    pairs: int
+    """Trained on in this attempt."""
+    seconds: float
+    """That this attempt's steps took."""
 
-    Returns {"step", "consumed", "stopped", "metrics", "pairs", "seconds"}: "stopped" when
-    should_stop ended it early; pairs and seconds of this attempt's steps.
-    """
+
+def train(config: RunConfig, control: Control) -> TrainResult:
+    """Train to the end of the run, going on from its newest whole checkpoint."""
     setup_logging(dist.get_rank())
     run, state = start(config)
     steps, stopped = load(run, state), False
@@ -68,11 +77,6 @@ def train(config: RunConfig, control: Control) -> dict[str, Any]:
             state = validate(run, state)
     steps.close()
     state = finish(run, state, stopped)
-    return {
-        "step": state.step,
-        "consumed": state.consumed,
-        "stopped": stopped,
-        "metrics": state.metrics,
-        "pairs": state.pairs,
-        "seconds": state.seconds,
-    }
+    return TrainResult(
+        state.step, state.consumed, stopped, state.metrics, state.pairs, state.seconds
+    )

@@ -34,7 +34,7 @@ from shards.format.record import (
 from shards.format.staging import publish, staging_folder
 from shards.format.table import save_arrays
 from shards.format.tar import TarWriter
-from shards.format.tokenizer import encode_batch, make_tokenizer, parse_vocab, train_vocab
+from shards.format.tokenizer import encode_batch, load_vocab, make_tokenizer, train_vocab
 from shards.store import objects
 from shards.store.cache import hash_file
 
@@ -49,7 +49,8 @@ class BuildSettings:
     """What a build is asked for.
 
     name, extractor: recorded in the manifest; features of two extractors are no substitutes
-    vocab: a vocab.txt, or None to train one of at most `vocab_size` tokens from the sentences
+    vocab: a vocab.txt or its tokens, or None to train one of at most `vocab_size` tokens from the
+        sentences
     answers: the answer table, or None to make one of all answers that at least `min_answer_count`
         sentences have
     shard_bytes: a shard is closed when its tar has as many; images_per_shard: when it has as many
@@ -60,7 +61,7 @@ class BuildSettings:
 
     name: str
     extractor: str
-    vocab: Path | None = None
+    vocab: Path | Sequence[str] | None = None
     vocab_size: int = 30522
     answers: Sequence[str] | None = None
     min_answer_count: int = 1
@@ -107,9 +108,9 @@ def build(
         raise DataError(f"max_tokens is {settings.max_tokens}: there is no room for a word")
     if min(settings.shard_bytes, settings.images_per_shard or 1) < 1:
         raise DataError("shard_bytes and images_per_shard have to be at least 1")
-    tokens = None
-    if settings.vocab is not None:
-        tokens = parse_vocab(objects.read_bytes(str(settings.vocab)), settings.vocab)
+    tokens = settings.vocab
+    if isinstance(tokens, Path):
+        tokens = load_vocab(tokens)
     manifest_url = objects.join(out, MANIFEST)
     if not settings.overwrite and objects.exists(manifest_url):
         raise DataError(
@@ -124,7 +125,9 @@ def build(
             answers = settings.answers
             if answers is None:
                 answers = count_answers(_all_answers(shards), settings.min_answer_count)
-            manifest = _finish(folder, shards, schema, tokens, list(answers), settings, report, say)
+            manifest = _finish(
+                folder, shards, schema, list(tokens), list(answers), settings, report, say
+            )
             (folder / MANIFEST).write_bytes(manifest.to_json())
             if not settings.overwrite and objects.exists(manifest_url):
                 raise DataError(f"another build has finished at {out} meanwhile: this one stops")

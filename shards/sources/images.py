@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from argparse import ArgumentParser, Namespace
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -28,8 +29,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from shards import progress as shown
 from shards.errors import DataError
 from shards.format.record import ImageRecord, Report, Sentence, check_sentence
+from shards.sources.source import Source
 
 EXTRACTOR = "grid-colour-hog-2"  # change the number with anything that changes a feature
 Progress = Callable[[int, int | None], None]
@@ -116,10 +119,14 @@ def describe(
 
 @dataclass(frozen=True)
 class ImageEntry:
-    """One entry of a sentences file: path of the picture, its name there, and its sentences."""
+    """One entry of a sentences file."""
 
     path: Path
+    """Of the picture."""
+
     image: str
+    """Its name in the file."""
+
     sentences: tuple[Sentence, ...]
     split: str | None
 
@@ -267,3 +274,37 @@ def _describe_files(
             continue
         out.append((*image.size, describe(image, layout, feature_dim)))
     return out
+
+
+# --- `lxscale shards build images` --------------------------------------------------------------
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--images", required=True, type=Path, metavar="DIR")
+    add("--sentences", required=True, type=Path, metavar="JSON")
+    add("--boxes", type=int, default=36, help=f"boxes a picture: {sorted(LAYOUTS)}")
+    add("--source", default="images", help="set of sentences that name none")
+    add("--workers", type=int, help="processes (default: one per core)")
+
+
+def _read(args: Namespace, report: Report, progress: shown.Progress) -> Iterator[ImageRecord]:
+    return read_images(
+        args.images,
+        args.sentences,
+        boxes=args.boxes,
+        feature_dim=args.feature_dim,
+        source=args.source,
+        workers=args.workers,
+        skip_bad=args.skip_bad,
+        report=report,
+        progress=lambda done, total: progress("images read", done, total),
+    )
+
+
+SOURCE = Source(
+    help="a folder of pictures and a sentences file",
+    extractor=EXTRACTOR,
+    add_arguments=_add_arguments,
+    read=_read,
+)

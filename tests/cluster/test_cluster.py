@@ -31,7 +31,7 @@ class Job:
         self.mark = f"LXSCALE_TEST_JOB={secrets.token_hex(8)}"
         key, _, value = self.mark.partition("=")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.cli.main", "train", str(config), *arguments],
+            [sys.executable, "-m", "cluster.cli", "train", str(config), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -17,7 +17,6 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from cluster import local_ray, reaper
-from cluster.cli.main import _parse
 from cluster.driver_channel import Printed
 from cluster.errors import LaunchError
 from cluster.launch import _cause, launch
@@ -124,15 +123,6 @@ def test_a_lost_worker_is_named_and_its_peers_are_not() -> None:
     error = WorkerGroupError("long", {0: RuntimeError("connection closed by peer"), 1: lost})
     assert _cause(error).startswith("lost worker 1 (")
     assert _cause(WorkerGroupError("trace", {0: KeyError("x")})).endswith("trace")
-
-
-def test_overrides_may_come_after_options() -> None:
-    for line in ("train a.yaml --ray-address x b.c=1", "train --ray-address x a.yaml b.c=1"):
-        assert _parse(line.split()).overrides == ["b.c=1"]
-    assert _parse(["demo", "--full", "b.c=1"]).overrides == ["b.c=1"]
-    for line in ("train a.yaml --ray-address x --wrong", "export a --out b c"):
-        with pytest.raises(SystemExit):
-            _parse(line.split())
 
 
 def test_printed_text_is_passed_on_in_lines() -> None:
