@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -96,6 +97,30 @@ def _alive(process: Path) -> bool:
         return bool((process / "cmdline").read_bytes())  # a zombie has none
     except OSError:
         return False
+
+
+def test_a_process_that_wrote_its_title_over_its_environment_is_found(tmp_path: Path) -> None:
+    """Ray's agents do: the mark is gone, wholly where nothing was set in the environment before."""
+    session = tmp_path / "session"
+    session.mkdir()
+    script = "import ray, time; ray._raylet.setproctitle('ray::Agent'); print(1); time.sleep(600)"
+    with open(session / "agent.out", "w+") as log:
+        agent = subprocess.Popen(
+            [sys.executable, "-u", "-c", script],
+            env={**os.environ, reaper.MARK: str(session)},
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            deadline = time.monotonic() + 60
+            while not (session / "agent.out").read_text():
+                assert agent.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            assert reaper.MARK.encode() not in Path(f"/proc/{agent.pid}/environ").read_bytes()
+            reaper.reap(str(session))
+            assert agent.wait(10) == -signal.SIGKILL
+        finally:
+            agent.kill()
 
 
 def test_a_reaper_that_is_told_to_stop_ends_nothing(tmp_path: Path) -> None:
