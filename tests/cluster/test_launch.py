@@ -100,14 +100,14 @@ def _alive(process: Path) -> bool:
 
 
 def test_a_process_that_wrote_its_title_over_its_environment_is_found(tmp_path: Path) -> None:
-    """Ray's agents do: the mark is gone, wholly where nothing was set in the environment before."""
+    """Ray's agents do, as far as their environment lies in one piece: the first of it is gone."""
     session = tmp_path / "session"
     session.mkdir()
     script = "import ray, time; ray._raylet.setproctitle('ray::Agent'); print(1); time.sleep(600)"
     with open(session / "agent.out", "w+") as log:
         agent = subprocess.Popen(
             [sys.executable, "-u", "-c", script],
-            env={**os.environ, reaper.MARK: str(session)},
+            env={reaper.MARK: str(session), **os.environ},
             stdout=log,
             stderr=log,
         )
