@@ -28,21 +28,24 @@ from trainer.data.batch import pair_key, sentences_of
 
 @dataclass
 class Audit:
-    """lines: what was found; problems: what does not hold, empty where the journal is proved."""
-
     lines: list[str] = field(default_factory=list)
+    """What was found."""
     problems: list[str] = field(default_factory=list)
+    """What does not hold; empty where the journal is proved."""
 
 
 @dataclass
 class _Replay:
-    """A data set with what has been seen of it: for each stream and epoch, how often each pair."""
+    """A data set with what the steps so far have taken of it."""
 
     data: Dataset
     sampler: Sampler
     seen: dict[tuple[int, int], NDArray[np.uint8]] = field(default_factory=dict)
+    """(stream, epoch) under way -> how often each pair was taken, u8 (pairs,)."""
     whole: dict[int, int] = field(default_factory=dict)
+    """Stream -> epochs that are over and had every pair once."""
     passed_over: dict[tuple[int, int], int] = field(default_factory=dict)
+    """(stream, epoch) -> pairs of skipped shards."""
 
 
 def audit(

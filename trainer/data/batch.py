@@ -28,13 +28,16 @@ _MASKED, _REPLACED = 0.8, 0.9
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """seed of all draws; token_mask and object_mask are probabilities; the ids are the
-    vocabulary's."""
+    """What a batch depends on beside the data and the plan."""
 
     seed: int
+    """Of all draws."""
     token_mask: float
+    """Probability that a word is masked."""
     object_mask: float
+    """Probability that an object is masked."""
     cls_id: int
+    """Ids of the vocabulary."""
     sep_id: int
     mask_id: int
     vocab_size: int

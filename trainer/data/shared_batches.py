@@ -28,10 +28,11 @@ _HUGE_PAGE = 2 << 20
 
 @dataclass(frozen=True)
 class Packed:
-    """A batch in a slot: for each field of it (name, dtype, shape, offset in bytes)."""
+    """A batch in a slot."""
 
     slot: int
     layout: list[tuple[str, str, tuple[int, ...], int]]
+    """Of each field: name, dtype, shape, offset in bytes."""
 
 
 class SharedBatches:
