@@ -13,6 +13,7 @@ from model.config import ModelConfig
 from model.objectives import OBJECTIVES, objectives_of
 from shards.dataset import Dataset, open_dataset
 from shards.format.tokenizer import load_tokenizer
+from shards.order.modes import MODES
 from shards.order.permutation import VERSION
 from shards.store import objects
 from shards.store.retry import Retry
@@ -93,23 +94,19 @@ def resolve_objectives(config: RunConfig, data: Dataset) -> dict[str, float]:
         raise ConfigError(
             "no objective is left: give a weight to one that this data set has labels for"
         )
-    if set(weights) == {"qa"} and config.objectives.qa_from_epoch > 0:
-        raise ConfigError(
-            f"objectives.qa_from_epoch={config.objectives.qa_from_epoch:g} leaves no objective for "
-            "the epochs before: give another one a weight"
-        )
-    if config.sampler.mode == "alternating":
-        for family, share in config.sampler.families.model_dump().items():
-            served = objectives_of(family)
-            if share > 0 and not set(served) & set(weights):
-                raise ConfigError(
-                    f"sampler.families.{family}={share:g}, but none of its objectives is trained: "
-                    f"set it to 0, or give one a weight ({', '.join(served)})"
-                )
-        if config.objectives.qa_from_epoch > 0:
+    for family in MODES[config.sampler.mode](config.sampler):
+        served = objectives_of(family.name)
+        trained = [name for name in served if name in weights]
+        if family.share and not trained:
             raise ConfigError(
-                "objectives.qa_from_epoch does not go with sampler.mode=alternating, whose QA "
-                "steps would be empty before: set it to 0"
+                f"no objective is trained in the sampler's {family.name} steps: set "
+                f"sampler.families.{family.name}=0, or give one a weight ({', '.join(served)})"
+            )
+        if family.share and trained == ["qa"] and config.objectives.qa_from_epoch > 0:
+            raise ConfigError(
+                f"objectives.qa_from_epoch={config.objectives.qa_from_epoch:g} leaves no objective "
+                f"for the sampler's {family.name} steps before: set it to 0, or give another "
+                "objective a weight"
             )
     return weights
 
