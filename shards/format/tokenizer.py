@@ -14,9 +14,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.trainers import WordPieceTrainer
 
 from shards.errors import DataError
-from shards.format.manifest import load_manifest
 from shards.store import objects
-from shards.store.cache import local_file
 
 # The library's threads gain little on short sentences, and it warns of any fork after their use.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -60,20 +58,9 @@ def parse_vocab(data: bytes, where: str | Path) -> list[str]:
     return tokens
 
 
-def load_tokenizer(vocab: str | Path, cache: str | Path | None = None) -> Tokenizer:
-    """The tokenizer of a vocab.txt (path or URL).
-
-    With `cache`, the vocabulary is one of a data set: it is verified against the manifest beside
-    it, and fetched at most once per node. Raises DataError naming the file.
-    """
-    where = str(vocab)
-    if cache is not None:
-        folder, _, name = where.rpartition("/")
-        info = load_manifest(folder or ".").vocab
-        where = str(
-            local_file(objects.join(folder or ".", name), info.sha256, info.size, cache, table=True)
-        )
-    return make_tokenizer(parse_vocab(objects.read_bytes(where), where))
+def load_tokenizer(vocab: str | Path) -> Tokenizer:
+    """The tokenizer of a vocab.txt (path or URL). DataError naming the file, as `parse_vocab`."""
+    return make_tokenizer(parse_vocab(objects.read_bytes(str(vocab)), vocab))
 
 
 def encode_batch(tokenizer: Tokenizer, texts: Sequence[str], limit: int) -> list[list[int]]:
