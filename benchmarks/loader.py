@@ -82,7 +82,7 @@ def bare(folder: Path, rank: int, processes: int) -> Mapping[str, Iterator[int]]
             out = np.empty((BATCH, FEATURE_BYTES), dtype=np.uint8) if kept is None else kept
             images = rng.integers(0, count, BATCH)
             shards = data.shard_of_image(images).tolist()
-            offsets = data.index.features_offset[images].tolist()
+            offsets = data.index.offset["features"][images].tolist()
             for i, (shard, offset) in enumerate(zip(shards, offsets, strict=True)):
                 out[i] = tars[shard][offset : offset + FEATURE_BYTES]
             yield BATCH

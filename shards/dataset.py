@@ -1,13 +1,14 @@
 """Data sets as the hot path sees them: flat memory-mapped arrays and gathers, no object a sample.
 
 The tables of all shards, of one data set or of several that are mixed, are merged once per node
-into one file of global arrays, so that any pair's tokens, image and answers are found by vector
-operations. Features stay in the tars, which are memory-mapped one by one as the order reaches them.
+into an index, one file of global arrays. Features stay in the tars, which are memory-mapped one by
+one as the order reaches them.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,137 +20,45 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import DataError
-from shards.format.manifest import Counts, FileInfo, Manifest, ShardInfo, load_manifest
-from shards.format.table import map_arrays, open_table, save_arrays
+from shards.format.index import DatasetIndex, index_name, map_index, merge_tables, save_index
+from shards.format.manifest import Counts, FileInfo, Manifest, Schema, load_manifest
+from shards.format.members import BOXES, FEATURES, LABELS, MEMBERS, RECORD, Member, members_of
 from shards.order.draws import I64
 from shards.order.sampler import Plan, Sampler, make_sampler
 from shards.order.settings import SamplerSettings
 from shards.order.streams import Contents, ShardRange, Stream
-from shards.store import objects
 from shards.store.cache import default_cache, local_file, write_once
-from shards.store.prefetch import ShardFile, ShardFiles
+from shards.store.prefetch import ShardFiles
+from shards.store.stored import StoredFile
 
-_TABLES_AT_ONCE = 16
-_LAYOUT = 2  # of the merged table; part of its file name
-
-
-@dataclass(frozen=True)
-class DatasetIndex:
-    """All tables of a data set, concatenated; I images, S sentences (= pairs), N shards, K sources.
-
-    shard_image i64[N+1], shard_pair i64[N+1]: first image and pair of each shard
-    image_objects i32[I]; features_offset, boxes_offset, labels_offset, record_offset,
-    record_size i64[I]: in the image's tar; image_pair i64[I+1]: first pair of each image
-    source u8[S]; token_start i64[S+1]; tokens; answer_start i64[S+1]; answer_id; answer_score
-    by_source i64[S]: pairs sorted by (shard, source, pair); source_start i64[N, K]: where the run
-    of a shard and source begins in by_source; image_of i32[S]: image of each pair
-    """
-
-    shard_image: I64
-    shard_pair: I64
-    image_objects: NDArray[np.int32]
-    features_offset: I64
-    boxes_offset: I64
-    labels_offset: I64
-    record_offset: I64
-    record_size: I64
-    image_pair: I64
-    source: NDArray[np.uint8]
-    token_start: I64
-    tokens: NDArray[np.uint16]
-    answer_start: I64
-    answer_id: NDArray[np.int32]
-    answer_score: NDArray[np.float32]
-    by_source: I64
-    source_start: I64
-    image_of: NDArray[np.int32]
-
-
-def _merge(manifest: Manifest, tables: list[Path], kinds_of: list[list[int]]) -> dict[str, NDArray]:
-    """The merged arrays. kinds_of: for each shard, the sources of its table as the manifest's."""
-    parts = [open_table(path) for path in tables]
-
-    def cat(name: str) -> NDArray:
-        return np.concatenate([getattr(t, name) for t in parts])
-
-    def chain(name: str) -> I64:
-        """Concatenate range starts (length n + 1 each), shifted to be global."""
-        out, base = [np.zeros(1, dtype=np.int64)], 0
-        for t in parts:
-            out.append(getattr(t, name)[1:] + base)
-            base += int(getattr(t, name)[-1])
-        return np.concatenate(out)
-
-    def starts(counts: list[int]) -> I64:
-        return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-
-    images = starts([s.images for s in manifest.shards])
-    pairs = starts([s.pairs for s in manifest.shards])
-    numbers = [np.asarray(kinds, dtype=np.uint8) for kinds in kinds_of]
-    source = np.concatenate(
-        [number[t.sentence_source] for number, t in zip(numbers, parts, strict=True)]
-    )
-    shard_of = np.repeat(np.arange(len(parts)), np.diff(pairs))
-    by_source = np.lexsort((source, shard_of)).astype(np.int64)
-    kinds = len(manifest.sources)
-    cell = np.bincount(shard_of * kinds + source, minlength=len(parts) * kinds)
-    source_start = starts(list(cell))[:-1].reshape(len(parts), kinds)
-    image_pair = chain("image_sentences")
-    index = DatasetIndex(
-        shard_image=images,
-        shard_pair=pairs,
-        image_objects=cat("image_objects"),
-        features_offset=cat("features_offset"),
-        boxes_offset=cat("boxes_offset"),
-        labels_offset=cat("labels_offset")
-        if manifest.schema.labels
-        else np.zeros(0, dtype=np.int64),
-        record_offset=cat("record_offset"),
-        record_size=cat("record_size"),
-        image_pair=image_pair,
-        source=source,
-        token_start=chain("token_start"),
-        tokens=cat("tokens"),
-        answer_start=chain("answer_start"),
-        answer_id=cat("answer_id"),
-        answer_score=cat("answer_score"),
-        by_source=by_source,
-        source_start=np.ascontiguousarray(source_start),
-        image_of=np.repeat(np.arange(len(image_pair) - 1, dtype=np.int32), np.diff(image_pair)),
-    )
-    return dict(vars(index))
-
-
-def ranges(start: I64, length: I64) -> I64:
-    """The concatenation of [start, start + length) for all rows: gathers ragged rows at once."""
-    total = int(length.sum())
-    ends = np.cumsum(length)
-    return np.arange(total) - np.repeat(ends - length, length) + np.repeat(start, length)
+_TABLES_AT_ONCE = 16  # that are fetched
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """A data set to open: its folder or URL, and its share of the pairs against the others'."""
+    """A data set to open."""
 
     url: str
+    """Its folder or URL."""
     weight: float | None = None
+    """Its share of the pairs, against the others'."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Opened data sets, as one. `manifest` is that of all `manifests`; `shard_ranges` says whose
-    shards are whose.
-
-    `manifest` and `index` cost a few kilobytes and mapped pages.
-    """
+    """Opened data sets, as one."""
 
     specs: tuple[DatasetSpec, ...]
     manifests: list[Manifest]
+    """Of each data set."""
     manifest: Manifest
+    """Of all of them together; it holds the shards of one data set after those of another."""
     shard_ranges: tuple[ShardRange, ...]
+    """The shards of each data set in it."""
     index: DatasetIndex
     shards: ShardFiles
     cache: Path
+    """Folder of the node's cache."""
 
     def __reduce__(self) -> Any:
         # Another process maps the files itself, and does not need the store for what is here.
@@ -158,7 +67,7 @@ class Dataset:
     @property
     def url(self) -> str:
         """The folder or URL; of several, all."""
-        return " + ".join(p.url for p in self.specs)
+        return " + ".join(spec.url for spec in self.specs)
 
     def tar(self, shard: int) -> NDArray[np.uint8]:
         """The bytes of a shard, verified and memory-mapped on first use."""
@@ -215,17 +124,17 @@ class Dataset:
 
     @cached_property
     def dataset_pairs(self) -> I64:
-        """First pair of each part, and the number of all: i64 (parts + 1,)."""
-        edges = [p.begin for p in self.shard_ranges] + [len(self.manifest.shards)]
+        """First pair of each data set, and the number of all: i64 (data sets + 1,)."""
+        edges = [r.begin for r in self.shard_ranges] + [len(self.manifest.shards)]
         return self.index.shard_pair[np.asarray(edges)]
 
     @cached_property
     def images_with_sentences(self) -> list[tuple[str, int]]:
-        """(name, images that have pairs) of each part, counting no further than two."""
+        """(name, images that have pairs) of each data set, counting no further than two."""
         of, edges = self.index.image_of, self.dataset_pairs.tolist()
         return [
-            (part.name, len({int(of[a]), int(of[b - 1])}) if b > a else 0)
-            for part, a, b in zip(self.shard_ranges, edges[:-1], edges[1:], strict=True)
+            (shards.name, len({int(of[a]), int(of[b - 1])}) if b > a else 0)
+            for shards, a, b in zip(self.shard_ranges, edges[:-1], edges[1:], strict=True)
         ]
 
     # --- gathers --------------------------------------------------------------------------------
@@ -239,50 +148,41 @@ class Dataset:
         Returns boxes, (images, objects, 4) f32, and with labels object ids and confidences,
         attribute ids and confidences, each (images, objects), i64 or f32; zero-padded, too.
         """
-        m, labelled = self.index, self.manifest.schema.labels
-        count, objects, dim = features.shape
-        row = dim * 2
+        m, schema = self.index, self.manifest.schema
+        count, objects = features.shape[:2]
         held = m.image_objects[images].astype(np.int64)
-        small = np.zeros((2 if labelled else 1, count, objects * 16), dtype=np.uint8)
-        boxes_out = small[0].reshape(-1).data
-        labels_out = small[-1].reshape(-1).data
-        flat = features.reshape(-1).view(np.uint8)
-        out, wide, narrow = flat.data, objects * row, objects * 16
-        labels_at = m.labels_offset[images].tolist() if labelled else [0] * count
-        rows = zip(
-            shards.tolist(),
-            m.features_offset[images].tolist(),
-            m.boxes_offset[images].tolist(),
-            labels_at,
-            held.tolist(),
-            range(0, count * wide, wide) if wide else [0] * count,
-            range(0, count * narrow, narrow) if narrow else [0] * count,
-            strict=True,
-        )
-        tars = {s: self.shards.tar(s).data for s in set(shards.tolist())}
-        for shard, feature_at, box_at, label_at, n, to, small_to in rows:
-            tar = tars[shard]
-            end = to + n * row
-            out[to:end] = tar[feature_at : feature_at + n * row]
-            if n < objects:
-                flat[end : to + wide] = 0
-            boxes_out[small_to : small_to + n * 16] = tar[box_at : box_at + n * 16]
-            if labelled:
-                labels_out[small_to : small_to + n * 16] = tar[label_at : label_at + n * 16]
-        boxes = small[0].view(np.float32).reshape(count, objects, 4)
-        return boxes, _labels(small[1], held, objects) if labelled else None
+        tars = self._tars(shards)
+        # The caller's memory is not cleared first, as most of it is written anyway.
+        for row in np.flatnonzero(held < objects).tolist():
+            features[row, held[row] :] = 0
+        found: dict[str, tuple[NDArray, ...]] = {}
+        for member in members_of(schema):
+            if member is RECORD:
+                continue
+            size, at = member.object_bytes(schema), m.offset[member.name][images]
+            if member is FEATURES:
+                _copy_rows(tars, at, held * size, features)
+                continue
+            raw = np.zeros((count, objects * size), dtype=np.uint8)
+            _copy_rows(tars, at, held * size, raw)
+            found[member.name] = _columns(member, schema, raw, held, objects)
+        return found[BOXES.name][0], found.get(LABELS.name)
 
     def gather_objects(self, images: I64, shards: I64, objects: I64) -> NDArray[np.float16]:
         """Single objects' features, (n, feature_dim): object `objects[i]` of `images[i]`, which
         lies in `shards[i]`."""
-        size = self.manifest.schema.feature_dim * 2
-        out = np.empty((len(images), self.manifest.schema.feature_dim), dtype=np.float16)
-        to = out.reshape(-1).view(np.uint8).data
-        offsets = (self.index.features_offset[images] + objects * size).tolist()
-        tars = {s: self.shards.tar(s).data for s in set(shards.tolist())}
-        for i, (shard, at) in enumerate(zip(shards.tolist(), offsets, strict=True)):
-            to[i * size : (i + 1) * size] = tars[shard][at : at + size]
+        schema = self.manifest.schema
+        size = np.full(len(images), FEATURES.object_bytes(schema))
+        out = np.empty((len(images), schema.feature_dim), dtype=np.float16)
+        at = self.index.offset[FEATURES.name][images] + objects * size
+        _copy_rows(self._tars(shards), at, size, out)
         return out
+
+    def _tars(self, shards: I64) -> list[memoryview]:
+        """The tar of each shard."""
+        # Once for each that is distinct: one may have to be fetched, and finding it takes a lock.
+        tars = {s: self.shards.tar(s).data for s in set(shards.tolist())}
+        return [tars[s] for s in shards.tolist()]
 
     def answers(self) -> list[str]:
         """The answer table: the answer of each id."""
@@ -290,32 +190,53 @@ class Dataset:
 
     def file(self, info: FileInfo) -> Path:
         """A verified local copy of the vocabulary or the answer table."""
-        url = objects.join(self.specs[0].url, info.file)
-        return local_file(url, info.sha256, info.size, self.cache, table=True)
+        return local_file(info.at(self.specs[0].url), self.cache, table=True)
 
     def record(self, image: int) -> bytes:
         """The JSON of an image record."""
-        at, size = int(self.index.record_offset[image]), int(self.index.record_size[image])
+        at = int(self.index.offset[RECORD.name][image])
+        size = int(self.index.record_size[image])
         shard = int(self.shard_of_image(np.asarray([image]))[0])
         return self.tar(shard)[at : at + size].tobytes()
 
 
-def _labels(raw: NDArray[np.uint8], held: I64, objects: int) -> tuple[NDArray, ...]:
-    """Label payloads, (images, objects * 16) bytes: four columns of `held` values in each row."""
-    count = len(raw)
-    words = raw.view(np.int32).reshape(-1)
-    if (held == objects).all():
-        columns = words.reshape(count, 4, objects).transpose(1, 0, 2)
-    else:
-        column = np.arange(objects)
-        inside = column < held[:, None]
-        start = np.arange(count)[:, None] * (4 * objects) + column
-        at = [np.where(inside, start + k * held[:, None], 0) for k in range(4)]
-        columns = np.stack([np.where(inside, words[a], 0) for a in at])
+def _copy_rows(tars: list[memoryview], at: I64, size: I64, out: NDArray) -> None:
+    """Copy `size[i]` bytes at `at[i]` of `tars[i]` to the start of row i of `out`, which is
+    contiguous. The rest of the row stays as it is."""
+    row = out[0].nbytes if len(out) else 0
+    to = np.arange(len(out)) * row
+    # Bounds are plain integers, worked out for all rows at once, and slices are of memoryviews:
+    # arrays would cost more for each row than copying a small member does.
+    target = out.reshape(-1).view(np.uint8).data
+    begins, ends = at.tolist(), (at + size).tolist()
+    rows = zip(tars, begins, ends, to.tolist(), (to + size).tolist(), strict=True)
+    for tar, begin, end, to_begin, to_end in rows:
+        target[to_begin:to_end] = tar[begin:end]
+
+
+def _columns(
+    member: Member, schema: Schema, raw: NDArray[np.uint8], held: I64, objects: int
+) -> tuple[NDArray, ...]:
+    """A member's columns, (images, objects, …), out of its payloads, a row of bytes each, padded
+    with zeros from `held` to `objects` objects. Integers become int64, by which torch indexes."""
+    even = bool((held == objects).all())
     found: list[NDArray] = []
-    for k in range(4):
-        column_k = np.ascontiguousarray(columns[k])
-        found.append(column_k.astype(np.int64) if k % 2 == 0 else column_k.view(np.float32))
+    first = 0  # elements that an object has in the columns before
+    for column in member.columns:
+        shape = column.row_shape(schema)
+        width = math.prod(shape)
+        elements = raw.view(column.type)
+        if even or len(member.columns) == 1:
+            values = elements[:, first * objects : (first + width) * objects]
+        else:
+            # Columns lie close together: in each row the second begins where `held` objects end.
+            i = np.arange(objects * width)
+            values = np.take_along_axis(elements, first * held[:, None] + i, axis=1)
+            values = np.where(i < width * held[:, None], values, 0)
+        values = values.reshape(len(raw), objects, *shape)
+        wide = np.int64 if values.dtype.kind == "i" else values.dtype
+        found.append(np.ascontiguousarray(values, dtype=wide))
+        first += width
     return tuple(found)
 
 
@@ -333,42 +254,39 @@ def open_dataset(
     if isinstance(specs, str):
         specs = (DatasetSpec(specs),)
     folder = Path(cache) if cache else default_cache()
-    return _open([load_manifest(p.url) for p in specs], tuple(specs), folder, limit)
+    return _open([load_manifest(spec.url) for spec in specs], tuple(specs), folder, limit)
 
 
 def _open(
     manifests: list[Manifest], specs: tuple[DatasetSpec, ...], folder: Path, limit: int | None
 ) -> Dataset:
-    """What `open_dataset` does once it has the manifests: what is in the cache is not asked for."""
+    """What `open_dataset` does once it has the manifests. It asks the store for nothing that is in
+    the cache."""
     manifest = _combine(manifests, specs)
-    urls = [p.url for p, m in zip(specs, manifests, strict=True) for _ in m.shards]
-    path = folder / f"merged-{manifest.fingerprint}-{_LAYOUT}.safetensors"
+    urls = [spec.url for spec, m in zip(specs, manifests, strict=True) for _ in m.shards]
+    path = folder / index_name(manifest)
 
     def build(temporary: Path) -> None:
-        def fetch(url: str, s: ShardInfo) -> Path:
-            where = objects.join(url, s.table)
-            return local_file(where, s.table_sha256, s.table_size, folder, table=True)
+        def fetch(file: StoredFile) -> Path:
+            return local_file(file, folder, table=True)
 
+        tables = [s.table_at(url) for url, s in zip(urls, manifest.shards, strict=True)]
         with ThreadPoolExecutor(_TABLES_AT_ONCE, "lxscale-tables") as pool:
-            tables = list(pool.map(fetch, urls, manifest.shards))
-        kinds = [
+            paths = list(pool.map(fetch, tables))
+        sources = [
             [manifest.sources.index(s) for s in m.sources] for m in manifests for _ in m.shards
         ]
-        save_arrays(temporary, _merge(manifest, tables, kinds))
+        save_index(temporary, merge_tables(manifest, paths, sources))
 
     write_once(path, build)
     ends = np.cumsum([len(m.shards) for m in manifests]).tolist()
     shard_ranges = tuple(
-        ShardRange(m.name, end - len(m.shards), end, p.weight)
-        for p, m, end in zip(specs, manifests, ends, strict=True)
+        ShardRange(m.name, end - len(m.shards), end, spec.weight)
+        for spec, m, end in zip(specs, manifests, ends, strict=True)
     )
-    files = [
-        ShardFile(objects.join(url, s.name), s.sha256, s.size)
-        for url, s in zip(urls, manifest.shards, strict=True)
-    ]
-    index = DatasetIndex(**map_arrays(path))
-    shards = ShardFiles(files, folder, limit)
-    return Dataset(specs, manifests, manifest, shard_ranges, index, shards, folder)
+    tars = [s.tar_at(url) for url, s in zip(urls, manifest.shards, strict=True)]
+    shards = ShardFiles(tars, folder, limit)
+    return Dataset(specs, manifests, manifest, shard_ranges, map_index(path), shards, folder)
 
 
 def _combine(manifests: Sequence[Manifest], specs: Sequence[DatasetSpec]) -> Manifest:
@@ -382,7 +300,14 @@ def _combine(manifests: Sequence[Manifest], specs: Sequence[DatasetSpec]) -> Man
             ("vocabulary", first.vocab.sha256, m.vocab.sha256),
             ("answer table", first.answers.sha256, m.answers.sha256),
             ("feature width", schema.feature_dim, m.schema.feature_dim),
-            ("use of labels", schema.labels, m.schema.labels),
+            *(
+                (
+                    f"use of {member.name}",
+                    member in members_of(schema),
+                    member in members_of(m.schema),
+                )
+                for member in MEMBERS
+            ),
         ):
             if one != other:
                 raise DataError(

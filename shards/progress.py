@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int | None], None]
-"""Called with what is counted ("images read"), how many are done, and of how many (None where that
-is not known). `cluster/cli/progress.py` shows it to a person."""
+"""Called with what is counted ("images read"), how many are done, and of how many (None while that
+is not known). Several stages may be under way at one time; one ends when as many are done as there
+are. `cluster/cli/progress.py` shows it to a person."""
 
 
 def no_progress(_what: str, _done: int, _total: int | None) -> None:

@@ -19,17 +19,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import webdataset
 
-from shards.format.manifest import ShardInfo, load_manifest
-from shards.format.record import labels_from_bytes
+from shards.format.manifest import Schema, load_manifest
+from shards.format.members import MEMBERS, RECORD, members_of
 from shards.sources import tars
-from shards.store import objects
-from shards.store.cache import local_file
+from shards.store.cache import default_cache, local_file
 from shards.store.locks import open_shared
+from shards.store.stored import StoredFile
 
-_MEMBERS = frozenset({"json", "boxes.f32", "features.f16", "labels.bin"})
+_SUFFIXES = frozenset(member.suffix for member in MEMBERS)
 
 
 class Records(webdataset.DataPipeline, webdataset.FluidInterface):
@@ -57,38 +56,43 @@ def as_webdataset(url: str, cache: str | Path | None = None, *, shuffle: int = 0
     split_by_worker): where they are more than the shards, some get nothing.
     Raises DataError naming the object where the manifest, or later a shard, is absent or damaged.
     """
-    shards = {objects.join(url, s.name): s for s in load_manifest(url).shards}
+    manifest = load_manifest(url)
+    shards = {file.url: file for file in (s.tar_at(url) for s in manifest.shards)}
+    folder = Path(cache) if cache else default_cache()
     return Records(
         webdataset.SimpleShardList(list(shards)),
         webdataset.split_by_node,
         webdataset.split_by_worker,
         webdataset.shuffle(len(shards), initial=len(shards)) if shuffle else None,
-        partial(_records, shards=shards, cache=cache),
+        partial(_records, shards=shards, schema=manifest.schema, cache=folder),
         webdataset.shuffle(shuffle, initial=shuffle) if shuffle else None,
     )
 
 
 def _records(
-    places: Iterable[Mapping[str, str]], shards: Mapping[str, ShardInfo], cache: str | Path | None
+    places: Iterable[Mapping[str, str]],
+    shards: Mapping[str, StoredFile],
+    schema: Schema,
+    cache: Path,
 ) -> Iterator[dict[str, Any]]:
     """The records of the shards whose URLs come in."""
     for place in places:
         url, f = place["url"], None
-        shard = shards[url]
         while f is None:  # evicted before it was opened: fetched again
-            f = open_shared(local_file(url, shard.sha256, shard.size, cache))
+            f = open_shared(local_file(shards[url], cache))
         with f:
-            for sample in tars.samples(f, _MEMBERS.__contains__):
-                yield {"__key__": sample.key, "__url__": url, **_decoded(sample.members)}
+            for sample in tars.samples(f, _SUFFIXES.__contains__):
+                decoded = _decoded(sample.members, schema)
+                yield {"__key__": sample.key, "__url__": url, **decoded}
 
 
-def _decoded(members: Mapping[str, bytes]) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads(members["json"])
+def _decoded(members: Mapping[str, bytes], schema: Schema) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(members[RECORD.suffix])
     n = record.pop("num_objects")
-    # Copies: tensors are made of arrays that may be written to.
-    record["boxes"] = np.frombuffer(members["boxes.f32"], "<f4").reshape(n, 4).copy()
-    record["features"] = np.frombuffer(members["features.f16"], "<f2").reshape(n, -1).copy()
-    if "labels.bin" in members:
-        labels = labels_from_bytes(members["labels.bin"], n)
-        record |= {name: column.copy() for name, column in vars(labels).items()}
+    for member in members_of(schema):
+        if member is not RECORD:
+            value = member.value(members[member.suffix], n, schema)
+            columns = vars(value) if member.holder else {member.name: value}
+            # Copies: tensors are made of arrays that may be written to.
+            record |= {name: column.copy() for name, column in columns.items()}
     return record

@@ -8,8 +8,6 @@ manifest.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +18,7 @@ from shards.dataset import Dataset, DatasetSpec, open_dataset
 from shards.order.permutation import VERSION
 from shards.order.sampler import Sampler, SamplerState
 from shards.order.settings import SamplerSettings
+from shards.progress import Progress, no_progress
 from trainer.checkpoint.generations import find_generation
 from trainer.checkpoint.journal import SegmentHead, StepLine, digest, read_segments
 from trainer.config import ConfigError
@@ -52,7 +51,7 @@ def audit(
     run: str,
     data: list[str] | None = None,
     cache: str | None = None,
-    say: Callable[[str], None] | None = None,
+    progress: Progress = no_progress,
 ) -> Audit:
     """Audit a run's folder or URL, or the manifest of one of its checkpoints.
 
@@ -63,7 +62,7 @@ def audit(
     out = Audit()
     replay: _Replay | None = None
     state: SamplerState | None = None
-    step, steps, last = 0, 0, time.monotonic()
+    step, steps = 0, 0
     worlds: list[int] = []
     total = generation.step
     context: Any = None
@@ -89,9 +88,7 @@ def audit(
             state, problem = _replay_step(replay, state, line)
             if problem:
                 out.problems.append(f"step {step}: {problem}")
-            if say and time.monotonic() - last > 5:
-                last = time.monotonic()
-                say(f"step {step:,} of {total:,}")
+            progress("steps audited", step, total)
     if replay is None or state is None:
         out.problems.append("the run has no journal: it has done no step")
         return out

@@ -20,6 +20,7 @@ from shards.format.build import VOCAB
 from shards.format.manifest import load_manifest
 from shards.format.staging import publish, staging_folder
 from shards.format.tokenizer import parse_vocab
+from shards.progress import no_progress
 from shards.store import objects
 from trainer import setup
 from trainer.checkpoint.errors import CheckpointError
@@ -84,7 +85,7 @@ def export_huggingface(path: str, out: Path) -> Generation:
         write_model(folder, model)
         write_tokenizer(folder, vocab, _max_tokens(config))
         names = {p.name for p in folder.iterdir()} - {"lock", _CONFIG}
-        publish(folder, str(out), [*sorted(names), _CONFIG], owned=_NOTHING)
+        publish(folder, str(out), [*sorted(names), _CONFIG], _NOTHING, no_progress)
     return generation
 
 

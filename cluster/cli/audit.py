@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from cluster.cli.common import CHECKPOINT, add_cache, say, verdict
+from cluster.cli.common import CHECKPOINT, add_cache, verdict
+from cluster.cli.progress import shown_progress
 from trainer.audit import audit
 
 
@@ -16,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _audit(arguments: argparse.Namespace) -> int:
-    found = audit(arguments.run, arguments.data, arguments.cache, say=say)
+    with shown_progress() as progress:
+        found = audit(arguments.run, arguments.data, arguments.cache, progress)
     for line in [*found.lines, *(f"problem: {p}" for p in found.problems)]:
         print(line)
     return verdict(arguments.run, found.problems, "proved")

@@ -1,9 +1,8 @@
-"""What several commands share: arguments of one meaning, and how they speak."""
+"""What several commands share: arguments of one meaning, and the last line of a check."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 
 CHECKPOINT = "a run's folder or URL, or a checkpoint's manifest"
 
@@ -16,11 +15,6 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     """Arguments of commands that run workers."""
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--ray-address", help="join this Ray cluster (default: a local one)")
-
-
-def say(text: str) -> None:
-    """A line for the person who waits; what a command is asked for goes to stdout."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def verdict(place: str, problems: list[str], good: str) -> int:

@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from cluster.cli.common import add_run
+from cluster.cli.progress import shown_progress
 from cluster.launch import launch
 from shards.errors import DataError
 from shards.format.answers import load_answers
@@ -19,7 +20,7 @@ from shards.sources.images import EXTRACTOR, read_images
 from trainer.config import RunConfig, load_config
 from trainer.export import evaluate_checkpoint
 from trainer.loop import TrainResult
-from trainer.progress import log, tensorboard_folder
+from trainer.progress import tensorboard_folder
 from trainer.setup import run_url
 
 # A grid of 1 + 9 overlapping boxes is enough for pictures of 64 x 64 with one shape each.
@@ -76,10 +77,15 @@ def build_data(folder: Path) -> None:
             answers=load_answers(inputs.answers),
             images_per_shard=500,
         )
-        records = read_images(
-            inputs.images[split], inputs.sentences[split], boxes=BOXES, report=report
-        )
-        build(records, folder / split, settings, report=report, progress=log.info)
+        with shown_progress() as progress:
+            records = read_images(
+                inputs.images[split],
+                inputs.sentences[split],
+                boxes=BOXES,
+                report=report,
+                progress=progress,
+            )
+            build(records, folder / split, settings, report=report, progress=progress)
 
 
 def _is_built(folder: Path) -> bool:

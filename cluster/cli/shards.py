@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import time
+import sys
 from functools import partial
 from pathlib import Path
 
 from cluster.cli import audit
-from cluster.cli.common import add_cache, say, verdict
+from cluster.cli.common import add_cache, verdict
 from cluster.cli.plan import plan_report
+from cluster.cli.progress import shown_progress
 from shards.dataset import DatasetSpec, open_dataset
 from shards.format.answers import load_answers
 from shards.format.build import BuildSettings, build
 from shards.format.pretrained import pretrained_vocab
 from shards.format.record import Report
 from shards.format.verify import info, verify
-from shards.progress import Progress, no_progress
 from shards.sources import SOURCES
 from shards.sources.easy_vqa import write_easy_vqa
 from shards.sources.source import Source
@@ -70,7 +70,6 @@ def _add_build_arguments(parser: argparse.ArgumentParser, extractor: str) -> Non
 
 def _build(source: Source, args: argparse.Namespace) -> int:
     report = Report()
-    records = source.read(args, report, _progress(args.quiet))
     out = args.out.rstrip("/")
     settings = BuildSettings(
         name=args.name or out.rpartition("/")[2] or "data",
@@ -85,28 +84,13 @@ def _build(source: Source, args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         skip_bad=args.skip_bad,
     )
-    told = None if args.quiet else say
-    build(records, out, settings, staging=args.staging, report=report, progress=told)
+    with shown_progress(args.quiet) as progress:
+        records = source.read(args, report, progress)
+        build(records, out, settings, staging=args.staging, report=report, progress=progress)
     for line in report.lines():
-        say(f"left out: {line}")
+        print(f"left out: {line}", file=sys.stderr, flush=True)
     print(info(out))
     return 0
-
-
-def _progress(quiet: bool) -> Progress:
-    """Says how far a source has come, every five seconds."""
-    if quiet:
-        return no_progress
-    last = time.monotonic()
-
-    def show(what: str, done: int, total: int | None) -> None:
-        nonlocal last
-        if time.monotonic() - last >= 5:
-            last = time.monotonic()
-            share = f" of {total:,} ({100 * done / total:.0f} %)" if total else ""
-            say(f"{done:,}{share} {what}")
-
-    return show
 
 
 # --- verify, info, plan, easy-vqa ---------------------------------------------------------------
@@ -118,7 +102,8 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    problems = verify(args.url, progress=say)
+    with shown_progress() as progress:
+        problems = verify(args.url, progress)
     for problem in problems:
         print(problem)
     return verdict(args.url, problems, "whole")

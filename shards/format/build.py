@@ -9,36 +9,29 @@ The same records and settings give the same bytes.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from shards.errors import DataError
-from shards.format.answers import answer_index, count_answers, normalise_answers
+from shards.format.answers import answer_index, count_answers
+from shards.format.arrays import save_arrays
+from shards.format.check import check_record
 from shards.format.manifest import MANIFEST, Counts, FileInfo, Manifest, Schema, ShardInfo
-from shards.format.record import (
-    QA_SOURCES,
-    ImageRecord,
-    Report,
-    check_record,
-    labels_bytes,
-    record_json,
-    record_key,
-)
+from shards.format.members import RECORD, Member, members_of
+from shards.format.record import QA_SOURCES, ImageRecord, Report, record_json, record_key
+from shards.format.sentences import Document, SentenceEncoder
 from shards.format.staging import publish, staging_folder
-from shards.format.table import save_arrays
+from shards.format.table import member_columns
 from shards.format.tar import TarWriter
-from shards.format.tokenizer import encode_batch, load_vocab, make_tokenizer, train_vocab
+from shards.format.tokenizer import load_vocab, make_tokenizer, train_vocab
+from shards.progress import Progress, no_progress
 from shards.store import objects
-from shards.store.cache import hash_file
-
-log = logging.getLogger("lxscale")
+from shards.store.stored import hash_file
 
 VOCAB, ANSWERS = "vocab.txt", "answers.json"
 SHARD_FILE = re.compile(r"shard-\d{6}\.(tar|table\.safetensors)")
@@ -46,43 +39,44 @@ SHARD_FILE = re.compile(r"shard-\d{6}\.(tar|table\.safetensors)")
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """What a build is asked for.
-
-    name, extractor: recorded in the manifest; features of two extractors are no substitutes
-    vocab: a vocab.txt or its tokens, or None to train one of at most `vocab_size` tokens from the
-        sentences
-    answers: the answer table, or None to make one of all answers that at least `min_answer_count`
-        sentences have
-    shard_bytes: a shard is closed when its tar has as many; images_per_shard: when it has as many
-    max_tokens: longest sentence with [CLS] and [SEP], the rest is cut off
-    num_object_classes, num_attribute_classes: ranges of labels, where records have them
-    overwrite: replace a data set at the output; skip_bad: leave bad records out and report them
-    """
+    """What a build is asked for."""
 
     name: str
+    """Recorded in the manifest."""
     extractor: str
+    """What made the features, recorded, too: those of two extractors are no substitutes."""
     vocab: Path | Sequence[str] | None = None
+    """A vocab.txt or its tokens, or None to train one of at most `vocab_size` tokens from the
+    sentences."""
     vocab_size: int = 30522
     answers: Sequence[str] | None = None
+    """The answer table, or None to make one of all answers that at least `min_answer_count`
+    sentences have."""
     min_answer_count: int = 1
     shard_bytes: int = 128 << 20
+    """A shard is closed when its tar has as many."""
     images_per_shard: int | None = None
+    """A shard is closed when it has as many, too."""
     max_tokens: int = 20
+    """Longest sentence with [CLS] and [SEP]; the rest is cut off."""
     num_object_classes: int = 1600
+    """Range of object labels, where records have them."""
     num_attribute_classes: int = 400
     overwrite: bool = False
+    """Replace a data set at the output."""
     skip_bad: bool = False
+    """Leave bad records out and report them."""
 
 
-@dataclass
-class _Shard:
-    """A written tar and where in it things are; one entry an image in each list."""
+@dataclass(frozen=True)
+class _Job:
+    """A build under way: what its parts share."""
 
-    name: str
-    spool: Path
-    size: int = 0
-    sha256: str = ""
-    offsets: dict[str, list[int]] = field(default_factory=dict)
+    folder: Path
+    """Where everything is made."""
+    settings: BuildSettings
+    report: Report
+    progress: Progress
 
 
 def build(
@@ -92,22 +86,17 @@ def build(
     *,
     staging: str | Path | None = None,
     report: Report | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress = no_progress,
 ) -> Manifest:
     """Write a data set to `out_url` (a folder or s3:// prefix) and return its manifest.
 
     staging: folder for a build to object storage, which needs room for the whole data set (default:
     the system's temporary folder); a local build is staged in the output folder itself.
-    report: collects what was left out. progress: called with a line of text from time to time.
+    report: collects what was left out.
     Raises DataError naming image, file or place; the output is then as it was before.
     """
     out = str(out_url)
-    report = report if report is not None else Report()
-    say = progress or (lambda text: None)
-    if settings.max_tokens < 3:
-        raise DataError(f"max_tokens is {settings.max_tokens}: there is no room for a word")
-    if min(settings.shard_bytes, settings.images_per_shard or 1) < 1:
-        raise DataError("shard_bytes and images_per_shard have to be at least 1")
+    _check_settings(settings)
     tokens = settings.vocab
     if isinstance(tokens, Path):
         tokens = load_vocab(tokens)
@@ -118,26 +107,29 @@ def build(
         )
     try:
         with staging_folder(out, staging) as folder:
-            shards, schema = _write_tars(records, folder, settings, report, say)
-            if tokens is None:
-                say("training the vocabulary")
-                tokens = train_vocab(_texts(shards), settings.vocab_size)
-            answers = settings.answers
-            if answers is None:
-                answers = count_answers(_all_answers(shards), settings.min_answer_count)
-            manifest = _finish(
-                folder, shards, schema, list(tokens), list(answers), settings, report, say
-            )
+            job = _Job(folder, settings, report or Report(), progress)
+            shards, schema = _write_tars(job, records)
+            manifest = _write_rest(job, shards, schema, list(tokens or _train(job, shards)))
             (folder / MANIFEST).write_bytes(manifest.to_json())
             if not settings.overwrite and objects.exists(manifest_url):
                 raise DataError(f"another build has finished at {out} meanwhile: this one stops")
-            say(f"publishing to {out}")
-            names = [*_files(manifest), MANIFEST]
-            publish(folder, out, names, SHARD_FILE)
+            publish(folder, out, [*_files(manifest), MANIFEST], SHARD_FILE, progress)
     except OSError as error:
         place = error.filename or out
         raise DataError(f"cannot write {place}: {error.strerror or error}") from error
     return manifest
+
+
+def _check_settings(settings: BuildSettings) -> None:
+    if settings.max_tokens < 3:
+        raise DataError(f"max_tokens is {settings.max_tokens}: there is no room for a word")
+    if min(settings.shard_bytes, settings.images_per_shard or 1) < 1:
+        raise DataError("shard_bytes and images_per_shard have to be at least 1")
+    for name in (settings.name, settings.extractor):
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"the name {name!a:.80} is not valid Unicode: give another") from None
 
 
 def _files(manifest: Manifest) -> list[str]:
@@ -149,57 +141,109 @@ def _files(manifest: Manifest) -> list[str]:
 # --- tars ---------------------------------------------------------------------------------------
 
 
-def _write_tars(
-    records: Iterable[ImageRecord],
-    folder: Path,
-    settings: BuildSettings,
-    report: Report,
-    say: Callable[[str], None],
-) -> tuple[list[_Shard], Schema]:
+@dataclass
+class _Shard:
+    """A written tar and its images; one entry an image in each list."""
+
+    name: str
+    spool: Path
+    """Of the records' JSON, a line each."""
+    objects: list[int]
+    record_size: list[int]
+    offset: dict[str, list[int]]
+    """By member."""
+    size: int = 0
+    sha256: str = ""
+
+    def documents(self) -> Iterator[Document]:
+        with open(self.spool, "rb") as f:
+            for line in f:
+                yield json.loads(line)
+
+
+class _ShardWriter:
+    """A tar that is being written, and its spool beside it."""
+
+    def __init__(self, folder: Path, number: int, members: list[Member]) -> None:
+        name = f"shard-{number:06d}.tar"
+        self.shard = _Shard(name, folder / f"{name}.spool", [], [], {m.name: [] for m in members})
+        self._members = members
+        self._tar = TarWriter(folder / name)
+        self._spool = open(self.shard.spool, "wb")  # noqa: SIM115  closed by `close` or `abort`
+
+    def append(self, record: ImageRecord, text: bytes) -> None:
+        """Add a record, whose JSON is `text`."""
+        key = record_key(record.image)
+        for member in self._members:
+            payload = text if member is RECORD else member.payload(record)
+            offset = self._tar.add(f"{key}.{member.suffix}", payload)
+            self.shard.offset[member.name].append(offset)
+        self.shard.objects.append(len(record.boxes))
+        self.shard.record_size.append(len(text))
+        self._spool.write(text + b"\n")
+
+    def is_full(self, settings: BuildSettings) -> bool:
+        images = len(self.shard.objects)
+        return self._tar.size >= settings.shard_bytes or images == settings.images_per_shard
+
+    def close(self) -> _Shard:
+        self._spool.close()
+        self.shard.sha256 = self._tar.finish()
+        self.shard.size = self._tar.size
+        return self.shard
+
+    def abort(self) -> None:
+        self._tar.abort()
+        self._spool.close()
+
+
+def _write_tars(job: _Job, records: Iterable[ImageRecord]) -> tuple[list[_Shard], Schema]:
     """Write all tars and spools; the schema has everything but the vocabulary's size."""
     shards: list[_Shard] = []
-    writer: TarWriter | None = None
     schema: Schema | None = None
-    keys: set[str] = set()
+    writer: _ShardWriter | None = None
     most, images = 0, 0
-    limit = settings.images_per_shard
     try:
-        for record in records:
-            if schema is None:
-                schema = _schema_of(record, settings)
-            try:
-                check_record(record, schema)
-                key, text = record_key(record.image), _json(record)
-                if key in keys:
-                    raise DataError(f"image {record.image!r:.120} comes twice")
-            except DataError as error:
-                if not settings.skip_bad:
-                    raise
-                report.add("bad image records", str(error))
-                continue
-            keys.add(key)
-            if writer is None:
-                name = f"shard-{len(shards):06d}.tar"
-                shards.append(_Shard(name, folder / f"{name}.spool"))
-                writer = TarWriter(folder / name)
-                spool = open(shards[-1].spool, "wb")  # noqa: SIM115  closed with its shard
-            _append(writer, shards[-1], record, key, text)
-            spool.write(text + b"\n")
+        for schema, record, text in _checked(job, records):
+            writer = writer or _ShardWriter(job.folder, len(shards), members_of(schema))
+            writer.append(record, text)
             most, images = max(most, len(record.boxes)), images + 1
-            if writer.size >= settings.shard_bytes or len(shards[-1].offsets["objects"]) == limit:
-                _close(writer, shards[-1], spool)
+            job.progress("images written", images, None)
+            if writer.is_full(job.settings):
+                shards.append(writer.close())
                 writer = None
-                say(f"{shards[-1].name} is written, {images} images so far")
-        if writer is not None:
-            _close(writer, shards[-1], spool)
+        if writer:
+            shards.append(writer.close())
             writer = None
     finally:
-        if writer is not None:
+        if writer:
             writer.abort()
-            spool.close()
-    if schema is None or not shards:
+    if schema is None:
         raise DataError("there is no image record to build from: check the names in the sources")
-    return shards, Schema(**{**vars(schema), "max_objects": most})
+    job.progress("images written", images, images)
+    return shards, replace(schema, max_objects=most)
+
+
+def _checked(
+    job: _Job, records: Iterable[ImageRecord]
+) -> Iterator[tuple[Schema, ImageRecord, bytes]]:
+    """The good records with their JSON; the schema is the first record's."""
+    schema: Schema | None = None
+    keys: set[str] = set()
+    for record in records:
+        schema = schema or _schema_of(record, job.settings)
+        try:
+            check_record(record, schema)
+            key, text = record_key(record.image), _json(record)
+            if key in keys:
+                raise DataError(f"image {record.image!r:.120} comes twice")
+        except DataError as error:
+            if not job.settings.skip_bad:
+                raise
+            job.report.add("bad image records", str(error))
+            continue
+        keys.add(key)
+        yield schema, record, text
 
 
 def _schema_of(record: ImageRecord, settings: BuildSettings) -> Schema:
@@ -224,165 +268,38 @@ def _json(record: ImageRecord) -> bytes:
         ) from None
 
 
-def _append(writer: TarWriter, shard: _Shard, record: ImageRecord, key: str, text: bytes) -> None:
-    at = {
-        "objects": len(record.boxes),
-        "record_size": len(text),
-        "record": writer.add(f"{key}.json", text),
-        "boxes": writer.add(f"{key}.boxes.f32", record.boxes.astype("<f4").tobytes()),
-    }
-    if record.labels is not None:
-        at["labels"] = writer.add(f"{key}.labels.bin", labels_bytes(record.labels))
-    at["features"] = writer.add(f"{key}.features.f16", record.features.astype("<f2").tobytes())
-    for name, value in at.items():
-        shard.offsets.setdefault(name, []).append(value)
-
-
-def _close(writer: TarWriter, shard: _Shard, spool: Any) -> None:
-    spool.close()
-    shard.sha256 = writer.finish()
-    shard.size = writer.size
-
-
 # --- vocabulary, answers, tables ----------------------------------------------------------------
 
 
-def _documents(shard: _Shard) -> Iterator[dict[str, Any]]:
-    with open(shard.spool, "rb") as f:
-        for line in f:
-            yield json.loads(line)
+def _train(job: _Job, shards: list[_Shard]) -> list[str]:
+    """A vocabulary of all sentences."""
+    job.progress("vocabulary trained", 0, 1)
+    texts = (s["text"] for shard in shards for d in shard.documents() for s in d["sentences"])
+    tokens = train_vocab(texts, job.settings.vocab_size)
+    job.progress("vocabulary trained", 1, 1)
+    return tokens
 
 
-def _texts(shards: list[_Shard]) -> Iterator[str]:
-    return (s["text"] for shard in shards for d in _documents(shard) for s in d["sentences"])
+def _answers(job: _Job, shards: list[_Shard]) -> list[str]:
+    """The answer table: the given one, or one of all answers."""
+    if job.settings.answers is not None:
+        return list(job.settings.answers)
+    sentences = (s for shard in shards for d in shard.documents() for s in d["sentences"])
+    found = (s["answers"] for s in sentences if "answers" in s)
+    return count_answers(found, job.settings.min_answer_count)
 
 
-def _all_answers(shards: list[_Shard]) -> Iterator[dict[str, float]]:
-    return (
-        s["answers"]
-        for shard in shards
-        for d in _documents(shard)
-        for s in d["sentences"]
-        if "answers" in s
-    )
-
-
-def table_arrays(
-    documents: Iterable[dict[str, Any]],
-    offsets: dict[str, list[int]],
-    sources: Sequence[str],
-    tokenizer: Any,
-    answers: dict[str, int],
-    schema: Schema,
-    report: Report,
-    must_know: bool,
-) -> dict[str, Any]:
-    """The arrays of a shard's table (see `shards.format.table.Table`) from its records' JSON.
-
-    must_know: an answer that is not in the table is a DataError; else it is left out and reported.
-    """
-    numbers = {source: i for i, source in enumerate(sources)}
-    texts: list[str] = []
-    source_of: list[int] = []
-    counts: list[int] = []
-    answer_counts: list[int] = []
-    ids: list[int] = []
-    scores: list[float] = []
-    for document in documents:
-        counts.append(len(document["sentences"]))
-        for sentence in document["sentences"]:
-            texts.append(sentence["text"])
-            source_of.append(numbers[sentence["source"]])
-            before = len(ids)
-            for answer, score in normalise_answers(sentence.get("answers") or {}).items():
-                if answer in answers:
-                    ids.append(answers[answer])
-                    scores.append(score)
-                elif must_know:
-                    raise DataError(
-                        f"image {document['image']}, {sentence['text']!r:.60}: the answer "
-                        f"{answer!r:.40} is not in the answer table: add it there, or --skip-bad "
-                        "leaves such answers out and counts them"
-                    )
-                else:
-                    report.add("answers that are not in the answer table", answer)
-            answer_counts.append(len(ids) - before)
-    tokens = encode_batch(tokenizer, texts, schema.max_tokens - 2)
-    arrays = {
-        "image_objects": np.asarray(offsets["objects"], dtype=np.int32),
-        "features_offset": np.asarray(offsets["features"], dtype=np.int64),
-        "boxes_offset": np.asarray(offsets["boxes"], dtype=np.int64),
-        "record_offset": np.asarray(offsets["record"], dtype=np.int64),
-        "record_size": np.asarray(offsets["record_size"], dtype=np.int64),
-        "image_sentences": _starts(counts),
-        "sentence_source": np.asarray(source_of, dtype=np.uint8),
-        "token_start": _starts([len(t) for t in tokens]),
-        "tokens": np.fromiter(
-            (i for t in tokens for i in t),
-            dtype=np.uint16 if schema.vocab_size <= 65535 else np.uint32,
-        ),
-        "answer_start": _starts(answer_counts),
-        "answer_id": np.asarray(ids, dtype=np.int32),
-        "answer_score": np.asarray(scores, dtype=np.float32),
-    }
-    if schema.labels:
-        arrays["labels_offset"] = np.asarray(offsets["labels"], dtype=np.int64)
-    return arrays
-
-
-def _starts(counts: list[int]) -> Any:
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-
-
-def _finish(
-    folder: Path,
-    shards: list[_Shard],
-    schema: Schema,
-    tokens: list[str],
-    answers: list[str],
-    settings: BuildSettings,
-    report: Report,
-    say: Callable[[str], None],
-) -> Manifest:
-    """Write tables, vocabulary and answers; returns the manifest of what is in `folder`."""
-    schema = Schema(**{**vars(schema), "vocab_size": len(tokens)})
-    found: set[str] = set()
-    with_answers: set[str] = set()
-    for shard in shards:
-        for document in _documents(shard):
-            for s in document["sentences"]:
-                found.add(s["source"])
-                if s.get("answers"):
-                    with_answers.add(s["source"])
-    sources = sorted(found)
-    if len(sources) > 256:
-        raise DataError(f"there are {len(sources)} sources of sentences: 256 is the limit")
-    tokenizer, index = make_tokenizer(tokens), answer_index(answers)
+def _write_rest(job: _Job, shards: list[_Shard], schema: Schema, tokens: list[str]) -> Manifest:
+    """Write tables, vocabulary and answers; returns the manifest of what is in the folder."""
+    folder, settings = job.folder, job.settings
+    schema = replace(schema, vocab_size=len(tokens))
+    answers = _answers(job, shards)
+    sources, with_answers = _sources(shards)
+    encoder = SentenceEncoder(schema, sources, make_tokenizer(tokens), answer_index(answers))
     infos = []
     for shard in shards:
-        table = shard.name.removesuffix(".tar") + ".table.safetensors"
-        # A table that the user gave should have every answer; one made from the data need not.
-        must_know = settings.answers is not None and not settings.skip_bad
-        arrays = table_arrays(
-            _documents(shard), shard.offsets, sources, tokenizer, index, schema, report, must_know
-        )
-        save_arrays(folder / table, arrays)
-        shard.spool.unlink()
-        per_source = np.bincount(arrays["sentence_source"], minlength=len(sources)).tolist()
-        infos.append(
-            ShardInfo(
-                name=shard.name,
-                size=shard.size,
-                sha256=shard.sha256,
-                table=table,
-                table_size=(folder / table).stat().st_size,
-                table_sha256=hash_file(folder / table),
-                images=len(arrays["image_objects"]),
-                pairs=len(arrays["sentence_source"]),
-                pairs_per_source={s: n for s, n in zip(sources, per_source, strict=True) if n},
-            )
-        )
-        say(f"{table} is written")
+        infos.append(_write_table(job, shard, encoder))
+        job.progress("tables written", len(infos), len(shards))
     (folder / VOCAB).write_bytes("".join(f"{t}\n" for t in tokens).encode())
     (folder / ANSWERS).write_bytes((json.dumps(answers, indent=0) + "\n").encode())
     totals = {s: sum(i.pairs_per_source.get(s, 0) for i in infos) for s in sources}
@@ -396,6 +313,55 @@ def _finish(
         answers=_file_info(folder, ANSWERS, len(answers)),
         counts=Counts(sum(i.images for i in infos), sum(i.pairs for i in infos), totals),
         shards=tuple(infos),
+    )
+
+
+def _sources(shards: list[_Shard]) -> tuple[list[str], set[str]]:
+    """The sources of all sentences, sorted, and those of sentences with answers."""
+    found: set[str] = set()
+    with_answers: set[str] = set()
+    for shard in shards:
+        for document in shard.documents():
+            for s in document["sentences"]:
+                found.add(s["source"])
+                if s.get("answers"):
+                    with_answers.add(s["source"])
+    if len(found) > 256:
+        raise DataError(f"there are {len(found)} sources of sentences: 256 is the limit")
+    return sorted(found), with_answers
+
+
+def _write_table(job: _Job, shard: _Shard, encoder: SentenceEncoder) -> ShardInfo:
+    """Write a shard's table and remove its spool."""
+
+    def unknown(document: Document, text: str, answer: str) -> None:
+        # A table that the user gave should have every answer; one made from the data need not.
+        if job.settings.answers is not None and not job.settings.skip_bad:
+            raise DataError(
+                f"image {document['image']}, {text!r:.60}: the answer {answer!r:.40} is not in the "
+                "answer table: add it there, or --skip-bad leaves such answers out and counts them"
+            )
+        job.report.add("answers that are not in the answer table", answer)
+
+    arrays = {
+        **member_columns(shard.objects, shard.record_size, shard.offset),
+        **encoder.arrays(shard.documents(), unknown),
+    }
+    path = job.folder / f"{shard.name.removesuffix('.tar')}.table.safetensors"
+    save_arrays(path, arrays)
+    shard.spool.unlink()
+    sources = encoder.sources
+    pairs = np.bincount(arrays["sentence_source"], minlength=len(sources)).tolist()
+    return ShardInfo(
+        name=shard.name,
+        size=shard.size,
+        sha256=shard.sha256,
+        table=path.name,
+        table_size=path.stat().st_size,
+        table_sha256=hash_file(path),
+        images=len(arrays["image_objects"]),
+        pairs=len(arrays["sentence_source"]),
+        pairs_per_source={s: n for s, n in zip(sources, pairs, strict=True) if n},
     )
 
 

@@ -10,13 +10,15 @@ import dataclasses
 import hashlib
 import json
 import re
-import types
-import typing
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import cached_property
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
 
 from shards.errors import DataError, NotFoundError
 from shards.store import objects
+from shards.store.stored import StoredFile
 
 FORMAT = "lxscale-1"
 MANIFEST = "manifest.json"
@@ -24,44 +26,50 @@ MANIFEST = "manifest.json"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class Schema:
-    """Sizes that every record of a data set keeps to.
+    """Sizes that every record of a data set keeps to."""
 
-    feature_dim: width of an RoI feature; max_objects: most objects of an image
-    labels: whether objects have detector labels; num_*_classes: their ranges (0 without labels)
-    max_tokens: sentence length with [CLS] and [SEP]; vocab_size: tokens of the vocabulary
-    """
-
-    feature_dim: int
-    max_objects: int
+    feature_dim: NonNegativeInt
+    """Width of an RoI feature."""
+    max_objects: NonNegativeInt
+    """Most objects of an image."""
     labels: bool
-    num_object_classes: int
-    num_attribute_classes: int
-    max_tokens: int
-    vocab_size: int
+    """Whether objects have detector labels."""
+    num_object_classes: NonNegativeInt
+    """Range of object labels; 0 without labels."""
+    num_attribute_classes: NonNegativeInt
+    max_tokens: NonNegativeInt
+    """Longest sentence, with [CLS] and [SEP]."""
+    vocab_size: NonNegativeInt
 
 
 @dataclass(frozen=True)
 class FileInfo:
-    """A small file beside the shards; `size` in bytes, `count` its entries."""
+    """A small file beside the shards."""
 
     file: str
+    """Its name."""
     sha256: str
-    size: int
-    count: int
+    size: NonNegativeInt
+    """In bytes."""
+    count: NonNegativeInt
+    """Its entries."""
+
+    def at(self, url: str) -> StoredFile:
+        """The file of the data set at `url`."""
+        return StoredFile(objects.join(url, self.file), self.sha256, self.size)
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Totals of a data set; `sentences`: pairs of each source."""
+    """Totals of a data set."""
 
-    images: int
-    pairs: int
-    sentences: dict[str, int]
+    images: NonNegativeInt
+    pairs: NonNegativeInt
+    sentences: dict[str, NonNegativeInt]
+    """Pairs of each source."""
 
 
 @dataclass(frozen=True)
@@ -69,39 +77,50 @@ class ShardInfo:
     """One shard: its tar, its table, and what they hold; sizes in bytes."""
 
     name: str
-    size: int
+    """Of the tar."""
+    size: NonNegativeInt
     sha256: str
     table: str
-    table_size: int
+    table_size: NonNegativeInt
     table_sha256: str
-    images: int
-    pairs: int
-    pairs_per_source: dict[str, int]
+    images: NonNegativeInt
+    pairs: NonNegativeInt
+    pairs_per_source: dict[str, NonNegativeInt]
+
+    def tar_at(self, url: str) -> StoredFile:
+        """The tar of the data set at `url`."""
+        return StoredFile(objects.join(url, self.name), self.sha256, self.size)
+
+    def table_at(self, url: str) -> StoredFile:
+        """The table of the data set at `url`."""
+        return StoredFile(objects.join(url, self.table), self.table_sha256, self.table_size)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A data set. `sources` is sorted; `question_sources` are those with answers or of QA sets."""
+    """A data set."""
+
+    # Read as it was written: nothing is converted, and nothing may be missing or unknown.
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
 
     name: str
     extractor: str
+    """What made the features."""
     schema: Schema
     sources: tuple[str, ...]
+    """Sorted."""
     question_sources: tuple[str, ...]
+    """The sources with answers or of QA sets."""
     vocab: FileInfo
     answers: FileInfo
     counts: Counts
     shards: tuple[ShardInfo, ...]
     format: str = FORMAT
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 (hex) of the canonical JSON of everything else in the manifest."""
-        return _fingerprint(self._document())
-
-    @property
-    def num_answers(self) -> int:
-        return self.answers.count
+        return _fingerprint(_canonical(dataclasses.asdict(self)))
 
     @property
     def images(self) -> int:
@@ -111,40 +130,22 @@ class Manifest:
     def pairs(self) -> int:
         return self.counts.pairs
 
-    def _document(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
     def to_json(self) -> bytes:
         """The bytes of manifest.json; equal manifests give equal bytes."""
-        document = self._document() | {"fingerprint": self.fingerprint}
+        document = dataclasses.asdict(self)
+        document["fingerprint"] = _fingerprint(_canonical(document))
         return (json.dumps(document, sort_keys=True, indent=1) + "\n").encode()
 
 
-def _fingerprint(document: dict[str, Any]) -> str:
-    body = {k: v for k, v in document.items() if k != "fingerprint"}
-    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
+_ADAPTER = TypeAdapter(Manifest)
+
+
+def _canonical(document: dict[str, Any]) -> str:
+    return json.dumps(document, sort_keys=True, separators=(",", ":"))
+
+
+def _fingerprint(canonical: str) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _convert(value: Any, kind: Any, where: str) -> Any:
-    """`value` (parsed JSON) as `kind`, checked; ValueError says where it is not of that kind."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} is not an object")
-        hints = typing.get_type_hints(kind)
-        if wrong := set(hints) ^ set(value):
-            raise ValueError(f"{where} has missing or unknown keys {sorted(wrong)}")
-        return kind(**{k: _convert(value[k], hint, f"{where}.{k}") for k, hint in hints.items()})
-    if origin in (tuple, types.GenericAlias) and isinstance(value, list):
-        return tuple(_convert(v, args[0], f"{where}[{i}]") for i, v in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        return {k: _convert(v, args[1], f"{where}.{k}") for k, v in value.items()}
-    if kind is int and isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    if kind in (str, bool) and isinstance(value, kind):
-        return value
-    raise ValueError(f"{where} is {value!r:.60}")
 
 
 def parse_manifest(data: bytes, url: str) -> Manifest:
@@ -160,14 +161,30 @@ def parse_manifest(data: bytes, url: str) -> Manifest:
             f"{url} has format {document.get('format')!r}, this lxscale reads {FORMAT!r}: "
             "use a matching version, or build the data set again"
         )
-    if document.pop("fingerprint", None) != _fingerprint(document):
+    stated = document.pop("fingerprint", None)
+    canonical = _canonical(document)
+    if stated != _fingerprint(canonical):
         raise DataError(f"{url} is damaged (its fingerprint does not match): restore or rebuild it")
     try:
-        manifest: Manifest = _convert(document, Manifest, "manifest")
+        manifest = _ADAPTER.validate_json(canonical)
         _check(manifest)
+    except ValidationError as error:
+        problem = _first_problem(error)
+        raise DataError(f"{url} is not usable: {problem}; build the data set again") from None
     except ValueError as error:
         raise DataError(f"{url} is not usable: {error}; build the data set again") from None
     return manifest
+
+
+def _first_problem(error: ValidationError) -> str:
+    """The first of a manifest's problems: where it is, and what it is."""
+    first = error.errors(include_url=False)[0]
+    where = "manifest"
+    for part in first["loc"]:
+        where += f"[{part}]" if isinstance(part, int) else f".{part}"
+    if first["type"] in ("missing", "unexpected_keyword_argument"):
+        return f"{where}: {first['msg'].lower()}"
+    return f"{where} is {first['input']!r:.60}: {first['msg'].lower()}"
 
 
 def _check(manifest: Manifest) -> None:

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import DataError
-from shards.format.manifest import Schema
 
 # The QA sets of LXMERT: their sentences are questions, with or without answers.
 QA_SOURCES = frozenset({"vqa", "gqa", "vgqa"})
@@ -22,17 +21,20 @@ QA_SOURCES = frozenset({"vqa", "gqa", "vgqa"})
 
 @dataclass(frozen=True)
 class Sentence:
-    """text, source set, optional answers {answer: score in (0, 1]}, optional question id."""
+    """A sentence of an image."""
 
     text: str
     source: str
+    """Its set: vqa, coco_cap, …"""
     answers: Mapping[str, float] | None = None
+    """Answer -> score in (0, 1]."""
     id: str | int | None = None
+    """Of the question, in its set."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """The detector's labels of n objects: 0-based ids i32[n] and their confidences f32[n]."""
+    """The detector's labels of n objects: 0-based ids, and how sure of each it was."""
 
     object_id: NDArray[np.int32]
     object_conf: NDArray[np.float32]
@@ -44,26 +46,31 @@ class Labels:
 class ImageRecord:
     """One image: n objects with features of width D, and all its sentences.
 
-    image: its id in the source; width, height: pixels
-    boxes: f32 (n, 4), x1 y1 x2 y2 over width and height, 0..1; features: f16 (n, D)
+    How its arrays are written is in `shards.format.members`.
     """
 
     image: str
+    """Its id in the source."""
     width: int
+    """In pixels."""
     height: int
     boxes: NDArray[np.float32]
+    """(n, 4): x1 y1 x2 y2 over width and height, 0..1."""
     features: NDArray[np.float16]
+    """(n, D)."""
     sentences: tuple[Sentence, ...]
     labels: Labels | None = None
     split: str | None = None
+    """Of the source: train, val, …"""
 
 
 @dataclass
 class Report:
-    """What a source or a build left out, and why: counted by reason, with the first few cases."""
+    """What a source or a build left out, by reason."""
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    """The first few cases of each reason."""
 
     def add(self, reason: str, example: str, count: int = 1) -> None:
         self.counts[reason] = self.counts.get(reason, 0) + count
@@ -116,30 +123,6 @@ def record_json(record: ImageRecord) -> bytes:
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def labels_bytes(labels: Labels) -> bytes:
-    """Object ids i32 | object confidences f32 | attribute ids i32 | attribute confidences f32."""
-    columns = (
-        labels.object_id.astype("<i4"),
-        labels.object_conf.astype("<f4"),
-        labels.attribute_id.astype("<i4"),
-        labels.attribute_conf.astype("<f4"),
-    )
-    return b"".join(c.tobytes() for c in columns)
-
-
-def labels_from_bytes(payload: bytes, objects: int) -> Labels:
-    """The inverse of `labels_bytes`; ValueError where the length is wrong."""
-    if len(payload) != 16 * objects:
-        raise ValueError(f"{len(payload)} bytes of labels for {objects} objects")
-    rows = [payload[4 * objects * i : 4 * objects * (i + 1)] for i in range(4)]
-    return Labels(
-        np.frombuffer(rows[0], "<i4"),
-        np.frombuffer(rows[1], "<f4"),
-        np.frombuffer(rows[2], "<i4"),
-        np.frombuffer(rows[3], "<f4"),
-    )
-
-
 def check_sentence(entry: object, where: str, default_source: str | None = None) -> Sentence:
     """A sentence from JSON {"text", "source", "answers"?, "id"?}; DataError names `where`."""
     if not isinstance(entry, dict):
@@ -174,63 +157,3 @@ def check_answers(answers: object, where: str) -> dict[str, float]:
         if score > 0:
             out[answer] = score
     return out
-
-
-def check_record(record: ImageRecord, schema: Schema) -> None:
-    """DataError naming the image when a record does not keep to the schema."""
-    n = len(record.boxes)
-    problem = None
-    if record.width < 1 or record.height < 1:
-        problem = f"a size of {record.width} × {record.height}"
-    elif not 1 <= n <= schema.max_objects:
-        problem = f"{n} objects"
-    elif record.boxes.dtype != np.float32 or record.boxes.shape != (n, 4):
-        problem = f"boxes of shape {record.boxes.shape} and type {record.boxes.dtype}"
-    elif not (np.isfinite(record.boxes).all() and _in_image(record)):
-        problem = "boxes outside of 0..1 or with x2 < x1 or y2 < y1"
-    elif record.features.dtype != np.float16 or record.features.shape != (n, schema.feature_dim):
-        problem = (
-            f"features of shape {record.features.shape} and type {record.features.dtype} where "
-            f"({n}, {schema.feature_dim}) float16 is due"
-        )
-    elif not np.isfinite(record.features).all():
-        problem = "features that are not finite in float16"
-    elif (record.labels is not None) != schema.labels:
-        problem = "labels where others have none" if record.labels else "no labels, others have"
-    elif record.labels is not None:
-        problem = _label_problem(record, schema)
-    if not problem and not record.sentences:
-        problem = "no sentence"
-    if not problem and not all(s.text.strip() and s.source for s in record.sentences):
-        problem = "a sentence without text or source"
-    if problem:
-        raise DataError(f"image {record.image!r:.120} has {problem}: correct its source")
-
-
-def _in_image(record: ImageRecord) -> bool:
-    b = record.boxes
-    ordered = (b[:, 0] <= b[:, 2]).all() and (b[:, 1] <= b[:, 3]).all()
-    return bool(ordered and (b >= 0).all() and (b <= 1).all())
-
-
-def _label_problem(record: ImageRecord, schema: Schema) -> str | None:
-    assert record.labels is not None
-    kinds = (
-        ("object", record.labels.object_id, record.labels.object_conf, schema.num_object_classes),
-        (
-            "attribute",
-            record.labels.attribute_id,
-            record.labels.attribute_conf,
-            schema.num_attribute_classes,
-        ),
-    )
-    for name, ids, confidences, classes in kinds:
-        if len(ids) != len(record.boxes) or len(confidences) != len(record.boxes):
-            return f"{len(ids)} {name} labels for {len(record.boxes)} objects"
-        if ids.min() < 0 or ids.max() >= classes:
-            return f"an {name} id outside of 0..{classes - 1}"
-        if not (np.isfinite(confidences).all() and (confidences >= 0).all()):
-            return f"an {name} confidence that is negative or not finite"
-        if (confidences > 1.001).any():
-            return f"an {name} confidence above 1"
-    return None

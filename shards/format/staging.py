@@ -3,59 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
-import secrets
-import shutil
 import tempfile
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+from shards.progress import Progress
 from shards.store import objects
+from shards.store.atomic import flush
+from shards.store.folders import owned_folder
 
-_PREFIX = ".building-"
 
+def staging_folder(out: str, staging: str | Path | None = None) -> AbstractContextManager[Path]:
+    """A folder for a build to `out`, removed at the end of the block, or by a later build if this
+    one is killed.
 
-@contextlib.contextmanager
-def staging_folder(out: str, staging: str | Path | None = None) -> Iterator[Path]:
-    """An empty folder for a build to `out`, removed afterwards however the block ends.
-
-    For a local `out` it lies inside (publishing is renaming); builds that were killed there are
-    cleaned up first: their lock is free. Else it lies in `staging` or the temporary folder.
+    For a local `out` it lies inside, so that publishing is renaming. Else it lies in `staging` or
+    the temporary folder.
     """
-    target = objects.local_path(out)
-    if target is not None:
-        target.mkdir(parents=True, exist_ok=True)
-        _remove_dead(target)
-        parent = target
-    else:
-        parent = Path(staging) if staging else Path(tempfile.gettempdir())
-        parent.mkdir(parents=True, exist_ok=True)
-        _remove_dead(parent)
-    folder = parent / f"{_PREFIX}{secrets.token_hex(6)}"
-    folder.mkdir()
-    try:
-        with open(folder / "unlocked", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            # It gets its name when it is held: other builds take a free lock for a dead build's.
-            os.rename(folder / "unlocked", folder / "lock")
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    parent = objects.local_path(out) or Path(staging or tempfile.gettempdir())
+    return owned_folder(parent, ".building-")
 
 
-def _remove_dead(parent: Path) -> None:
-    for folder in parent.glob(f"{_PREFIX}*"):
-        try:
-            with open(folder / "lock") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-        except OSError:
-            continue  # alive, or not ours
-
-
-def publish(folder: Path, out: str, names: list[str], owned: re.Pattern[str]) -> None:
+def publish(
+    folder: Path, out: str, names: list[str], owned: re.Pattern[str], progress: Progress
+) -> None:
     """Bring the staged files to `out`; the last of `names` is the commit point.
 
     An earlier commit point is removed before anything else changes, and files whose names match
@@ -73,14 +46,15 @@ def publish(folder: Path, out: str, names: list[str], owned: re.Pattern[str]) ->
             done.append(name)
             if target is None:
                 objects.upload(folder / name, objects.join(out, name))
-                continue
-            with open(folder / name, "rb") as f:
-                os.fsync(f.fileno())
-            if name == commit:
-                objects.sync_folder(target)
-            os.replace(folder / name, target / name)
+            else:
+                flush(folder / name)
+                if name == commit:
+                    # All other names are on the disk before the one that vouches for them.
+                    flush(target)
+                os.replace(folder / name, target / name)
+            progress("files published", len(done), len(names))
         if target is not None:
-            objects.sync_folder(target)
+            flush(target)
     except BaseException:
         for name in done:
             with contextlib.suppress(Exception):

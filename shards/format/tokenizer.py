@@ -64,7 +64,7 @@ def load_vocab(vocab: str | Path) -> list[str]:
 
 
 def load_tokenizer(vocab: str | Path) -> Tokenizer:
-    """The tokenizer of a vocab.txt (path or URL)."""
+    """The tokenizer of a vocab.txt (path or URL). DataError naming the file, as `parse_vocab`."""
     return make_tokenizer(load_vocab(vocab))
 
 

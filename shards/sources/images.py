@@ -20,7 +20,7 @@ import json
 import multiprocessing
 from argparse import ArgumentParser, Namespace
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -29,13 +29,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from shards import progress as shown
 from shards.errors import DataError
 from shards.format.record import ImageRecord, Report, Sentence, check_sentence
+from shards.progress import Progress, no_progress
 from shards.sources.source import Source
 
 EXTRACTOR = "grid-colour-hog-2"  # change the number with anything that changes a feature
-Progress = Callable[[int, int | None], None]
 
 # Levels of each layout, (columns, rows), coarse to fine. A level of k boxes along an axis has boxes
 # of 2/(k+1) of that side, each overlapping the next by half; one box covers the side.
@@ -186,13 +185,12 @@ def read_images(
     workers: int | None = None,
     skip_bad: bool = False,
     report: Report | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Iterator[ImageRecord]:
     """Records of a folder of pictures, in the order of the sentences file.
 
     workers: processes that describe pictures, 0 for none; None takes every core.
     skip_bad: pictures that cannot be read are left out and reported, instead of DataError.
-    progress: called with (pictures done, all pictures).
     Pictures without sentences are left out and reported.
     """
     report = report if report is not None else Report()
@@ -222,8 +220,7 @@ def read_images(
                 sentences=entry.sentences,
                 split=entry.split,
             )
-        if progress:
-            progress(done, len(entries))
+        progress("images read", done, len(entries))
 
 
 Described = tuple[int, int, NDArray[np.float16]] | str
@@ -288,7 +285,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     add("--workers", type=int, help="processes (default: one per core)")
 
 
-def _read(args: Namespace, report: Report, progress: shown.Progress) -> Iterator[ImageRecord]:
+def _read(args: Namespace, report: Report, progress: Progress) -> Iterator[ImageRecord]:
     return read_images(
         args.images,
         args.sentences,
@@ -298,7 +295,7 @@ def _read(args: Namespace, report: Report, progress: shown.Progress) -> Iterator
         workers=args.workers,
         skip_bad=args.skip_bad,
         report=report,
-        progress=lambda done, total: progress("images read", done, total),
+        progress=progress,
     )
 
 

@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import DataError
-from shards.format.record import labels_from_bytes
+from shards.format.members import LABELS
 from shards.sources.checks import PartError
 
-LABELS = ("object_id", "object_conf", "attribute_id", "attribute_conf")
+LABEL_COLUMNS = tuple(column.name for column in LABELS.columns)
 _LARGEST = 1 << 30  # bytes that a .npz may unpack to
 
 
@@ -50,8 +50,8 @@ def check_place(place: str) -> None:
         raise DataError(f"{place!r} is no place: the members that are read end in {_ENDS}")
     if name and kind not in ("json", "npz", "labels.bin"):
         raise DataError(f"{place!r} is no place: only .npz and .json have names after a colon")
-    if kind == "labels.bin" and name not in LABELS:
-        raise DataError(f"{place!r} is no place: labels.bin has {', '.join(LABELS)}")
+    if kind == "labels.bin" and name not in LABEL_COLUMNS:
+        raise DataError(f"{place!r} is no place: labels.bin has {', '.join(LABEL_COLUMNS)}")
 
 
 def _kind(suffix: str) -> str:
@@ -90,7 +90,8 @@ def _npz(payload: bytes, name: str) -> NDArray | None:
 
 
 def _labels(payload: bytes, name: str) -> NDArray:
-    column: NDArray = getattr(labels_from_bytes(payload, len(payload) // 16), name)
+    objects = len(payload) // sum(np.dtype(c.type).itemsize for c in LABELS.columns)
+    column: NDArray = getattr(LABELS.value(payload, objects), name)
     return column
 
 

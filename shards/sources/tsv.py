@@ -15,21 +15,19 @@ from __future__ import annotations
 
 import binascii
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shards import progress as shown
 from shards.errors import DataError
 from shards.format.record import ImageRecord, Labels, Report
+from shards.progress import Progress, no_progress
 from shards.sources import checks
 from shards.sources.aggregated import SentenceStore
 from shards.sources.checks import Expected, PartError, checked
 from shards.sources.source import Source
-
-Progress = Callable[[int, int | None], None]
 
 _LABELS = ("objects_id", "objects_conf", "attrs_id", "attrs_conf")
 COLUMNS = {
@@ -46,13 +44,12 @@ def read_tsv(
     expected: Expected | None = None,
     skip_bad: bool = False,
     report: Report | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Iterator[ImageRecord]:
     """Records of the images that have sentences, in the order of the TSV rows.
 
     features: TSV files; sentences: aggregated JSON files (`shards.sources.aggregated`).
     skip_bad: bad rows, and sentences of images that are in no TSV, are left out and reported.
-    progress: called with (bytes done, all bytes) of the TSVs.
     Raises DataError naming file, line and column. Images without sentences are reported.
     """
     report = report if report is not None else Report()
@@ -82,8 +79,7 @@ def read_tsv(
                 report.add("images without sentences", cells[0].decode("utf-8", "replace"))
                 continue
             yield record
-            if progress:
-                progress(done, total)
+            progress("bytes read", done, total)
     missing = store.without_features(seen)
     if missing:
         names = ", ".join(missing[:5])
@@ -242,14 +238,14 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--sentences", nargs="+", required=True, type=Path, metavar="JSON")
 
 
-def _read(args: Namespace, report: Report, progress: shown.Progress) -> Iterator[ImageRecord]:
+def _read(args: Namespace, report: Report, progress: Progress) -> Iterator[ImageRecord]:
     return read_tsv(
         args.features,
         args.sentences,
         expected=Expected(feature_dim=args.feature_dim),
         skip_bad=args.skip_bad,
         report=report,
-        progress=lambda done, total: progress("bytes read", done, total),
+        progress=progress,
     )
 
 

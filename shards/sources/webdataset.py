@@ -20,7 +20,7 @@ from shards.format.record import ImageRecord, Labels, Report, Sentence, check_se
 from shards.progress import Progress, no_progress
 from shards.sources import checks, tars
 from shards.sources.checks import Expected, PartError, checked
-from shards.sources.members import LABELS, check_place, value_at
+from shards.sources.members import LABEL_COLUMNS, check_place, value_at
 from shards.sources.source import Source
 
 
@@ -200,11 +200,11 @@ def _positive(sample: tars.Sample, layout: Layout, part: str) -> int:
 
 def _labels(sample: tars.Sample, layout: Layout, n: int) -> Labels | None:
     """The labels of n objects; None where the sample has none of their parts."""
-    found = {part: _find(sample, layout, part) for part in LABELS}
+    found = {part: _find(sample, layout, part) for part in LABEL_COLUMNS}
     if not any(found.values()):
         return None
     columns: dict[str, NDArray] = {}
-    for part in LABELS:
+    for part in LABEL_COLUMNS:
         place, value = found[part] or _needed(sample, layout, part)
         values = _rows(place, value, part, 1).reshape(-1)
         if len(values) != n:

@@ -24,35 +24,35 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
 
 from shards.errors import DataError
 from shards.store import objects
+from shards.store.atomic import written_whole
 from shards.store.locks import BusyError, failed_since, locked, note, unlock
 from shards.store.retry import Retry
+from shards.store.stored import HashingFile, StoredFile, hash_file
 
 log = logging.getLogger("lxscale")
+
+_DOWNLOADS = 3  # of a file that arrives damaged, before that is an error
 
 
 @dataclass(frozen=True)
 class CacheBudget:
-    """A byte limit of files/, and the future by which it is kept.
-
-    due: sha256 -> when the file is needed next; a file of no known future is due at infinity.
-    after: only files due later than this are evicted, so with infinity none is. made: called each
-    time when there is room for the file that is fetched.
-    """
+    """A byte limit of files/, and the future by which it is kept."""
 
     limit: int
+    """In bytes."""
     due: Callable[[str], float]
+    """sha256 -> when the file is needed next; infinity for a file of no known future."""
     after: float = 0.0
-    made: Callable[[], None] | None = None
+    """Only files due later than this are evicted; with infinity none is."""
+    placed: Callable[[], None] | None = None
+    """Called each time when there is room for the file that is fetched."""
 
 
 class FullError(DataError):
@@ -67,10 +67,27 @@ def default_cache() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "lxscale"
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """A file with its place on this node: in the cache, or its own where it is local already."""
+
+    file: StoredFile
+    cache: Path
+    path: Path
+
+    @classmethod
+    def of(cls, file: StoredFile, cache: Path, folder: str = "files") -> _Entry:
+        local = objects.local_path(file.url)
+        return cls(file, cache, local.absolute() if local else cache / folder / file.sha256)
+
+    @property
+    def place(self) -> Path:
+        """What a user can put right when it cannot be used."""
+        return self.cache if self.file.remote else self.path
+
+
 def local_file(
-    url: str,
-    sha256: str,
-    size: int,
+    file: StoredFile,
     cache_dir: str | Path | None = None,
     *,
     table: bool = False,
@@ -78,54 +95,27 @@ def local_file(
     retry: Retry | None = None,
     wait: bool = True,
 ) -> Path:
-    """A verified local path with the content of `url`; sha256 in hex, size in bytes.
+    """A verified path on this machine with the content of `file`; local files are used in place.
 
-    Local files are used in place. table: it belongs to tables/. Raises DataError naming the file
-    when a local one is damaged or missing, or when object storage delivers the wrong content
-    repeatedly; with wait=False BusyError where another process is at it and FullError where there
-    is no room; otherwise both are waited for, the room as long as the store would be.
+    table: it belongs to tables/. Raises DataError naming the file when a local one is damaged or
+    missing, or when object storage delivers the wrong content repeatedly. With wait=False, raises
+    BusyError where another process fetches the file and FullError where there is no room;
+    otherwise both are waited for, the room as long as the store would be.
     """
     cache = Path(cache_dir) if cache_dir else default_cache()
-    if path := objects.local_path(url):
-        path = path.absolute()
-        with _explained(path):
-            if not _is_marked(path, sha256, size, cache):
-                with locked(cache, _name_of(path)):
-                    # Another process may have verified it meanwhile.
-                    if not _is_marked(path, sha256, size, cache) and (
-                        problem := _verify(path, sha256, size, cache)
-                    ):
-                        raise DataError(
-                            f"{path} is damaged: {problem}; restore it or build it again"
-                        )
-        return path
-    path = cache / ("tables" if table else "files") / sha256
-    with _explained(cache):
-        if not _is_marked(path, sha256, size, cache):
-            asked = time.time()
-            with locked(cache, sha256, wait) as lock:
-                if not _is_whole(path, sha256, size, cache, url):
-                    # One outage, one error: who waited through a whole failed try does not repeat
-                    # it, and who came during one tries for what its own deadline leaves.
-                    if problem := failed_since(lock, asked):
-                        raise DataError(problem)
-                    began, retry = time.time(), retry or Retry()
-                    own = replace(retry, deadline=retry.deadline - (began - asked))
-                    try:
-                        _fetch(url, path, sha256, size, cache, budget, own, wait)
-                    except FullError:
-                        raise
-                    except DataError as error:
-                        note(lock, began, str(error))
-                        raise
-    return path
+    entry = _Entry.of(file, cache, "tables" if table else "files")
+    with _explained(entry.place):
+        if not _is_marked(entry):
+            if file.remote:
+                _fetch_once(entry, budget, retry or Retry(), wait)
+            else:
+                _verify_in_place(entry)
+    return entry.path
 
 
-def is_local(url: str, sha256: str, size: int, cache: Path) -> bool:
+def is_local(file: StoredFile, cache: Path) -> bool:
     """Whether `local_file` would return at once."""
-    path = objects.local_path(url)
-    place = path.absolute() if path else cache / "files" / sha256
-    return _is_marked(place, sha256, size, cache)
+    return _is_marked(_Entry.of(file, cache))
 
 
 def shrink(cache: Path, budget: CacheBudget) -> None:
@@ -136,111 +126,96 @@ def shrink(cache: Path, budget: CacheBudget) -> None:
             _evict(cache, 0, budget)
 
 
-def write_once(path: str | Path, build: Callable[[Path], None]) -> Path:
-    """`path`, made by `build(temporary path)` unless it is there: one process per node builds it,
-    and nobody ever sees it half-written."""
-    path = Path(path)
+def write_once(path: Path, build: Callable[[Path], None]) -> None:
+    """Have `build(temporary path)` make `path` unless it is there: one process per node does, and
+    nobody ever sees the file half-written."""
     with _explained(path):
         if not path.exists():
             with locked(path.parent, path.name):
                 if not path.exists():
-                    with _renamed_when_done(path) as temporary:
+                    with written_whole(path, alone=True) as temporary:
                         build(temporary)
-    return path
 
 
 # --- fetching -----------------------------------------------------------------------------------
 
 
-def _is_whole(path: Path, sha256: str, size: int, cache: Path, url: str) -> bool:
+def _fetch_once(entry: _Entry, budget: CacheBudget | None, retry: Retry, wait: bool) -> None:
+    """Download the file unless another process of the node does so first."""
+    asked = time.time()
+    with locked(entry.cache, entry.file.sha256, wait) as lock:
+        if _is_whole(entry):
+            return
+        # One outage is one error: a process that has waited for the lock through the whole of
+        # another's failed try does not try again, and one that came in the middle of it has only
+        # the rest of its own deadline left.
+        if problem := failed_since(lock, asked):
+            raise DataError(problem)
+        began = time.time()
+        left = replace(retry, deadline=retry.deadline - (began - asked))
+        try:
+            _download(entry, budget, left, wait)
+        except FullError:
+            raise
+        except DataError as error:
+            note(lock, began, str(error))
+            raise
+
+
+def _is_whole(entry: _Entry) -> bool:
     """Whether the cached file is there and good; a bad one is set aside."""
+    path = entry.path
     if not path.exists():
         return False
-    if _is_marked(path, sha256, size, cache):
+    if _is_marked(entry):
         return True
-    problem = _verify(path, sha256, size, cache)
+    problem = _verify(entry)
     if problem:
-        log.warning("%s is damaged (%s): set aside, fetching %s again", path, problem, url)
+        log.warning(
+            "%s is damaged (%s): set aside, fetching %s again", path, problem, entry.file.url
+        )
         os.replace(path, path.with_suffix(".damaged"))
     return not problem
 
 
-def _fetch(
-    url: str,
-    path: Path,
-    sha256: str,
-    size: int,
-    cache: Path,
-    budget: CacheBudget | None,
-    retry: Retry | None,
-    wait: bool,
-) -> None:
-    problem: str | None = None
-    for _ in range(3):
-        # Under the lock: who counts files/ while a file changes its name may miss it.
-        with _renamed_when_done(path, lambda: locked(cache, "room"), durable=False) as temporary:
+def _download(entry: _Entry, budget: CacheBudget | None, retry: Retry, wait: bool) -> None:
+    file, problem = entry.file, None
+    for _ in range(_DOWNLOADS):
+        # A process that counts files/ could miss a file which changes its name meanwhile.
+        renaming = locked(entry.cache, "room")
+        with written_whole(entry.path, durable=False, alone=True, renaming=renaming) as temporary:
             if budget:
-                patience = (retry or Retry()).deadline if wait else None
-                _make_room(cache, temporary, size, budget, patience)
+                _make_room(entry, temporary, budget, retry.deadline if wait else None)
             with open(temporary, "r+b" if budget else "wb") as f:
-                target = _Hashing(f)
-                objects.download(url, target, size, retry)
+                target = HashingFile(f)
+                objects.download(file.url, target, file.size, retry)
                 f.truncate()
-                problem = target.problem(sha256, size)
+                problem = file.problem(f.tell(), target.sha256())
             if problem:
                 temporary.unlink()
         if not problem:
-            _mark(path, sha256, cache)
+            _mark(entry, _marker_text(entry))
             return
-        log.warning("%s arrived damaged (%s)", url, problem)
+        log.warning("%s arrived damaged (%s)", file.url, problem)
     raise DataError(
-        f"{url} does not have the content that its manifest names ({problem}): upload it again or "
-        "rebuild the data set"
+        f"{file.url} does not have the content that its manifest names ({problem}): upload it "
+        "again or rebuild the data set"
     )
-
-
-@contextlib.contextmanager
-def _renamed_when_done(
-    path: Path,
-    renaming: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
-    durable: bool = True,
-) -> Iterator[Path]:
-    """A temporary path beside `path` that becomes `path` when the block succeeds and leaves it;
-    it is renamed in the context `renaming()`, and before that brought to disk if `durable`.
-
-    The caller holds the lock of `path`, so other temporary files of it belong to dead processes.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{path.name}.*.tmp"):
-        stale.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        yield temporary
-        if temporary.exists():
-            if durable:
-                with open(temporary, "rb") as f:
-                    os.fsync(f.fileno())
-            with renaming():
-                os.replace(temporary, path)
-            if durable:
-                objects.sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # --- room ---------------------------------------------------------------------------------------
 
 
-def _make_room(
-    cache: Path, temporary: Path, size: int, budget: CacheBudget, patience: float | None
-) -> None:
-    """Create `temporary` with its full size, once files/ has room for it."""
+def _make_room(entry: _Entry, temporary: Path, budget: CacheBudget, patience: float | None) -> None:
+    """Create `temporary` with the file's size, once files/ has room for it; patience: seconds to
+    wait for that, None for not at all."""
+    cache, size = entry.cache, entry.file.size
     began = time.monotonic()
     while True:
         with locked(cache, "room"):
             if _evict(cache, size, budget):
                 with open(temporary, "wb") as f:
-                    f.truncate(size)  # counts from now on
+                    f.truncate(size)  # which counts as used from now on
                 break
         if patience is None:
             raise FullError(f"no room in {cache} before the files there are used")
@@ -251,12 +226,13 @@ def _make_room(
                 "sampler.window, or give runs on the same node caches of their own"
             )
         time.sleep(0.1)
-    if budget.made:
-        budget.made()
+    if budget.placed:
+        budget.placed()
 
 
 def _evict(cache: Path, size: int, budget: CacheBudget) -> bool:
-    """Remove the files that are due last until `size` bytes fit into the limit."""
+    """Remove the files that are due last until `size` more bytes fit into the limit; whether they
+    do now. The caller holds the lock `room`."""
     entries = []
     used = 0
     with os.scandir(cache / "files") as found:
@@ -299,71 +275,55 @@ def _remove_unused(cache: Path, name: str) -> bool:
 # --- verification -------------------------------------------------------------------------------
 
 
-def hash_file(path: str | Path) -> str:
-    """sha256 (hex) of a file."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def _verify_in_place(entry: _Entry) -> None:
+    """Check a local file; DataError where it is not what it must be."""
+    with locked(entry.cache, _name_of(entry.path)):
+        # Another process may have verified it meanwhile.
+        if not _is_marked(entry) and (problem := _verify(entry)):
+            raise DataError(f"{entry.path} is damaged: {problem}; restore it or build it again")
 
 
-class _Hashing:
-    """An open file that hashes what is written to it."""
-
-    def __init__(self, f: IO[bytes]) -> None:
-        self._f, self._digest = f, hashlib.sha256()
-
-    def write(self, data: bytes) -> None:
-        self._digest.update(data)
-        self._f.write(data)
-
-    def problem(self, sha256: str, size: int) -> str | None:
-        return _problem(self._f.tell(), size, self._digest.hexdigest(), sha256)
-
-
-def _problem(actual: int, size: int, found: str, sha256: str) -> str | None:
-    """What is wrong with a content of `actual` bytes and hash `found`."""
-    if actual != size:
-        return f"{actual} bytes instead of {size}"
-    if found != sha256:
-        return f"sha256 {found[:12]}… instead of {sha256[:12]}…"
-    return None
-
-
-def _verify(path: Path, sha256: str, size: int, cache: Path) -> str | None:
+def _verify(entry: _Entry) -> str | None:
     """What is wrong with the file; None, and a marker, where it is good."""
-    before = _marker_text(path, sha256)
-    actual = path.stat().st_size
-    problem = _problem(actual, size, hash_file(path) if actual == size else "", sha256)
+    before = _marker_text(entry)
+    size = entry.path.stat().st_size
+    # A file of another size is not worth hashing.
+    sha256 = hash_file(entry.path) if size == entry.file.size else ""
+    problem = entry.file.problem(size, sha256)
     if problem is None:
         # The marker describes the file as it was before hashing: a change meanwhile voids it.
-        _mark(path, sha256, cache, before)
+        _mark(entry, before)
     return problem
 
 
-def _mark(path: Path, sha256: str, cache: Path, text: str | None = None) -> None:
-    marker = cache / "verified" / _name_of(path)
-    with _renamed_when_done(marker, durable=False) as temporary:
-        temporary.write_text(text or _marker_text(path, sha256))
+def _mark(entry: _Entry, text: str) -> None:
+    with written_whole(_marker(entry), durable=False, alone=True) as temporary:
+        temporary.write_text(text)
 
 
-def _is_marked(path: Path, sha256: str, size: int, cache: Path) -> bool:
+def _is_marked(entry: _Entry) -> bool:
     try:
-        if path.stat().st_size != size:
+        if entry.path.stat().st_size != entry.file.size:
             return False
-        return (cache / "verified" / _name_of(path)).read_text() == _marker_text(path, sha256)
+        return _marker(entry).read_text() == _marker_text(entry)
     except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
         return False
 
 
-def _marker_text(path: Path, sha256: str) -> str:
-    s = path.stat()
+def _marker(entry: _Entry) -> Path:
+    return entry.cache / "verified" / _name_of(entry.path)
+
+
+def _marker_text(entry: _Entry) -> str:
+    s = entry.path.stat()
     # No program can set ctime: a change that puts mtime back is still seen.
     times = [s.st_mtime_ns, s.st_ctime_ns]
-    return json.dumps([_boot(), str(path), s.st_size, *times, s.st_ino, sha256])
+    return json.dumps([_boot(), str(entry.path), s.st_size, *times, s.st_ino, entry.file.sha256])
 
 
 @functools.cache
 def _boot() -> str:
-    """What is another number each time that the machine starts."""
+    """A name of this start of the machine; every start has another."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
@@ -373,6 +333,7 @@ def _name_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def _explained(place: Path) -> Iterator[None]:
+    """Turns the errors of a file system into DataErrors that say what to do."""
     try:
         yield
     except FileNotFoundError as error:

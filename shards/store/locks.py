@@ -18,7 +18,7 @@ class BusyError(DataError):
 
 
 def open_shared(path: Path) -> IO[bytes] | None:
-    """The file, protected from eviction until `unlock`; None if it has gone."""
+    """The open file, protected from eviction until `unlock`; None where it was evicted already."""
     try:
         f = open(path, "rb")  # noqa: SIM115
     except FileNotFoundError:
@@ -37,7 +37,8 @@ def unlock(f: IO[Any]) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, name: str, wait: bool = True) -> Iterator[IO[str]]:
-    """The lock `name` of a folder; the file held is what `note` writes on."""
+    """Hold the lock `name` of a folder. Yields its file, for `note`; BusyError where another
+    process holds it and wait is False."""
     locks = folder / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     with open(locks / name, "a+") as f:
@@ -52,8 +53,8 @@ def locked(folder: Path, name: str, wait: bool = True) -> Iterator[IO[str]]:
 
 
 def note(lock: IO[str], began: float, problem: str) -> None:
-    """Leave word of a failed try for those who wait for the lock."""
-    with contextlib.suppress(OSError):  # no space for it: they try for themselves
+    """Write a failed try into the lock's file, for processes that wait for the lock."""
+    with contextlib.suppress(OSError):  # no space for it: they try for themselves then
         lock.seek(0)
         lock.truncate()
         lock.write(json.dumps([began, problem]))
@@ -61,7 +62,7 @@ def note(lock: IO[str], began: float, problem: str) -> None:
 
 
 def failed_since(lock: IO[str], asked: float) -> str | None:
-    """The failure of a try that began after `asked`, in seconds since the epoch."""
+    """What `note` wrote, if that try began after `asked` (seconds since the epoch)."""
     lock.seek(0)
     try:
         began, problem = json.loads(lock.read() or "null") or (0.0, "")

@@ -14,13 +14,13 @@ import contextlib
 import hashlib
 import io
 import os
-import secrets
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 from shards.errors import DataError, NotFoundError
+from shards.store.atomic import written_whole
 from shards.store.retry import Retry, answer_of, retrying
 from shards.store.s3 import s3
 
@@ -88,17 +88,8 @@ def write_bytes(url: str, data: bytes, retry: Retry | None = None) -> None:
     """Write the whole object at once: a reader sees all of it or nothing."""
     if path := local_path(url):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-            try:
-                with open(temporary, "wb") as f:
-                    f.write(data)
-                    f.flush()
-                    os.fsync(f.fileno())
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-            sync_folder(path.parent)
+            with written_whole(path) as temporary:
+                temporary.write_bytes(data)
         except OSError as error:
             raise DataError(f"cannot write {path}: {error.strerror}") from None
         return
@@ -115,8 +106,11 @@ def upload(path: str | Path, url: str, retry: Retry | None = None) -> None:
 def _write(
     url: str, size: int, part: Callable[[int, int], bytes], retry: Retry | None = None
 ) -> None:
-    """Write an object of which `part` gives bytes [begin, end). Its parts are retried one by one,
-    so a fault repeats at most one; nobody sees the object before it is whole."""
+    """Write an object of `size` bytes; `part(begin, end)` gives some of them.
+
+    Large objects are written in parts, which are retried one by one: a fault repeats one of them,
+    and nobody sees the object before it is whole.
+    """
     step = max(_CHUNK, -(-size // 9999))  # S3 takes 10,000 parts
     if size <= step or not url.startswith("s3://"):
         data = part(0, size)
@@ -153,7 +147,7 @@ def _write(
 
         retrying(url, "write", complete, retry)
     except BaseException:
-        # Parts without an object cost room until somebody removes them.
+        # Parts of an upload that is never completed take room in the bucket until they are removed.
         with contextlib.suppress(Exception):
             call(0.0, "abort_multipart_upload", **of)
         raise
@@ -168,14 +162,16 @@ def _etag(parts: list[dict[str, Any]]) -> str:
 
 
 class Target(Protocol):
+    """Something that is written to, as an open file."""
+
     def write(self, data: bytes, /) -> Any: ...
 
 
 def download(url: str, target: Target, size: int | None = None, retry: Retry | None = None) -> None:
     """Copy an object into something that is written to, while it arrives.
 
-    size: bytes to read; None asks the store. A cut connection repeats nothing: the next attempt
-    goes on where it broke off. An object that ends early is copied as far as it goes.
+    size: bytes to read; None asks the store. After a cut connection the next attempt goes on where
+    it broke off. An object with fewer bytes than `size` is copied as far as it goes.
     """
     size = file_size(url, retry) if size is None else size
     for begin in range(0, size, _CHUNK):
@@ -192,12 +188,12 @@ def read_range(url: str, begin: int, end: int, retry: Retry | None = None) -> by
 
 
 class _TargetError(DataError):
-    """What is read cannot be written: no fault of the store's."""
+    """What was read could not be written: a fault of the target's, so reading is not retried."""
 
 
 def _copy(url: str, begin: int, end: int, target: Target, retry: Retry | None) -> int:
-    """Write bytes [begin, end) of an object to `target`; returns where it ended, before `end` if
-    the object does."""
+    """Write bytes [begin, end) of an object to `target`. Returns where copying stopped: at `end`,
+    or at the object's end if that comes first."""
     at = begin
 
     def action(until: float) -> None:
@@ -212,7 +208,7 @@ def _copy(url: str, begin: int, end: int, target: Target, retry: Retry | None) -
         except OSError as error:
             if answer_of(error)[1] != 416 or _size(url, until) > at:
                 raise
-        # An answer can be short and whole in itself: the object has the last word.
+        # An answer may be short though nothing was cut off. That is right at the object's end only.
         if at != end and at < (size := _size(url, until)):
             raise OSError(f"{at - begin} bytes came of {min(end, size) - begin} at {begin}")
 
@@ -294,12 +290,3 @@ def delete(url: str, retry: Retry | None = None) -> None:
         retrying(url, "delete", lambda until: _call(url, until, "rm_file"), retry)
     except NotFoundError:
         return
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames in a folder durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,8 +1,8 @@
 """The shards of a data set as one process uses them: verified, mapped, and fetched ahead of use.
 
 What is needed next is known, so threads bring the shards into the node's cache in that order while
-batches are made of those that are there. A shard that a batch touches before it has arrived is
-waited for, or fetched by who touches it.
+batches are made of those that are there. A batch that needs a shard before it has arrived waits for
+the process that fetches it, or fetches it itself.
 
 Under a byte limit, what is fetched for the windows in use and the next ones displaces what is due
 last, and what is fetched for later ones only fills free room. So each shard is downloaded as often
@@ -26,9 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import DataError
-from shards.store import objects
 from shards.store.cache import CacheBudget, FullError, is_local, local_file, shrink
 from shards.store.locks import BusyError, open_shared, unlock
+from shards.store.stored import StoredFile
 
 log = logging.getLogger("lxscale")
 
@@ -45,38 +45,28 @@ class ShardError(DataError):
 
 
 @dataclass(frozen=True)
-class ShardFile:
-    """Where a shard's tar is, and what it must be; size in bytes."""
-
-    url: str
-    sha256: str
-    size: int
-
-    @property
-    def remote(self) -> bool:
-        return objects.local_path(self.url) is None
-
-
-@dataclass(frozen=True)
 class LookAhead:
-    """What comes, by shard number; time is counted in pairs of the run.
-
-    due: time until the shard is needed, 0 while it is in use, -1 while only processes of this run
-        that are behind may use it
-    mine: whether this process uses it now; soon: whether one of the next windows has it
-    until: time left to the end of the run
-    """
+    """What comes, by shard number; time is counted in pairs of the run."""
 
     due: NDArray[np.float64]
+    """Time until the shard is needed: 0 while it is in use, -1 while only processes of this run
+    that are behind may use it."""
     mine: NDArray[np.bool_]
+    """Whether this process uses it now."""
     soon: NDArray[np.bool_]
+    """Whether one of the next windows has it."""
     until: float
+    """Time left to the end of the run."""
 
 
 class ShardFiles:
-    """Mapped tars by shard number. `limit`: bytes of the node's cache, None = no limit."""
+    """Mapped tars by shard number.
 
-    def __init__(self, files: list[ShardFile], cache: Path, limit: int | None = None) -> None:
+    files: where each shard's tar is; cache: folder of the node's cache; limit: its bytes, None for
+    no limit.
+    """
+
+    def __init__(self, files: list[StoredFile], cache: Path, limit: int | None = None) -> None:
         self.files, self.cache, self.limit = files, cache, limit
         self._mapped: dict[int, tuple[NDArray[np.uint8], IO[bytes] | None]] = {}
         self._due_of: dict[str, float] = {f.sha256: 0.0 for f in files}
@@ -101,11 +91,11 @@ class ShardFiles:
         return found[0]
 
     def _map(self, shard: int) -> tuple[NDArray[np.uint8], IO[bytes] | None]:
+        """The mapped bytes of a shard, and the open file whose lock keeps it from eviction."""
         file = self.files[shard]
         while True:
-            path = local_file(
-                file.url, file.sha256, file.size, self.cache, budget=self._budget(0.0)
-            )
+            path = local_file(file, self.cache, budget=self._budget(0.0))
+            # Another process may evict it before it is locked here: then it is fetched again.
             if f := open_shared(path):
                 mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
                 # Open files protect from eviction; those that nothing evicts may close.
@@ -129,16 +119,16 @@ class ShardFiles:
                     f.close()
             self._mapped, self._ahead, self._process = {}, None, os.getpid()
 
-    def _budget(self, after: float, made: Callable[[], None] | None = None) -> CacheBudget | None:
+    def _budget(self, after: float, placed: Callable[[], None] | None = None) -> CacheBudget | None:
         if self.limit is None:
             return None
-        return CacheBudget(self.limit, lambda sha: self._due_of.get(sha, np.inf), after, made)
+        return CacheBudget(self.limit, lambda sha: self._due_of.get(sha, np.inf), after, placed)
 
     # --- ahead ----------------------------------------------------------------------------------
 
     def look_ahead(self, ahead: LookAhead, threads: int) -> None:
-        """Take a new future. Shards needed before its end are fetched by so many threads, first
-        things first; those that this process does not use now are unmapped."""
+        """Take a new future: unmap the shards that this process does not use now, and have so many
+        threads fetch those needed before the run's end, the ones needed first before the others."""
         self._leave_parent()
         self._unmap([shard for shard in self._mapped if not ahead.mine[shard]])
         due_of: dict[str, float] = {}
@@ -154,17 +144,11 @@ class ShardFiles:
         order = np.argsort(ahead.due, kind="stable")
         due = ahead.due[order]
         wanted = order[(due >= 0) & (due < ahead.until)]
-        self._ahead.want(
-            [
-                (shard, due if soon or due == 0 or self.limit is None else np.inf)
-                for shard, due, soon in zip(
-                    wanted.tolist(),
-                    ahead.due[wanted].tolist(),
-                    ahead.soon[wanted].tolist(),
-                    strict=True,
-                )
-            ]
-        )
+        displaces = ahead.due[wanted]
+        if self.limit is not None:
+            # What only later windows need fills free room (the module's docstring says why).
+            displaces = np.where(ahead.soon[wanted] | (displaces == 0), displaces, np.inf)
+        self._ahead.want(list(zip(wanted.tolist(), displaces.tolist(), strict=True)))
 
     def stop(self) -> None:
         """Let go of everything. The threads end; a download under way is finished first."""
@@ -180,15 +164,8 @@ class ShardFiles:
         file = self.files[shard]
         if self.limit is None or not file.remote:
             placed()
-        if not is_local(file.url, file.sha256, file.size, self.cache):
-            local_file(
-                file.url,
-                file.sha256,
-                file.size,
-                self.cache,
-                budget=self._budget(after, placed),
-                wait=False,
-            )
+        if not is_local(file, self.cache):
+            local_file(file, self.cache, budget=self._budget(after, placed), wait=False)
 
 
 class _Ahead:
@@ -210,7 +187,8 @@ class _Ahead:
             threading.Thread(target=self._work, name="lxscale-fetch", daemon=True).start()
 
     def want(self, shards: list[tuple[int, float]]) -> None:
-        """(shard, what may be displaced for it), in the order of need."""
+        """Take new wishes, in the order of need: (shard, the time after which a file has to be due
+        to be displaced for it)."""
         with self._changed:
             self._wanted, self._taken, self._full_until = shards, set(), 0.0
             self._changed.notify_all()
@@ -221,6 +199,7 @@ class _Ahead:
             self._changed.notify_all()
 
     def _work(self) -> None:
+        """A thread's life: choose a shard, fetch it, remember how that went."""
         while True:
             self._turn.acquire()
             held = True

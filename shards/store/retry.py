@@ -1,4 +1,4 @@
-"""What is tried again, for how long, and what no other attempt can mend.
+"""Which faults of a store are tried again, for how long, and which are final at once.
 
 Full jitter: M. Brooker, Exponential Backoff And Jitter, AWS Architecture Blog, 2015.
 """
@@ -31,17 +31,16 @@ def _deadline() -> float:
 
 @dataclass(frozen=True)
 class Retry:
-    """Full jitter: before attempt n, wait a uniform time up to min(cap, base * 2^n), in seconds.
-
-    deadline: seconds from the first attempt after which a fault is final; the default is
-    LXSCALE_STORE_DEADLINE or 300, which outlasts a restarting gateway but not a lost one.
-    """
+    """Full jitter: before attempt n, wait a uniform time up to min(cap, base * 2^n); in seconds."""
 
     base: float = 0.2
     cap: float = 20.0
     deadline: float = field(default_factory=_deadline)
+    """After this time from the first attempt a fault is final. The default is
+    LXSCALE_STORE_DEADLINE or 300, which outlasts a restarting gateway but not a lost one."""
 
     def wait(self, attempt: int) -> float:
+        """Seconds to wait before an attempt."""
         return _jitter.uniform(0, min(self.cap, self.base * 2 ** min(attempt, 30)))
 
     def attempt_time(self, attempt: int, left: float) -> float:
@@ -51,11 +50,11 @@ class Retry:
         return max(1.0, min(left, self.deadline / 10 * 1.5 ** min(attempt, 30)))
 
 
-# Not the seeded generator of a training process: all ranks would wait for the same time.
+# With the seeded generator of a training process all ranks would wait for the same times.
 _jitter = random.SystemRandom()
 
 
-# Answers of a store to requests that were good and may be repeated, though their status is 4xx.
+# Error codes with a 4xx status that do not mean a bad request: the same request may succeed later.
 _PASSING = {
     "BadDigest",
     "IncompleteBody",

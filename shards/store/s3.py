@@ -1,4 +1,4 @@
-"""A process's connections to S3: one event loop in a thread, and its file systems.
+"""A process's connections to S3: one event loop in a thread, and the file systems on it.
 
 Any number of threads may call in here; their requests share the loop and its connections. A forked
 child makes new ones at its first call.
@@ -24,6 +24,7 @@ _READ = 1 << 20
 
 
 def endpoint() -> str:
+    """The address of the store, for messages."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
 
 
@@ -43,7 +44,8 @@ class S3:
             return self._file_systems[which]
 
     def run(self, call: Coroutine[Any, Any, T], until: float) -> T:
-        """The result of `call`, which is cancelled, and its connection closed, at `until`."""
+        """The result of `call`. At `until` (time.monotonic) it is cancelled and its connection is
+        closed."""
         future, seconds = self._start(call, until)
         try:
             return _result(future, seconds)
@@ -52,8 +54,8 @@ class S3:
             raise
 
     def read(self, bucket: str, key: str, begin: int, end: int, until: float) -> Iterator[bytes]:
-        """Bytes [begin, end) of an object as they arrive: who writes them does so meanwhile. Ends
-        early where the answer does."""
+        """Bytes [begin, end) of an object as they arrive, so that the caller writes some of them
+        while others are on their way. Ends early where the store's answer does."""
         fs = self.file_system()
         arrived: SimpleQueue[bytes | None] = SimpleQueue()
 
@@ -75,7 +77,7 @@ class S3:
             future.cancel()
 
     def _start(self, call: Coroutine[Any, Any, T], until: float) -> tuple[Future[T], float]:
-        """The call under way, and the seconds that it may take."""
+        """Begin a call; returns its future and the seconds that it may take."""
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
@@ -135,7 +137,7 @@ _inherited: list[S3] = []
 def _begin_anew_in_child() -> None:
     """A forked child has its parent's connections and loop, but not the thread that runs it."""
     global _current
-    # Never closed: that would take the parent's sockets out of its epoll.
+    # It is kept, as closing it would take the parent's sockets out of the epoll that both share.
     _inherited.append(_current)
     _current = S3()
 
@@ -144,5 +146,5 @@ os.register_at_fork(after_in_child=_begin_anew_in_child)
 
 
 def s3() -> S3:
-    """This process's own."""
+    """The connections of this process."""
     return _current

@@ -21,6 +21,7 @@ from cluster import local_ray, reaper
 from cluster.driver_channel import Printed
 from cluster.errors import LaunchError
 from cluster.launch import _cause, launch
+from shards.store.folders import sweep
 from tests.conftest import subprocess_environment
 from tests.ranks import config_tree
 from trainer.config import RunConfig, parse_config
@@ -133,13 +134,15 @@ def test_a_reaper_that_is_told_to_stop_ends_nothing(tmp_path: Path) -> None:
 
 
 def test_folders_of_killed_drivers_are_removed_and_used_ones_are_not(tmp_path: Path) -> None:
-    for name in ("lxscale-used", "lxscale-dead", "lxscale-dead-failed", "other"):
+    hour, week = 3600, 7 * 86400
+    names = {"lxscale-used": hour, "lxscale-dead": hour, "lxscale-dead-failed": hour, "other": hour}
+    for name, age in {**names, "lxscale-old-failed": week + hour}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "lock").touch()
-        os.utime(tmp_path / name, (0, time.time() - 3600))
+        os.utime(tmp_path / name, (0, time.time() - age))
     with (tmp_path / "lxscale-used" / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        local_ray._sweep(tmp_path)
+        sweep(tmp_path, local_ray._PREFIX, local_ray._is_kept)
     assert {p.name for p in tmp_path.iterdir()} == {"lxscale-used", "lxscale-dead-failed", "other"}
 
 

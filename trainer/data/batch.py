@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from model.batch import Batch
-from shards.dataset import Dataset, ranges
+from shards.dataset import Dataset
 from shards.errors import DataError
+from shards.format.index import ranges
 from shards.order.draws import I64, U64, below, chance, draw, fold, halves, uniform
 from shards.order.sampler import Plan, Sampler
 

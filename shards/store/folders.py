@@ -1,0 +1,54 @@
+"""Folders that belong to a process while it lives, and are swept when it is dead."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+Keep = Callable[[Path], bool]
+
+
+def _keep_none(_folder: Path) -> bool:
+    return False
+
+
+@contextlib.contextmanager
+def owned_folder(parent: Path, prefix: str, keep: Keep = _keep_none) -> Iterator[Path]:
+    """A new folder `<prefix>…` in `parent`, with nothing in it but `lock`; removed at the end.
+
+    First, other folders of the prefix are removed whose processes are dead, however they ended,
+    unless `keep` says otherwise. A block that renames its folder keeps it from being removed at
+    the end, and has `keep` decide for how long.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    sweep(parent, prefix, keep)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    try:
+        with open(folder / "unlocked", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel frees it when this process ends
+            # It gets its name once it is held: a free lock is a dead process's.
+            os.rename(folder / "unlocked", folder / "lock")
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep(parent: Path, prefix: str, keep: Keep = _keep_none) -> None:
+    """Remove the folders of a prefix whose processes are dead, but for those to `keep`."""
+    for folder in parent.glob(f"{prefix}*"):
+        try:
+            if keep(folder):
+                continue
+            with open(folder / "lock") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            log.debug("%s is in use, or not ours", folder)
