@@ -558,11 +558,11 @@ def test_threads_and_files_go_with_the_loader(
     threads, files = process.num_threads(), process.num_fds()
     for i in range(40):
         once(1 + i % 30)
-        assert fetching() <= 2 * LoaderSettings().threads  # the last one's may still end
+        assert fetching() <= 2 * LoaderSettings().fetch_threads  # the last one's may still end
     wait_until(lambda: fetching() == 0)
     assert process.num_threads() <= threads
     # s3fs keeps connections to the store open, not more than downloads at once.
-    assert process.num_fds() <= files + LoaderSettings().threads
+    assert process.num_fds() <= files + LoaderSettings().fetch_threads
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
