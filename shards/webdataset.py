@@ -52,8 +52,8 @@ def as_webdataset(url: str, cache: str | Path | None = None, *, shuffle: int = 0
     shuffle: each record is drawn from so many that are read ahead, and shards are taken in random
     order, another one in each epoch and process.
     `.batched` stacks arrays, for which all n must be the same; `.listed` does not.
-    Nodes and loader workers take every so-manieth shard (webdataset's split_by_node and
-    split_by_worker): where they are more than the shards, some get nothing.
+    Of N nodes or loader workers each takes every N-th shard (webdataset's split_by_node and
+    split_by_worker); where there are more of them than shards, some get nothing.
     Raises DataError naming the object where the manifest, or later a shard, is absent or damaged.
     """
     manifest = load_manifest(url)

@@ -98,7 +98,7 @@ def classify(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Re
 class Objective:
     """One thing that the model is trained to predict.
 
-    Its loss is a sum over its targets. Whoever trains divides by their number in the whole global
+    Its loss is a sum over its targets. Training divides it by their number in the whole global
     batch (at least 1), which makes a loss independent of how pairs are spread, and finite where a
     micro-batch has no target.
     """

@@ -6,7 +6,6 @@ same other sentence and the same answer at any world size, in any process, after
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +18,7 @@ from shards.errors import DataError
 from shards.format.index import ranges
 from shards.order.draws import I64, U64, below, chance, draw, fold, halves, uniform
 from shards.order.sampler import Plan, Sampler
+from trainer.data.shared_batches import Empty, fresh_memory
 
 # Purposes of draws; the sampler uses 1 and 2.
 _SENTENCE, _TOKEN, _TOKEN_ID, _OBJECT, _DONOR, _DONOR_OBJECT, _ANSWER = range(3, 10)
@@ -44,20 +44,12 @@ class BatchSettings:
     vocab_size: int
 
 
-Empty = Callable[[tuple[int, ...]], torch.Tensor]
-"""Shape -> an uninitialised fp16 tensor."""
-
-
-def _empty(shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.float16)
-
-
 def make_batch(
     data: Dataset,
     sampler: Sampler,
     plan: Plan,
     settings: BatchSettings,
-    empty: Empty = _empty,
+    empty: Empty = fresh_memory,
 ) -> Batch:
     """The batch of a plan's pairs, on the CPU; `empty` gives the memory of the features."""
     if not plan.masks:

@@ -1,7 +1,7 @@
 """The batches of the steps to come, in order, made in this process or ahead of it in workers.
 
-Whoever holds a step makes this rank's micro-batches of it, so any number of loader workers gives
-the same stream and there is nothing of theirs to save.
+A step is all that it takes to make this rank's micro-batches of it. So any number of loader workers
+gives the same stream, and none has a state to save.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import mmap
 import os
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from multiprocessing import reduction
 from typing import Any
 
@@ -26,13 +26,16 @@ _ALIGN = 64
 _HUGE_PAGE = 2 << 20
 
 
+Layout = list[tuple[str, str, tuple[int, ...], int]]
+"""Of each field of a batch: name, dtype, shape, offset in bytes."""
+
+
 @dataclass(frozen=True)
 class Packed:
     """A batch in a slot."""
 
     slot: int
-    layout: list[tuple[str, str, tuple[int, ...], int]]
-    """Of each field: name, dtype, shape, offset in bytes."""
+    layout: Layout
 
 
 class SharedBatches:
@@ -54,7 +57,8 @@ class SharedBatches:
             self._memory.madvise(mmap.MADV_HUGEPAGE)
         else:
             weakref.finalize(self, os.close, fd)
-        # One byte a slot says whether it is in use: set by who fills it, cleared by who reads it.
+        # One byte a slot says whether it is in use: set by the process that fills it, cleared by the
+        # one that has read it. It needs no lock, as only one worker fills the slots of a group.
         self._busy = np.frombuffer(self._memory, np.uint8, groups * count)
 
     def __getstate__(self) -> Any:
@@ -99,8 +103,16 @@ class SharedBatches:
         return Batch(**found)
 
 
+Empty = Callable[[tuple[int, ...]], torch.Tensor]
+"""Shape -> an uninitialised fp16 tensor."""
+
+
+def fresh_memory(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float16)
+
+
 def make_in_slot(
-    slots: SharedBatches, group: int, make: Callable[[Callable[[tuple[int, ...]], torch.Tensor]], Batch]
+    slots: SharedBatches, group: int, make: Callable[[Empty], Batch]
 ) -> Packed | Batch:
     """A batch made in a slot of the group; as it is where no slot is free or large enough. Where no
     other process will read it, only its features are in the slot.
@@ -109,16 +121,17 @@ def make_in_slot(
     """
     slot = slots.take(group)
     if slot is None:
-        return make(lambda shape: torch.empty(shape, dtype=torch.float16))
+        return make(fresh_memory)
     memory = slots.memory(slot)
     used = 0
 
     def empty(shape: tuple[int, ...]) -> torch.Tensor:
+        # Features, nearly all of a batch, are gathered where they will be read: they are not copied.
         nonlocal used
         used = 2 * int(np.prod(shape))
         if used > len(memory):
             used = 0
-            return torch.empty(shape, dtype=torch.float16)
+            return fresh_memory(shape)
         return torch.from_numpy(memory[:used].view(np.float16)).view(shape)
 
     try:
@@ -129,20 +142,30 @@ def make_in_slot(
     if not slots.shared:
         weakref.finalize(memory, slots.release, slot)
         return batch
-    at = -(-used // _ALIGN) * _ALIGN
-    layout = [("features", "float16", tuple(batch.features.shape), 0)]
+    layout = _pack(batch, memory, used) if used else None
+    if layout:
+        return Packed(slot, layout)
+    # The slot is given back, so nothing of the batch may stay in it.
+    if batch.features.data_ptr() == memory.ctypes.data:
+        batch = replace(batch, features=batch.features.clone())
+    slots.release(slot)
+    return batch
+
+
+def _pack(batch: Batch, memory: NDArray[np.uint8], used: int) -> Layout | None:
+    """Copy all but the features, which fill the first `used` bytes, behind them; None where that
+    does not fit."""
+    layout: Layout = [("features", "float16", tuple(batch.features.shape), 0)]
+    end = used
     for f in fields(batch):
         tensor = getattr(batch, f.name)
         if f.name == "features" or tensor is None:
             continue
         array = tensor.numpy()
-        layout.append((f.name, str(array.dtype), array.shape, at))
-        end = at + array.nbytes
-        if not used or end > len(memory):
-            if batch.features.data_ptr() == memory.ctypes.data:
-                batch = Batch(**{**vars(batch), "features": batch.features.clone()})
-            slots.release(slot)
-            return batch
-        memory[at:end] = array.reshape(-1).view(np.uint8)
         at = -(-end // _ALIGN) * _ALIGN
-    return Packed(slot, layout)
+        end = at + array.nbytes
+        if end > len(memory):
+            return None
+        layout.append((f.name, str(array.dtype), array.shape, at))
+        memory[at:end] = array.reshape(-1).view(np.uint8)
+    return layout
