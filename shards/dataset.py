@@ -191,14 +191,13 @@ def _copy_rows(tars: list[memoryview], at: I64, size: I64, out: NDArray) -> None
     """Copy `size[i]` bytes at `at[i]` of `tars[i]` to the start of row i of `out`, which is
     contiguous. The rest of the row stays as it is."""
     row = out[0].nbytes if len(out) else 0
-    to = np.arange(len(out)) * row
-    # Bounds are plain integers, worked out for all rows at once, and slices are of memoryviews:
-    # arrays would cost more for each row than copying a small member does.
+    # Offsets become plain integers all at once, and bytes go from memoryview to memoryview: for a
+    # small member, indexing arrays row by row would cost more than the copy.
     target = out.reshape(-1).view(np.uint8).data
-    begins, ends = at.tolist(), (at + size).tolist()
-    rows = zip(tars, begins, ends, to.tolist(), (to + size).tolist(), strict=True)
-    for tar, begin, end, to_begin, to_end in rows:
-        target[to_begin:to_end] = tar[begin:end]
+    to = 0
+    for tar, begin, n in zip(tars, at.tolist(), size.tolist(), strict=True):
+        target[to : to + n] = tar[begin : begin + n]
+        to += row
 
 
 def _columns(
