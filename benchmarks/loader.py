@@ -30,12 +30,11 @@ from protocol import Contestant, Length, Result, machine, markdown, measure
 from shards.dataset import Dataset, open_dataset
 from shards.format.build import BuildSettings, build
 from shards.format.tokenizer import load_tokenizer
-from shards.order.sampler import start_state
-from shards.order.streams import SamplerSettings
+from shards.order.settings import SamplerSettings
 from synthetic import DIM, FEATURE_BYTES, OBJECTS, records
+from trainer.config import LoaderSettings
 from trainer.data.batch import BatchSettings
-from trainer.data.loader import LoaderSettings, MissingShard, RankSlice, load_steps
-from trainer.setup import data_streams
+from trainer.data.loader import RankSlice, load_steps
 
 BATCH = 256
 ENDLESS = 10**15  # pairs: no run gets there
@@ -56,19 +55,18 @@ def ours(folder: Path, workers: int, rank: int, processes: int) -> Mapping[str, 
 
 
 def batches(
-    data: Dataset, workers: int, share: RankSlice, total: int, window: int = 0
+    data: Dataset, workers: int, part: RankSlice, total: int, window: int = 0
 ) -> Iterator[int]:
     """Batches of 256 pairs a rank until all ranks have `total`; yields their sizes."""
-    settings = SamplerSettings(seed=1, window=window)
-    streams = data_streams(settings, data)
+    sampler = data.sampler(SamplerSettings(window=window), 1)
     masks = BatchSettings(1, 0.15, 0.15, 2, 3, 4, data.manifest.schema.vocab_size)
-    loader = LoaderSettings(workers)
-    state, step = start_state(streams), BATCH * share.world
-    for made in load_steps(data, settings, streams, masks, share, state, step, total, loader):
-        if isinstance(made, MissingShard):
-            raise SystemExit(made.message)
-        pairs = made[0].pairs
-        del made  # as training does: its memory is free for the next
+    loader = LoaderSettings(loader_workers=workers)
+    step = BATCH * part.world
+    for loaded in load_steps(data, sampler, masks, part, sampler.start(), step, total, loader):
+        if loaded.missing:
+            raise SystemExit(loaded.missing.message)
+        pairs = loaded.batches[0].pairs
+        del loaded  # as training does: its memory is free for the next
         yield pairs
 
 
@@ -84,7 +82,7 @@ def bare(folder: Path, rank: int, processes: int) -> Mapping[str, Iterator[int]]
             out = np.empty((BATCH, FEATURE_BYTES), dtype=np.uint8) if kept is None else kept
             images = rng.integers(0, count, BATCH)
             shards = data.shard_of_image(images).tolist()
-            offsets = data.index.features_offset[images].tolist()
+            offsets = data.index.offset["features"][images].tolist()
             for i, (shard, offset) in enumerate(zip(shards, offsets, strict=True)):
                 out[i] = tars[shard][offset : offset + FEATURE_BYTES]
             yield BATCH

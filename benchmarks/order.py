@@ -12,15 +12,13 @@ import statistics
 import time
 import tracemalloc
 from datetime import date
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
 from protocol import machine, markdown
 from shards.order.draws import I64
-from shards.order.sampler import stream_epoch
-from shards.order.streams import Stream
+from shards.order.permutation import EpochOrder, epoch_order
 
 # Pairs, shards, shards per window (0 = all of them: an exact global shuffle).
 SIZES = (
@@ -45,26 +43,25 @@ def sizes_of(pairs: int, shards: int) -> I64:
     return np.diff(cuts)
 
 
-def pairs_at(stream: Stream, first: I64, window: int, begin: int, count: int) -> I64:
+def pairs_at(order: EpochOrder, first: I64, begin: int, count: int) -> I64:
     """What the sampler does for a step: positions of a stream to pairs. first: of each shard."""
-    shard, index = stream_epoch(stream, 1, 0, window, 1).locate(np.arange(begin, begin + count))
+    shard, index = order.locate(np.arange(begin, begin + count))
     return first[shard] + index
 
 
-def stream_of(sizes: I64) -> tuple[Stream, I64]:
-    first = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    return Stream("all", 0, 0, (0,), sizes, Fraction(1), 0), first
+def order_of(sizes: I64, window: int) -> tuple[EpochOrder, I64]:
+    return epoch_order(sizes, 1, 0, window), np.concatenate([[0], np.cumsum(sizes)[:-1]])
 
 
 def rate(sizes: I64, window: int, chunk: int, seconds: float) -> float:
     """Positions/s, median of ROUNDS runs of `seconds` over consecutive chunks."""
     total, rates = int(sizes.sum()), []
-    stream, first = stream_of(sizes)
+    order, first = order_of(sizes, window)
     for i in range(ROUNDS + 1):
         begin, done = total // (i + 2), 0
         began = time.perf_counter()
         while (now := time.perf_counter()) - began < seconds:
-            pairs_at(stream, first, window, (begin + done) % (total - chunk), chunk)
+            pairs_at(order, first, (begin + done) % (total - chunk), chunk)
             done += chunk
         rates.append(done / (now - began))
     return statistics.median(rates[1:])
@@ -72,12 +69,12 @@ def rate(sizes: I64, window: int, chunk: int, seconds: float) -> float:
 
 def memory(sizes: I64, window: int) -> tuple[float, float]:
     """Bytes that the order keeps, and the most at any time of its making and of a batch."""
-    warm = stream_of(np.asarray([1000, 1000]))
-    pairs_at(*warm, 0, 0, 256)  # what numpy loads on first use is not the order's
-    stream, first = stream_of(sizes)
-    stream_epoch.cache_clear()
+    # What numpy loads on first use is not the order's.
+    pairs_at(*order_of(np.asarray([1000, 1000]), 0), 0, 256)
+    first = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     tracemalloc.start()
-    pairs_at(stream, first, window, stream.pairs // 3, 256)
+    order = epoch_order(sizes, 1, 0, window)
+    pairs_at(order, first, order.pairs // 3, 256)
     kept, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return kept, most

@@ -27,7 +27,8 @@ import webdataset
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from shards.format.record import ImageRecord, labels_bytes, record_json
+from shards.format.members import LABELS
+from shards.format.record import ImageRecord, record_json
 from synthetic import DIM, OBJECTS, records
 
 MAX_TOKENS, TOKEN_MASK, OBJECT_MASK = 20, 0.15, 0.15
@@ -36,7 +37,7 @@ MAX_TOKENS, TOKEN_MASK, OBJECT_MASK = 20, 0.15, 0.15
 @dataclass
 class Sample:
     """One record as a peer hands it out. features: (36, 2048); document: JSON with the sentences;
-    boxes: f32[36, 4] as bytes; labels: see `shards.record.labels_bytes`."""
+    boxes: f32[36, 4] as bytes; labels: see `shards.format.members.LABELS`."""
 
     features: NDArray[Any]
     document: bytes
@@ -71,7 +72,7 @@ def _fields(record: ImageRecord) -> dict[str, bytes]:
         "features": record.features.tobytes(),
         "document": record_json(record),
         "boxes": record.boxes.tobytes(),
-        "labels": labels_bytes(record.labels),
+        "labels": LABELS.payload(record),
     }
 
 

@@ -1,7 +1,7 @@
-"""The driver channel: a small actor through which driver and workers tell each other things.
+"""The driver channel: a small actor through which driver and workers talk.
 
-Workers put their log lines and, at the end, the result there; the driver puts the wish to stop.
-Nothing else passes between them, and no tensor ever.
+Workers leave their log lines there and, at the end, the result; the driver leaves the wish to
+stop. Nothing else passes between them, and no tensor ever.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 import ray
 
-# How often workers send lines and look for a stop, and the driver looks for lines, in seconds.
-INTERVAL_S = 0.5
-_FOLLOW_S = 0.2
+# Seconds between two exchanges of a worker, and between two looks of the driver for lines.
+_WORKER_S = 0.5
+_DRIVER_S = 0.2
 
 
 class DriverChannel:
@@ -27,17 +27,19 @@ class DriverChannel:
     def __init__(self) -> None:
         self._lines: list[str] = []
         self._stop = False
-        self._result: dict[str, Any] | None = None
+        self._result: Any = None
 
     def exchange(self, lines: list[str]) -> bool:
-        """A worker's new log lines; tells whether it should stop."""
+        """Take a worker's new log lines; returns whether it should stop."""
         self._lines += lines
         return self._stop
 
     def stop(self) -> None:
+        """Ask all workers for a clean end."""
         self._stop = True
 
-    def finish(self, result: dict[str, Any]) -> None:
+    def finish(self, result: Any) -> None:
+        """Take the result of the run, from rank 0."""
         self._result = result
 
     def drain(self) -> list[str]:
@@ -45,12 +47,14 @@ class DriverChannel:
         lines, self._lines = self._lines, []
         return lines
 
-    def result(self) -> dict[str, Any] | None:
+    def result(self) -> Any:
+        """The result of the run; None as long as rank 0 has not finished."""
         return self._result
 
 
 class WorkerChannel:
-    """A worker's end of the channel: a thread that never lets the step wait."""
+    """A worker's end of the channel: it collects the log and what is printed, and a thread sends
+    it, so that no step waits for the driver."""
 
     def __init__(self, channel: Any, logger: logging.Logger, rank: int) -> None:
         self._channel = channel
@@ -86,7 +90,7 @@ class WorkerChannel:
             self._lines.append(line)
 
     def _run(self) -> None:
-        while not self._closed.wait(INTERVAL_S):
+        while not self._closed.wait(_WORKER_S):
             self._exchange()
 
     def _exchange(self) -> None:
@@ -119,7 +123,9 @@ class Printed(io.TextIOBase):
 
 
 class _Lines(logging.Handler):
-    def __init__(self, add: Any) -> None:
+    """A log handler that passes on formatted records."""
+
+    def __init__(self, add: Callable[[str], None]) -> None:
         super().__init__()
         self._add = add
 
@@ -128,7 +134,8 @@ class _Lines(logging.Handler):
 
 
 def follow(channel: Any, thread: threading.Thread, stop_asked: Callable[[], bool]) -> None:
-    """Print the workers' lines until the thread ends; pass on a wish to stop."""
+    """Print the workers' lines until `thread`, which runs them, ends. Once `stop_asked()` is true,
+    ask them to stop."""
 
     def show() -> None:
         for line in ray.get(channel.drain.remote()):
@@ -141,5 +148,5 @@ def follow(channel: Any, thread: threading.Thread, stop_asked: Callable[[], bool
             channel.stop.remote()
             print("stopping: the workers save a checkpoint; once more to abort", flush=True)
         show()
-        thread.join(_FOLLOW_S)
+        thread.join(_DRIVER_S)
     show()

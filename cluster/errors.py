@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from model.errors import ModelError
 from shards.errors import DataError
-from trainer.checkpoint.format import CheckpointError
+from trainer.checkpoint.errors import CheckpointError
 from trainer.config import ConfigError
 
 

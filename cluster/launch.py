@@ -32,10 +32,10 @@ from cluster.driver_channel import DriverChannel, WorkerChannel, follow
 from cluster.errors import FINAL_ERRORS, LaunchError
 from cluster.local_ray import environment, local_ray, scratch
 from trainer.config import RunConfig, parse_config
-from trainer.loop import Control, train
+from trainer.loop import Control, TrainResult, train
 from trainer.progress import tensorboard_folder
 
-Loop = Callable[[RunConfig, Control], dict[str, Any]]
+Loop = Callable[[RunConfig, Control], TrainResult]
 
 
 class FinalError(RuntimeError):
@@ -47,7 +47,7 @@ class _Policy(DefaultFailurePolicy):
 
     def __init__(self, failure_config: Any, channel: Any) -> None:
         super().__init__(failure_config)
-        self._board = channel
+        self._channel = channel
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         if _final_message(training_failed_error):
@@ -55,12 +55,15 @@ class _Policy(DefaultFailurePolicy):
         decision = super().make_decision(training_failed_error)
         if decision is FailureDecision.RETRY:
             cause = _cause(training_failed_error)
-            self._board.exchange.remote([f"{cause}; starting again"])
+            self._channel.exchange.remote([f"{cause}; starting again"])
         return decision
 
 
 class _Trainer(TorchTrainer):
+    """Ray Train's trainer with our failure policy, for which it has no parameter."""
+
     channel: Any
+    """The driver channel, on which the policy says what it does."""
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         run_config: Any = self.run_config
@@ -96,9 +99,10 @@ def _final_message(error: BaseException) -> str | None:
     return None
 
 
-def launch(config: RunConfig, *, ray_address: str | None = None, loop: Loop = train) -> dict:
-    """Run `loop` in config.cluster.workers workers and return what rank 0's returns.
+def launch(config: RunConfig, *, ray_address: str | None = None, loop: Loop = train) -> TrainResult:
+    """Run `loop` in config.cluster.workers workers; returns the result of the loop on rank 0.
 
+    ray_address: a Ray cluster to join; None starts a local one and ends it.
     The first SIGINT or SIGTERM asks for a clean stop (the loop saves and returns), the second
     aborts. Raises one of FINAL_ERRORS with the worker's message, or LaunchError.
     """
@@ -110,26 +114,7 @@ def launch(config: RunConfig, *, ray_address: str | None = None, loop: Loop = tr
         channel: Any = (
             ray.remote(DriverChannel).options(num_cpus=0, scheduling_strategy=here).remote()
         )
-        trainer = _Trainer(
-            _work,
-            train_loop_config={"config": config.given(), "channel": channel, "loop": loop},
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=config.cluster.workers,
-                use_gpu=config.cluster.gpus_per_worker > 0,
-                resources_per_worker=_resources(config),
-            ),
-            torch_config=TorchConfig(
-                backend="cpu:gloo,cuda:nccl" if config.cluster.gpus_per_worker else "gloo",
-                timeout_s=int(config.cluster.process_group_timeout_s),
-            ),
-            # Ray Train wants a place for its ledger; ours is the trainer's, so this one goes.
-            run_config=ray.train.RunConfig(
-                name="lxscale",
-                storage_path=str(folder / "ledger"),
-                failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
-            ),
-        )
-        trainer.channel = channel
+        trainer = _trainer(config, loop, channel, folder)
         failure: list[BaseException] = []
 
         def fit() -> None:
@@ -144,25 +129,51 @@ def launch(config: RunConfig, *, ray_address: str | None = None, loop: Loop = tr
         follow(channel, thread, asked)
         if failure:
             raise _explain(failure[0], config)
-        result: dict[str, Any] | None = ray.get(channel.result.remote())
+        result: TrainResult | None = ray.get(channel.result.remote())
         if result is None:
             raise LaunchError("the workers ended without a result")
         return result
 
 
+def _trainer(config: RunConfig, loop: Loop, channel: Any, folder: Path) -> _Trainer:
+    """Ray Train's trainer for the run; `folder` goes with the run's end."""
+    cluster = config.cluster
+    trainer = _Trainer(
+        _work,
+        train_loop_config={"config": config.given(), "channel": channel, "loop": loop},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=cluster.workers,
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker=_resources(config),
+        ),
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if cluster.gpus_per_worker else "gloo",
+            timeout_s=int(cluster.process_group_timeout_s),
+        ),
+        # Ray Train wants a place for its ledger; ours is the trainer's, so this one goes.
+        run_config=ray.train.RunConfig(
+            name="lxscale",
+            storage_path=str(folder / "ledger"),
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+        ),
+    )
+    trainer.channel = channel
+    return trainer
+
+
 def _work(given: dict[str, Any]) -> None:
     """What runs in every worker: the loop, with the channel around it."""
     rank = ray.train.get_context().get_world_rank()
-    side = WorkerChannel(given["channel"], logging.getLogger("lxscale"), rank)
+    channel = WorkerChannel(given["channel"], logging.getLogger("lxscale"), rank)
     try:
         config = parse_config(given["config"], "the configuration")
-        result = given["loop"](config, Control(side.should_stop))
+        result = given["loop"](config, Control(channel.should_stop))
         if rank == 0:
             ray.get(given["channel"].finish.remote(result))
     except FINAL_ERRORS as error:
         raise FinalError(f"{type(error).__name__}:{error}") from error
     finally:
-        side.close()
+        channel.close()
 
 
 def _explain(error: BaseException, config: RunConfig) -> BaseException:

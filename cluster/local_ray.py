@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import logging
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,6 +16,7 @@ import torch
 
 from cluster import reaper
 from cluster.errors import LaunchError
+from shards.store.folders import owned_folder
 from trainer.config import ClusterSection
 
 # Ray's object store carries a configuration and log lines here: its smallest size will do.
@@ -26,8 +24,7 @@ _OBJECT_STORE_BYTES = 80 << 20
 _PREFIX = "lxscale-"
 # Below this folder Ray makes sockets, whose whole paths may have 107 bytes.
 _LONGEST_ROOT = 24
-# A failed run's logs are there for a week; a folder so young may not be locked yet.
-_KEEP_FAILED_S, _STARTING_S = 7 * 86400, 60
+_FAILED, _KEEP_FAILED_S = "-failed", 7 * 86400
 
 _ENVIRONMENT = {
     # ray.init turns 127.0.0.1 into the address of a network card unless this says that there are
@@ -104,37 +101,18 @@ def scratch() -> Iterator[Path]:
     root = Path(tempfile.gettempdir())
     if len(str(root)) > _LONGEST_ROOT and Path("/tmp").is_dir():
         root = Path("/tmp")
-    _sweep(root)
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
-    lock = (folder / "lock").open("w")
-    # Freed by the kernel when this process ends, however it ends.
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    failed = False
-    try:
-        yield folder
-    except LaunchError as error:
-        failed = any(folder.glob("session_*"))
-        if not failed:
-            raise
-        logs = folder.with_name(f"{folder.name}-failed")
-        folder.rename(logs)
-        raise LaunchError(f"{error}. Logs of Ray and of the workers: {logs}") from error
-    finally:
-        lock.close()
-        if not failed:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sweep(root: Path) -> None:
-    """Remove folders of ours that no living process holds."""
-    for folder in root.glob(f"{_PREFIX}*"):
+    with owned_folder(root, _PREFIX, _is_kept) as folder:
         try:
-            age = time.time() - folder.stat().st_mtime
-            failed = folder.name.endswith("-failed")
-            if age < (_KEEP_FAILED_S if failed else _STARTING_S):
-                continue
-            with (folder / "lock").open("r+") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-        except OSError:
-            logging.getLogger(__name__).debug("%s is in use, or not ours", folder)
+            yield folder
+        except LaunchError as error:
+            if not any(folder.glob("session_*")):
+                raise
+            logs = folder.with_name(f"{folder.name}{_FAILED}")
+            folder.rename(logs)
+            raise LaunchError(f"{error}. Logs of Ray and of the workers: {logs}") from error
+
+
+def _is_kept(folder: Path) -> bool:
+    """Whether a folder that nobody uses stays: a failed run's logs do for a week."""
+    age = time.time() - folder.stat().st_mtime
+    return folder.name.endswith(_FAILED) and age < _KEEP_FAILED_S

@@ -1,7 +1,9 @@
 """Ends what a driver that was killed leaves behind. Run as a script, so it imports only little.
 
 The kernel ends Ray's daemons with their driver, but not their agents, which try for a minute to
-reach them, nor processes that workers started. All of them carry a mark in their environment.
+reach them, nor processes that workers started. All of them carry a mark in their environment, but
+some cannot be seen to: Ray's agents and workers write their titles over it, in part or whole. Those
+print into the session's folder.
 """
 
 from __future__ import annotations
@@ -34,10 +36,9 @@ def reap(session: str, quiet: float = 0.0) -> None:
     """kill -9 every process of the session, until none was found for `quiet` seconds: one
     that is just being started shows no environment. Linux only; elsewhere Ray's own clean-up must
     do."""
-    mark = f"{MARK}={session}".encode()
     began = seen = time.monotonic()
     while (now := time.monotonic()) < began + quiet + 5:
-        found = [pid for pid in _processes() if _environment(pid) & {mark}]
+        found = [pid for pid in _processes() if _belongs(pid, session)]
         if found:
             seen = now
         elif now - seen >= quiet:
@@ -56,12 +57,17 @@ def _processes() -> list[int]:
     return [int(n) for n in os.listdir("/proc") if n.isdigit() and int(n) != os.getpid()]
 
 
-def _environment(pid: int) -> set[bytes]:
-    """What the process was started with; nothing of zombies and of other users' processes."""
+def _belongs(pid: int, session: str) -> bool:
+    """Whether a process is of the session, of what can be seen of it: nothing can of zombies and of
+    other users' processes."""
     try:
-        return set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+        mark = f"{MARK}={session}".encode()
+        if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            return True
+        prints_to = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (1, 2)]
     except OSError:
-        return set()
+        return False
+    return any(path.startswith(f"{session}/") for path in prints_to)
 
 
 if __name__ == "__main__":

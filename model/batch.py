@@ -14,48 +14,57 @@ from torch import Tensor
 class Batch:
     """M pairs of U distinct images with at most O objects of D features; T tokens in all.
 
-    tokens          i64[T]       ids after masking, [CLS] and [SEP] included, no padding
-    token_start     i64[M+1]     where each pair's tokens begin; the last entry is T
-    features        f16[U, O, D] as the detector gave them, zero-padded
-    boxes           f32[U, O, 4] x1 y1 x2 y2 in 0..1, zero-padded
-    num_objects     i64[U]       real objects of an image
-    image_index     i64[M]       row of the pair's image
-    lm_position     i64          masked words: flat index into the tokens; lm_target their ids
-    object_position i64          masked objects: flat index into (M * O)
-    zero_position   i64          those of them whose features are zeroed
-    swap_position   i64          those whose features are replaced by swap_features f16[., D]
-    matched         i64[M]       1 = the sentence belongs to the image
-    answer_pair     i64          pairs with an answer to predict; answer_target their answers
-    pair_id, sentence_id, source, slot  i64[M]  the pair, the sentence shown, the pair's source set
-                                 and its place in the step's global batch
-    object_label, attribute_label i64[U, O], object_conf, attribute_conf f32[U, O]
-                                 the detector's argmax and its confidence; None without labels
     Any of the index tensors, and the batch itself, may be empty.
     """
 
     tokens: Tensor
+    """i64[T] ids after masking, [CLS] and [SEP] included, pair after pair, no padding."""
     token_start: Tensor
+    """i64[M+1] where each pair's tokens begin; the last entry is T."""
     features: Tensor
+    """f16[U, O, D] as the detector gave them, zero-padded."""
     boxes: Tensor
+    """f32[U, O, 4] x1 y1 x2 y2 in 0..1, zero-padded."""
     num_objects: Tensor
+    """i64[U] real objects of each image; the others are padding."""
     image_index: Tensor
+    """i64[M] row of each pair's image in the tensors of images."""
     lm_position: Tensor
+    """i64 masked words, as flat indices into `tokens`."""
     lm_target: Tensor
+    """i64 the ids that stood there."""
     object_position: Tensor
+    """i64 masked objects, as flat indices into (M * O)."""
     zero_position: Tensor
+    """i64 those of them whose features are zeroed."""
     swap_position: Tensor
+    """i64 those of them whose features are replaced by `swap_features`."""
     swap_features: Tensor
+    """f16[., D] features of objects of other images, one for each of `swap_position`."""
     matched: Tensor
+    """i64[M] 1 = the sentence belongs to the image, 0 = it is another image's."""
     answer_pair: Tensor
+    """i64 pairs with an answer to predict."""
     answer_target: Tensor
+    """i64 their answers, as rows of the answer table."""
     pair_id: Tensor
+    """i64[M] the pair's number in the training data."""
     sentence_id: Tensor
+    """i64[M] the sentence shown; differs from `pair_id` where the pair is mismatched."""
     source: Tensor
-    slot: Tensor
+    """i64[M] source set that the pair is of."""
+    offset: Tensor
+    """i64[M] the pair's place in the step's global batch."""
+    dataset: Tensor
+    """i64[M] which of the mixed data sets the pair is of."""
     object_label: Tensor | None = None
+    """i64[U, O] the object class that the detector found likeliest; None without labels."""
     object_conf: Tensor | None = None
+    """f32[U, O] the detector's confidence in it."""
     attribute_label: Tensor | None = None
+    """i64[U, O] the attribute that the detector found likeliest; None without labels."""
     attribute_conf: Tensor | None = None
+    """f32[U, O] the detector's confidence in it."""
 
     @property
     def pairs(self) -> int:

@@ -1,4 +1,4 @@
-"""Weights from and to Hugging Face's Lxmert and the released LXMERT files.
+"""Weights and sizes from and to Hugging Face's Lxmert and the released LXMERT files.
 
 All share their parameter names but for prefixes: Hugging Face's trunk is `lxmert.`, the released
 one `bert.`, which `module.` may precede; the answer head of both is `answer_head.`.
@@ -7,13 +7,12 @@ one `bert.`, which `module.` may precede; the answer head of both is `answer_hea
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from model.config import ModelConfig
@@ -40,15 +39,11 @@ _HF_NAMES = {
     "attention_dropout": "attention_probs_dropout_prob",
     "initializer_range": "initializer_range",
 }
-_TIED = "cls.predictions.decoder.weight"
+# What every model here has, and another model's configuration may not.
+_FIXED = {"hidden_act": "gelu", "position_embedding_type": "absolute"}
+# One parameter under two names: files may have either.
 _EMBEDDING = "lxmert.embeddings.word_embeddings.weight"
-
-
-def config_from_huggingface(tree: dict[str, Any]) -> ModelConfig:
-    """Sizes of a config.json of Hugging Face's; what it leaves out has their default, the base."""
-    return ModelConfig.model_validate(
-        {ours: tree[theirs] for ours, theirs in _HF_NAMES.items() if theirs in tree}
-    )
+_TIED = "cls.predictions.decoder.weight"
 
 
 def config_to_huggingface(config: ModelConfig) -> dict[str, Any]:
@@ -63,8 +58,95 @@ def config_to_huggingface(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
+def weights_to_huggingface(model: LxmertForPreTraining) -> dict[str, Tensor]:
+    """What its model.safetensors holds: each parameter once."""
+    state = model.state_dict()
+    return {n: w.detach().cpu().contiguous() for n, w in state.items() if n != _TIED}
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The config.json of a Hugging Face folder; empty where `path` has none, or is a file."""
+    path = Path(path) / "config.json"
+    try:
+        tree = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {path}: {error}") from None
+    if not isinstance(tree, dict):
+        raise ModelError(f"{path} is not the configuration of a model")
+    return tree
+
+
+def misfits(tree: dict[str, Any], config: ModelConfig, ours: Iterable[str]) -> list[str]:
+    """What in a config.json says that its weights are not for this model: each key with both
+    values. ours: the sizes to compare, by their names here; an absent one is the base's."""
+    wrong = [
+        f"{key} is {tree[key]}, LXMERT's is {value}"
+        for key, value in _FIXED.items()
+        if tree.get(key, value) != value
+    ]
+    for key in ours:
+        theirs = tree.get(_HF_NAMES[key], ModelConfig.model_fields[key].default)
+        size = getattr(config, key)
+        if theirs != size:
+            wrong.append(f"{_HF_NAMES[key]} is {theirs}, this model.{key} is {size}")
+    return wrong
+
+
+def read_lxmert(
+    path: str | Path, tree: dict[str, Any], config: ModelConfig, fresh: Sequence[str]
+) -> dict[str, Tensor]:
     """Weights of a Hugging Face folder, a .safetensors or a released .pth, under our names.
+
+    tree: the folder's config.json, or empty; fresh: parts of the model that do not take their
+    weights. Raises ModelError naming the file and the key that is wrong in itself; whether names
+    and shapes fit is for the caller to see.
+    """
+    # The number of heads is the one size that no weight's shape shows.
+    if tree and (wrong := misfits(tree, config, ["num_heads"])):
+        where = Path(path) / "config.json"
+        raise ModelError(f"{where}: {'; '.join(wrong)}: use its sizes, or another folder")
+    weights = renamed(read_tensors(path), _our_name, path)
+    tied = weights.pop(_TIED, None)
+    if tied is None or is_part(_TIED, fresh) or is_part(_EMBEDDING, fresh):
+        return weights
+    if _EMBEDDING in weights and not torch.equal(tied, weights[_EMBEDDING]):
+        raise ModelError(
+            f"{path}: {_TIED} differs from {_EMBEDDING}; an LXMERT ties them: use another file"
+        )
+    return weights
+
+
+def _our_name(name: str) -> str | None:
+    name = name.removeprefix("module.")
+    if name.startswith("bert."):
+        name = "lxmert." + name.removeprefix("bert.")
+    # A buffer of old versions.
+    return None if name == "lxmert.embeddings.position_ids" else name
+
+
+def is_part(name: str, parts: Iterable[str]) -> bool:
+    """Whether a parameter is of one of these parts, as cls.predictions.bias is of cls."""
+    return any(f"{name}.".startswith(f"{part.rstrip('.')}.") for part in parts)
+
+
+def renamed(
+    weights: dict[str, Tensor], rename: Callable[[str], str | None], path: str | Path
+) -> dict[str, Tensor]:
+    """The weights under new names, without those whose new name is None."""
+    out: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        new = rename(name)
+        if new in out:
+            raise ModelError(f"{path} has {new} twice, the second time as {name}")
+        if new is not None:
+            out[new] = value
+    return out
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The weights in a Hugging Face folder, a .safetensors or a .pth, under the names there.
 
     Nothing is unpickled but tensors. Raises ModelError naming the file when it cannot be read.
     """
@@ -87,80 +169,4 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise ModelError(f"{path} is not a file of weights: {first}") from None
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise ModelError(f"{path} is not a dictionary of tensors: name a file of weights")
-    ours: dict[str, Tensor] = {}
-    for name, value in weights.items():
-        if _our_name(name) in ours:
-            raise ModelError(f"{path} has {_our_name(name)} twice, the second time as {name}")
-        ours[_our_name(name)] = value
-    return ours
-
-
-def _our_name(name: str) -> str:
-    name = name.removeprefix("module.")
-    if name.startswith("bert."):
-        name = "lxmert." + name.removeprefix("bert.")
-    return name
-
-
-def load_weights_for(model: LxmertForPreTraining, path: str | Path) -> None:
-    """Load weights into a model of the same sizes; ModelError names the first that does not fit."""
-    weights = read_weights(path)
-    weights.pop("lxmert.embeddings.position_ids", None)  # a buffer of old versions
-    own = model.state_dict()
-    weights.setdefault(_TIED, weights.get(_EMBEDDING, own[_EMBEDDING]))
-    for name in sorted(own.keys() | weights.keys()):
-        if name not in weights:
-            raise ModelError(f"{path} has no {name}: is it an LXMERT with its pre-training heads?")
-        if name not in own:
-            raise ModelError(f"{path} has {name}, which an LXMERT of this configuration has not")
-        if weights[name].shape != own[name].shape:
-            raise ModelError(
-                f"{path}: {name} is {list(weights[name].shape)}, this model's is "
-                f"{list(own[name].shape)}: use the sizes of that file, or another file"
-            )
-        if not weights[name].is_floating_point():
-            raise ModelError(f"{path}: {name} is {weights[name].dtype}: weights are floats")
-    if not torch.equal(weights[_TIED], weights[_EMBEDDING]):  # one parameter here
-        raise ModelError(
-            f"{path}: {_TIED} differs from {_EMBEDDING}; an LXMERT ties them: use another file"
-        )
-    model.load_state_dict(weights)
-
-
-def load_huggingface(folder: str | Path) -> LxmertForPreTraining:
-    """The model of a `save_pretrained` folder: config.json and model.safetensors, or the older
-    pytorch_model.bin. ModelError names the file and the key that do not fit."""
-    path = Path(folder) / "config.json"
-    try:
-        tree = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {path}: {error}") from None
-    if not isinstance(tree, dict) or tree.get("model_type") != "lxmert":
-        raise ModelError(f"{path} is not the configuration of an LXMERT")
-    if tree.get("hidden_act", "gelu") != "gelu":
-        raise ModelError(f"{path}: hidden_act is {tree['hidden_act']}, LXMERT's is gelu")
-    try:
-        config = config_from_huggingface(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(_HF_NAMES.get(str(part), str(part)) for part in first["loc"])
-        raise ModelError(f"{path}: {key + ': ' if key else ''}{first['msg']}") from None
-    model = LxmertForPreTraining(config)
-    load_weights_for(model, folder)
-    return model
-
-
-def save_huggingface(folder: str | Path, model: LxmertForPreTraining) -> None:
-    """Write a folder that `transformers.LxmertForPreTraining.from_pretrained` loads."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {
-        name: value.detach().cpu().contiguous()
-        for name, value in model.state_dict().items()
-        if name != _TIED
-    }
-    temporary = folder / ".model.safetensors.tmp"
-    safetensors.torch.save_file(weights, temporary, metadata={"format": "pt"})
-    os.replace(temporary, folder / "model.safetensors")
-    config = json.dumps(config_to_huggingface(model.config), indent=2) + "\n"
-    (folder / "config.json").write_text(config)
+    return weights

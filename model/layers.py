@@ -1,4 +1,10 @@
-"""The layers of LXMERT. Names of modules are those of the released weights."""
+"""The layers of LXMERT. Names of modules are those of the released weights.
+
+Shapes: M pairs, L or C places of a sequence, hidden size H. A mask is bool (M, C), True where a
+place is real, None where none is padded. attention_out collects the attention weights
+(M, heads, L, C) in the order of computation; None: they are not computed one by one, with the same
+result.
+"""
 
 from __future__ import annotations
 
@@ -29,19 +35,16 @@ class Attention(nn.Module):
         self.dropout = config.attention_dropout
 
     def forward(
-        self, x: Tensor, context: Tensor, mask: Tensor | None, keep: list[Tensor] | None
+        self, x: Tensor, context: Tensor, mask: Tensor | None, attention_out: list[Tensor] | None
     ) -> Tensor:
-        """x (M, L, H), context (M, C, H), mask bool (M, C) of the real context -> (M, L, H).
-
-        keep: collects the attention weights (M, heads, L, C); the result is the same either way.
-        """
+        """x (M, L, H), context (M, C, H), mask of the context -> (M, L, H)."""
         q, k, v = (
             part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for part in (self.query(x), self.key(context), self.value(context))
         )
         bias = None if mask is None else mask[:, None, None, :]
         p = self.dropout if self.training else 0.0
-        if keep is None:
+        if attention_out is None:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p)
         else:
             score = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
@@ -49,7 +52,7 @@ class Attention(nn.Module):
                 # Finite, so that a query that may see nothing has weights and no NaN.
                 score = score.masked_fill(~bias, torch.finfo(score.dtype).min)
             weights = score.softmax(-1)
-            keep.append(weights.detach())
+            attention_out.append(weights.detach())
             out = F.dropout(weights, p, self.training) @ v
         return out.transpose(1, 2).flatten(2)
 
@@ -64,35 +67,42 @@ class Residual(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x (M, L, size), residual (M, L, H) -> (M, L, H)."""
         out: Tensor = self.LayerNorm(self.dropout(self.dense(x)) + residual)
         return out
 
 
 class SelfAttention(nn.Module):
+    """Attention of a sequence over itself, with its projection and residual."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.self = Attention(config)
         self.output = Residual(config.hidden_size, config)
 
-    def forward(self, x: Tensor, mask: Tensor | None, keep: list[Tensor] | None) -> Tensor:
-        out: Tensor = self.output(self.self(x, x, mask, keep), x)
+    def forward(self, x: Tensor, mask: Tensor | None, attention_out: list[Tensor] | None) -> Tensor:
+        out: Tensor = self.output(self.self(x, x, mask, attention_out), x)
         return out
 
 
 class CrossAttention(nn.Module):
+    """Attention of one modality over the other, with its projection and residual."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.att = Attention(config)
         self.output = Residual(config.hidden_size, config)
 
     def forward(
-        self, x: Tensor, context: Tensor, mask: Tensor | None, keep: list[Tensor] | None
+        self, x: Tensor, context: Tensor, mask: Tensor | None, attention_out: list[Tensor] | None
     ) -> Tensor:
-        out: Tensor = self.output(self.att(x, context, mask, keep), x)
+        out: Tensor = self.output(self.att(x, context, mask, attention_out), x)
         return out
 
 
 class Intermediate(nn.Module):
+    """dense + GELU: the wide half of an FFN."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -110,8 +120,8 @@ class Layer(nn.Module):
         self.intermediate = Intermediate(config)
         self.output = Residual(config.intermediate_size, config)
 
-    def forward(self, x: Tensor, mask: Tensor | None, keep: list[Tensor] | None) -> Tensor:
-        x = self.attention(x, mask, keep)
+    def forward(self, x: Tensor, mask: Tensor | None, attention_out: list[Tensor] | None) -> Tensor:
+        x = self.attention(x, mask, attention_out)
         out: Tensor = self.output(self.intermediate(x), x)
         return out
 
@@ -136,12 +146,13 @@ class CrossLayer(nn.Module):
         language_mask: Tensor | None,
         vision: Tensor,
         vision_mask: Tensor | None,
-        keep: list[Tensor] | None,
+        attention_out: list[Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
-        x = self.visual_attention(language, vision, vision_mask, keep)
-        y = self.visual_attention(vision, language, language_mask, keep)
-        x = self.lang_self_att(x, language_mask, keep)
-        y = self.visn_self_att(y, vision_mask, keep)
+        """language (M, L, H) and vision (M, O, H) with their masks -> the same shapes."""
+        x = self.visual_attention(language, vision, vision_mask, attention_out)
+        y = self.visual_attention(vision, language, language_mask, attention_out)
+        x = self.lang_self_att(x, language_mask, attention_out)
+        y = self.visn_self_att(y, vision_mask, attention_out)
         return self.lang_output(self.lang_inter(x), x), self.visn_output(self.visn_inter(y), y)
 
 

@@ -24,8 +24,9 @@ from shards.format.index import DatasetIndex, index_name, map_index, merge_table
 from shards.format.manifest import Counts, FileInfo, Manifest, Schema, load_manifest
 from shards.format.members import BOXES, FEATURES, LABELS, MEMBERS, RECORD, Member, members_of
 from shards.order.draws import I64
-from shards.order.sampler import Plan
-from shards.order.streams import ShardRange, Stream
+from shards.order.sampler import Plan, Sampler, make_sampler
+from shards.order.settings import SamplerSettings
+from shards.order.streams import Contents, ShardRange, Stream
 from shards.store.cache import default_cache, local_file, write_once
 from shards.store.prefetch import ShardFiles
 from shards.store.stored import StoredFile
@@ -71,6 +72,18 @@ class Dataset:
     def tar(self, shard: int) -> NDArray[np.uint8]:
         """The bytes of a shard, verified and memory-mapped on first use."""
         return self.shards.tar(shard)
+
+    def sampler(self, settings: SamplerSettings, seed: int) -> Sampler:
+        """The sampler over all pairs of the data. Raises DataError where the settings ask for
+        pairs that there are none of."""
+        manifest = self.manifest
+        contents = Contents(
+            [s.pairs_per_source for s in manifest.shards],
+            manifest.sources,
+            manifest.question_sources,
+            self.shard_ranges,
+        )
+        return make_sampler(settings, seed, contents)
 
     # --- where things are -----------------------------------------------------------------------
 
@@ -127,9 +140,10 @@ class Dataset:
     # --- gathers --------------------------------------------------------------------------------
 
     def gather_images(
-        self, images: I64, features: NDArray[np.float16]
+        self, images: I64, shards: I64, features: NDArray[np.float16]
     ) -> tuple[NDArray[np.float32], tuple[NDArray, ...] | None]:
-        """Copy images' features into `features`, (images, objects, feature_dim), zero-padded.
+        """Copy the features of images, which lie in `shards`, into `features`,
+        (images, objects, feature_dim), zero-padded.
 
         Returns boxes, (images, objects, 4) f32, and with labels object ids and confidences,
         attribute ids and confidences, each (images, objects), i64 or f32; zero-padded, too.
@@ -137,39 +151,38 @@ class Dataset:
         m, schema = self.index, self.manifest.schema
         count, objects = features.shape[:2]
         held = m.image_objects[images].astype(np.int64)
-        tars = self._tars(images)
+        tars = self._tars(shards)
+        # The caller's memory is not cleared first, as most of it is written anyway.
+        for row in np.flatnonzero(held < objects).tolist():
+            features[row, held[row] :] = 0
         found: dict[str, tuple[NDArray, ...]] = {}
         for member in members_of(schema):
             if member is RECORD:
                 continue
-            size = member.object_bytes(schema)
+            size, at = member.object_bytes(schema), m.offset[member.name][images]
             if member is FEATURES:
-                # The caller's memory is not cleared first, as most of it is written anyway.
-                out = features
-                for row in np.flatnonzero(held < objects).tolist():
-                    features[row, held[row] :] = 0
-            else:
-                out = np.zeros((count, objects * size), dtype=np.uint8)
-            _copy_rows(tars, m.offset[member.name][images], held * size, out)
-            if member is not FEATURES:
-                found[member.name] = _columns(member, schema, out, held, objects)
+                _copy_rows(tars, at, held * size, features)
+                continue
+            raw = np.zeros((count, objects * size), dtype=np.uint8)
+            _copy_rows(tars, at, held * size, raw)
+            found[member.name] = _columns(member, schema, raw, held, objects)
         return found[BOXES.name][0], found.get(LABELS.name)
 
-    def gather_objects(self, images: I64, objects: I64) -> NDArray[np.float16]:
-        """Single objects' features, (n, feature_dim): object `objects[i]` of `images[i]`."""
+    def gather_objects(self, images: I64, shards: I64, objects: I64) -> NDArray[np.float16]:
+        """Single objects' features, (n, feature_dim): object `objects[i]` of `images[i]`, which
+        lies in `shards[i]`."""
         schema = self.manifest.schema
         size = np.full(len(images), FEATURES.object_bytes(schema))
         out = np.empty((len(images), schema.feature_dim), dtype=np.float16)
         at = self.index.offset[FEATURES.name][images] + objects * size
-        _copy_rows(self._tars(images), at, size, out)
+        _copy_rows(self._tars(shards), at, size, out)
         return out
 
-    def _tars(self, images: I64) -> list[memoryview]:
-        """The tar of each image."""
-        shards = self.shard_of_image(images).tolist()
-        # Once a shard and not once an image: it may have to be fetched, and is looked up by a lock.
-        tars = {s: self.shards.tar(s).data for s in set(shards)}
-        return [tars[s] for s in shards]
+    def _tars(self, shards: I64) -> list[memoryview]:
+        """The tar of each shard."""
+        # Once for each that is distinct: one may have to be fetched, and finding it takes a lock.
+        tars = {s: self.shards.tar(s).data for s in set(shards.tolist())}
+        return [tars[s] for s in shards.tolist()]
 
     def answers(self) -> list[str]:
         """The answer table: the answer of each id."""

@@ -1,0 +1,16 @@
+"""Training: what a run is made of, and its loop.
+
+config.py      the configuration tree
+setup.py       what follows from configuration and data: objectives, lengths, the data state
+model.py       the model: random, from other weights, from a checkpoint
+loop.py        training, told once
+run.py         its verbs: start, load, step, save, validate, skip, finish
+data/          plans to batches, ahead of the step
+step/          what one optimizer step is made of
+checkpoint/    state onto the store, and back
+evaluate.py    metrics over a data set
+progress.py    what a person sees of a run
+audit.py       proof of what a run consumed
+export.py      metrics and Hugging Face folders out of checkpoints
+ranks.py       what ranks tell each other
+"""

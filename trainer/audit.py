@@ -1,4 +1,4 @@
-"""What a run consumed, proved: its record is re-derived from the data set, step by step.
+"""What a run consumed, proved: its journal is re-derived from the data set, step by step.
 
 The journal (trainer/checkpoint/journal.py) says how many pairs each step took and a digest of what
 the ranks really trained on. The order, the sampler and the mismatched sentences are pure functions,
@@ -8,11 +8,7 @@ manifest.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,89 +16,87 @@ from numpy.typing import NDArray
 
 from shards.dataset import Dataset, DatasetSpec, open_dataset
 from shards.order.permutation import VERSION
-from shards.order.sampler import SamplerState, advance, plan
-from shards.order.streams import SamplerSettings, Stream
-from shards.store import objects
-from trainer.checkpoint.format import CheckpointError, find_generation
-from trainer.checkpoint.journal import FOLDER, FORMAT, digest
-from trainer.config import ConfigError, SamplerSection
+from shards.order.sampler import Sampler, SamplerState
+from shards.order.settings import SamplerSettings
+from shards.progress import Progress, no_progress
+from trainer.checkpoint.generations import find_generation
+from trainer.checkpoint.journal import SegmentHead, StepLine, digest, read_segments
+from trainer.config import ConfigError
 from trainer.data.batch import pair_key, sentences_of
-from trainer.setup import data_streams
 
 
 @dataclass
 class Audit:
-    """lines: what was found; problems: what does not hold, empty where the record is proved."""
-
     lines: list[str] = field(default_factory=list)
+    """What was found."""
     problems: list[str] = field(default_factory=list)
+    """What does not hold; empty where the journal is proved."""
 
 
 @dataclass
 class _Replay:
-    """A data set with what has been seen of it: for each stream and epoch, how often each pair."""
+    """A data set with what the steps so far have taken of it."""
 
     data: Dataset
-    settings: SamplerSettings
-    streams: tuple[Stream, ...]
+    sampler: Sampler
     seen: dict[tuple[int, int], NDArray[np.uint8]] = field(default_factory=dict)
+    """(stream, epoch) under way -> how often each pair was taken, u8 (pairs,)."""
     whole: dict[int, int] = field(default_factory=dict)
+    """Stream -> epochs that are over and had every pair once."""
     passed_over: dict[tuple[int, int], int] = field(default_factory=dict)
+    """(stream, epoch) -> pairs of skipped shards."""
 
 
 def audit(
     run: str,
     data: list[str] | None = None,
     cache: str | None = None,
-    say: Callable[[str], None] | None = None,
+    progress: Progress = no_progress,
 ) -> Audit:
     """Audit a run's folder or URL, or the manifest of one of its checkpoints.
 
     data: where its data sets are now, if elsewhere. Raises CheckpointError, DataError or
-    ConfigError where the record or the data set cannot be read or is another one.
+    ConfigError where the journal or the data set cannot be read or is another one.
     """
     generation = find_generation(run)
     out = Audit()
     replay: _Replay | None = None
     state: SamplerState | None = None
-    step, steps, last = 0, 0, time.monotonic()
+    step, steps = 0, 0
     worlds: list[int] = []
     total = generation.step
     context: Any = None
-    for header, lines in _segments(generation.run_url, generation.manifest["record"]):
-        start = SamplerState.from_json(header["start"])
-        if context != (header["data"], header["data_state"]):
-            context = (header["data"], header["data_state"])
+    for head, lines in read_segments(generation.run_url, generation.manifest.journal):
+        if context != (head.data, head.data_state):
+            context = (head.data, head.data_state)
             if replay is not None:
                 out.lines.append(f"from step {step + 1}: another data state, by override")
                 _count_open_epochs(replay, out)
-            replay, state = _replay(header, data, cache), None
+            replay, state = _replay(head, data, cache), None
         assert replay is not None
-        if state is None and not step and start.consumed:
-            out.problems.append(f"the record begins at {start.consumed} pairs, not at 0")
-        elif state is not None and state != start:
+        if state is None and not step and head.start.consumed:
+            out.problems.append(f"the journal begins at {head.start.consumed} pairs, not at 0")
+        elif state is not None and state != head.start:
             out.problems.append(f"step {step + 1} does not go on from where step {step} ended")
-        state = start
+        state = head.start
         for line in lines:
-            if line["step"] != step + 1 and steps:
-                out.problems.append(f"step {line['step']} follows on step {step}")
-            step, steps = line["step"], steps + 1
-            if not worlds or worlds[-1] != line["world"]:
-                worlds.append(line["world"])
+            if line.step != step + 1 and steps:
+                out.problems.append(f"step {line.step} follows on step {step}")
+            step, steps = line.step, steps + 1
+            if not worlds or worlds[-1] != line.world:
+                worlds.append(line.world)
             state, problem = _replay_step(replay, state, line)
             if problem:
                 out.problems.append(f"step {step}: {problem}")
-            if say and time.monotonic() - last > 5:
-                last = time.monotonic()
-                say(f"step {step:,} of {total:,}")
+            progress("steps audited", step, total)
     if replay is None or state is None:
-        out.problems.append("the run has no record: it has done no step")
+        out.problems.append("the run has no journal: it has done no step")
         return out
     _count_open_epochs(replay, out)
-    saved = SamplerState.from_json(generation.manifest["sampler"])
+    saved = generation.manifest.sampler
     if step != total or saved != state:
         out.problems.append(
-            f"the record ends at step {step} with {state.consumed} pairs, the checkpoint is at "
+            f"the journal ends at step {step} with {state.consumed} pairs, the checkpoint is at "
             f"step {total} with {saved.consumed}"
         )
     shown = ", ".join(map(str, worlds))
@@ -115,29 +109,15 @@ def audit(
     return out
 
 
-def _segments(
-    run_url: str, entries: list[dict[str, Any]]
-) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    for entry in entries:
-        url = objects.join(run_url, "checkpoints", FOLDER, entry["name"])
-        raw = objects.read_bytes(url)
-        if hashlib.sha256(raw).hexdigest() != entry["sha256"]:
-            raise CheckpointError(f"{url} is damaged: its sha256 is not the checkpoint's")
-        header, *lines = map(json.loads, raw.splitlines())
-        if header["format"] != FORMAT:
-            raise CheckpointError(f"{url} has format {header['format']!r}, not {FORMAT!r}")
-        yield header, lines
-
-
-def _replay(header: dict[str, Any], places: list[str] | None, cache: str | None) -> _Replay:
-    state = header["data_state"]
+def _replay(head: SegmentHead, places: list[str] | None, cache: str | None) -> _Replay:
+    state = head.data_state
     if state["order"] != VERSION:
         raise ConfigError(
             f"the run used version {state['order']} of the order, this lxscale has {VERSION}: "
             "audit it with the version that trained it"
         )
     weights = state["data.weights"]
-    urls = places or header["data"]
+    urls = places or head.data
     if len(urls) != len(weights):
         raise ConfigError(f"the run used {len(weights)} data sets: give --data as many URLs")
     data = open_dataset([DatasetSpec(u, w) for u, w in zip(urls, weights, strict=True)], cache)
@@ -149,47 +129,43 @@ def _replay(header: dict[str, Any], places: list[str] | None, cache: str | None)
         )
     prefix = "sampler."
     given = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    settings = SamplerSection.model_validate(given).settings(state["run.seed"])
-    return _Replay(data, settings, data_streams(settings, data))
+    settings = SamplerSettings.model_validate(given)
+    return _Replay(data, data.sampler(settings, state["run.seed"]))
 
 
 def _replay_step(
-    replay: _Replay, state: SamplerState, line: dict[str, Any]
+    replay: _Replay, state: SamplerState, line: StepLine
 ) -> tuple[SamplerState, str | None]:
-    """The state after a recorded step, and what is wrong with the step."""
-    data, streams, count = replay.data, replay.streams, line["pairs"]
-    planned = plan(replay.settings, streams, state, count)
-    skipped = line.get("skipped", [])
-    own = planned.without(skipped)
-    pair = data.pairs_of(streams, own)
-    key = pair_key(replay.settings.seed, own.epoch, pair)
-    shown = sentences_of(data, pair, data.image_of(pair), own.mismatched, key)
-    found = digest(state.consumed + own.slot, pair, shown)
+    """The state after a step of the journal, and what is wrong with the step."""
+    data, sampler, count = replay.data, replay.sampler, line.pairs
+    step = sampler.step(state, count)
+    planned = sampler.plan(step)
+    own = planned.without(line.skipped)
+    pair = data.pairs_of(sampler.streams, own)
+    key = pair_key(sampler.seed, own.epoch, pair)
+    shown = sentences_of(data, own, pair, data.image_of(pair), key)
+    found = digest(state.consumed + own.offset, pair, shown)
     problem = None
-    if f"{found:016x}" != line["digest"]:
-        problem = f"trained on other pairs than the order's ({line['digest']}, not {found:016x})"
+    if found != line.digest:
+        problem = f"trained on other pairs than the order's ({line.digest:016x}, not {found:016x})"
     for stream, epoch in sorted(set(zip(own.stream.tolist(), own.epoch.tolist(), strict=True))):
         rows = (own.stream == stream) & (own.epoch == epoch)
         seen = replay.seen.get((stream, epoch))
         if seen is None:
             seen = replay.seen[stream, epoch] = np.zeros(data.manifest.pairs, dtype=np.uint8)
         np.add.at(seen, pair[rows], 1)
-    if skipped:
-        lost = planned.take(np.flatnonzero(np.isin(planned.shard, skipped)))
+    if line.skipped:
+        lost = planned.take(np.flatnonzero(np.isin(planned.shard, line.skipped)))
         for stream, epoch in zip(lost.stream.tolist(), lost.epoch.tolist(), strict=True):
             missing = replay.passed_over
             missing[stream, epoch] = missing.get((stream, epoch), 0) + 1
-    after = advance(replay.settings, streams, state, count)
-    fresh = [(s, state.consumed) for s in skipped if s not in dict(state.skipped)]
-    after = SamplerState(
-        after.consumed,
-        after.cursors,
-        after.mismatched,
-        after.steps,
-        (*state.skipped, *fresh),
-        state.skipped_pairs + count - len(own),
+    fresh = [(s, state.consumed) for s in line.skipped if s not in state.skipped_shards]
+    after = replace(
+        step.after,
+        skipped=(*state.skipped, *fresh),
+        skipped_pairs=state.skipped_pairs + count - len(own),
     )
-    for i, stream_ in enumerate(streams):
+    for i, stream_ in enumerate(sampler.streams):
         # Epochs that are over are checked and forgotten: memory does not grow with the run.
         for epoch in [
             e for s, e in replay.seen if s == i and e < after.cursors[i] // stream_.pairs
@@ -200,7 +176,7 @@ def _replay_step(
 
 def _check_epoch(replay: _Replay, stream: int, epoch: int) -> str | None:
     """Whether a finished epoch holds each of its stream's pairs once."""
-    seen, expected = replay.seen.pop((stream, epoch)), replay.streams[stream]
+    seen, expected = replay.seen.pop((stream, epoch)), replay.sampler.streams[stream]
     lost = replay.passed_over.get((stream, epoch), 0)
     name = f"epoch {epoch} of stream {expected.name}"
     kinds = np.bincount(replay.data.index.source[seen > 0], minlength=1)
@@ -215,7 +191,7 @@ def _check_epoch(replay: _Replay, stream: int, epoch: int) -> str | None:
 
 def _count_open_epochs(replay: _Replay, out: Audit) -> None:
     """Say what is known of each stream, the epochs under way included."""
-    for i, stream in enumerate(replay.streams):
+    for i, stream in enumerate(replay.sampler.streams):
         whole = replay.whole.get(i, 0)
         text = f"stream {stream.name}: {whole} whole epochs of {stream.pairs:,} pairs, each once"
         lost = {e: n for (s, e), n in replay.passed_over.items() if s == i}

@@ -7,31 +7,16 @@ tree is stored with the run and in every checkpoint.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from model.config import ModelConfig
+from model.objectives import OBJECTIVES
+from model.objectives.base import FeatureLoss, LabelScope, LossSettings
 from shards.dataset import DatasetSpec
-from shards.order.streams import SamplerSettings
-
-OBJECTIVES = (
-    "masked_lm",
-    "masked_feature",
-    "masked_object",
-    "masked_attribute",
-    "matching",
-    "qa",
-)
-
-# What a step of `alternating` serves.
-FAMILY_OBJECTIVES = {
-    "masked": ("masked_lm", "masked_feature", "masked_object", "masked_attribute"),
-    "matching": ("matching",),
-    "qa": ("qa",),
-    "all": OBJECTIVES,
-}
+from shards.order.settings import SamplerSettings
 
 
 class ConfigError(ValueError):
@@ -65,7 +50,21 @@ class DatasetSection(Section):
     the sets come in proportion to their pairs."""
 
 
-class DataSection(Section):
+class LoaderSettings(Section):
+    """How batches are made ahead of the step; a part of the section `data`."""
+
+    loader_workers: int = Field(0, ge=0)
+    """Processes that make batches ahead of the step, per training worker; 0 makes them in it."""
+    loader_start: Literal["forkserver", "spawn", "fork"] = "forkserver"
+    """How they start. forkserver: quick, small, and safe beside threads; spawn: slower, each
+    imports all by itself; fork: quickest, but a copy of a process with threads."""
+    prefetch: int = Field(2, ge=1)
+    """Steps that each loader worker keeps ready."""
+    fetch_threads: int = Field(8, ge=1)
+    """Downloads at once, ahead of need, per training worker."""
+
+
+class DataSection(LoaderSettings):
     train: str | tuple[DatasetSection, ...]
     """Folder or s3:// URL of a data set built by `lxscale shards build`; or a list of {url,
     weight}, to mix several. Each goes through its own epochs."""
@@ -77,27 +76,18 @@ class DataSection(Section):
     """GiB of remote shards that a node's cache may hold; by default no limit. It must hold two
     shuffle windows (`lxscale shards plan` says how much that is). Runs that
     share a cache need one limit, which holds what they use together."""
-    fetch_threads: int = Field(8, ge=1)
-    """Downloads at once, ahead of need, per training worker."""
     on_error: Literal["fail", "skip"] = "fail"
     """A shard that cannot be had ends the run, or all workers pass over its pairs from the same
     step on; what was skipped is reported and kept in the checkpoint."""
-    loader_workers: int = Field(0, ge=0)
-    """Processes that make batches ahead of the step, per training worker; 0 makes them in it."""
-    loader_start: Literal["forkserver", "spawn", "fork"] = "forkserver"
-    """How they start. forkserver: quick, small, and safe beside threads; spawn: slower, each
-    imports all by itself; fork: quickest, but a copy of a process with threads."""
-    prefetch: int = Field(2, ge=1)
-    """Steps that each loader worker keeps ready."""
 
-    def places(self) -> tuple[DatasetSpec, ...]:
+    def specs(self) -> tuple[DatasetSpec, ...]:
         if isinstance(self.train, str):
             return (DatasetSpec(self.train),)
         return tuple(DatasetSpec(p.url, p.weight) for p in self.train)
 
     @model_validator(mode="after")
     def _all_or_no_weights(self) -> DataSection:
-        given = [p.weight is not None for p in self.places()]
+        given = [p.weight is not None for p in self.specs()]
         if not given:
             raise ValueError("data.train lists no data set")
         if any(given) != all(given):
@@ -105,69 +95,40 @@ class DataSection(Section):
         return self
 
 
-class FamilySection(Section):
-    """`alternating` only: how many of the steps serve each family of objectives."""
-
-    masked: float = Field(1.0, ge=0)
-    matching: float = Field(1.0, ge=0)
-    qa: float = Field(1.0, ge=0)
+def weights_section() -> type[Section]:
+    """A section with a weight for every objective of the table."""
+    keys: dict[str, Any] = {name: (float, Field(1.0, ge=0)) for name in OBJECTIVES}
+    return create_model("WeightsSection", __base__=Section, **keys)
 
 
-class SamplerSection(Section):
-    mode: Literal["natural", "balanced", "alternating"] = "natural"
-    """natural: pairs as they come; balanced: exact shares of questions and of mismatched pairs;
-    alternating: a step serves the masked objectives, matching or QA, as in UNITER."""
-    window: int = Field(0, ge=0)
-    """Shards per shuffle window; 0 = all, the exact global shuffle of the original."""
-    mismatch: float = Field(0.5, ge=0, le=1)
-    """The paper's probability that a pair gets another image's sentence. An exact share in
-    `balanced` and in the matching steps of `alternating`."""
-    question_share: float = Field(0.5, ge=0, le=1)
-    """`balanced` only: the exact share of question pairs."""
-    source_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
-    """How often pairs of a source set come: {vqa: 2} twice as often as the others."""
-    families: FamilySection = FamilySection()
-    sentences_per_visit: int = Field(1, ge=1)
-    """Neighbouring pairs, most of one image, that come together: fewer features to read and send,
-    less of a shuffle (`lxscale shards plan` says how much)."""
-    last_batch: Literal["wrap", "short"] = "wrap"
-    """A batch at the end of an epoch goes on into the next one, or is short."""
-
-    def settings(self, seed: int) -> SamplerSettings:
-        return SamplerSettings(
-            mode=self.mode,
-            seed=seed,
-            window=self.window,
-            mismatch=self.mismatch,
-            question_share=self.question_share,
-            source_weights=tuple(sorted(self.source_weights.items())),
-            families=(self.families.masked, self.families.matching, self.families.qa),
-            sentences_per_visit=self.sentences_per_visit,
-            last_batch=self.last_batch,
-        )
+if TYPE_CHECKING:
+    WeightsSection = Section
+else:
+    WeightsSection = weights_section()
 
 
-class ObjectiveSection(Section):
-    """Weights of the objectives; 0 leaves one out. Visual losses are means over the masked objects
-    here, which equals the released code's mean over all objects times 1/0.15."""
+class ObjectiveSection(WeightsSection):
+    """A weight for each objective of model/objectives, 1 by default; 0 leaves one out. Visual
+    losses are means over the masked objects here, which equals the released code's mean over all
+    objects times 1/0.15."""
 
-    masked_lm: float = Field(1.0, ge=0)
-    masked_feature: float = Field(1.0, ge=0)
-    masked_object: float = Field(1.0, ge=0)
-    masked_attribute: float = Field(1.0, ge=0)
-    matching: float = Field(1.0, ge=0)
-    qa: float = Field(1.0, ge=0)
     qa_from_epoch: float = Field(0.0, ge=0)
     """QA joins after so many epochs; the paper's schedule is 10 of 20."""
     token_mask: float = Field(0.15, ge=0, le=1)
+    """Probability that a word is masked."""
     object_mask: float = Field(0.15, ge=0, le=1)
-    label_scope: Literal["masked", "all"] = "masked"
+    """Probability that an object is masked."""
+    label_scope: LabelScope = "masked"
     """Objects that carry the label losses: the masked ones (paper) or all (released code)."""
-    feature_loss: Literal["l2", "smooth_l1"] = "l2"
+    feature_loss: FeatureLoss = "l2"
     """paper: L2; released code: SmoothL1."""
 
     def weights(self) -> dict[str, float]:
+        """Name -> weight of every objective, in the table's order."""
         return {name: getattr(self, name) for name in OBJECTIVES}
+
+    def losses(self) -> LossSettings:
+        return LossSettings(self.label_scope, self.feature_loss)
 
 
 class OptimizerSection(Section):
@@ -181,7 +142,7 @@ class OptimizerSection(Section):
     """Parameters whose name contains one of these have no weight decay ("bias", "LayerNorm");
     the original decays everything."""
     warmup: float = Field(0.05, ge=0, lt=1)
-    """RankSlice of the steps with linearly rising rate; it then falls linearly to 0."""
+    """Share of the steps with linearly rising rate; it then falls linearly to 0."""
     clip_norm: float = Field(1.0, ge=0)
     """Global gradient norm; 0 = no clipping."""
 
@@ -201,12 +162,23 @@ class TrainSection(Section):
     """Steps between validations; 0 = only at the end."""
     validation_batch: int = Field(256, ge=1)
     init_from: str | None = None
-    """Initial weights: a Hugging Face folder or a released .pth; by default from scratch."""
+    """Initial weights; by default from scratch. A Hugging Face folder of an LXMERT, or a released
+    .pth: every weight; a Hugging Face folder of a BERT: embeddings and language encoder."""
+    init_fresh: tuple[str, ...] = ()
+    """Parts of the model that keep their random weights although `init_from` is given, by the
+    beginning of their parameters' names ("answer_head", "lxmert.embeddings.word_embeddings"). The
+    file may lack them, or have them in other sizes."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of train.epochs and train.steps")
+        return self
+
+    @model_validator(mode="after")
+    def _fresh_beside_something(self) -> TrainSection:
+        if self.init_fresh and self.init_from is None:
+            raise ValueError("train.init_fresh goes with train.init_from: without, all is fresh")
         return self
 
 
@@ -245,7 +217,7 @@ class ClusterSection(Section):
 class RunConfig(Section):
     run: RunSection = RunSection()
     data: DataSection
-    sampler: SamplerSection = SamplerSection()
+    sampler: SamplerSettings = SamplerSettings()
     model: ModelConfig = ModelConfig()
     objectives: ObjectiveSection = ObjectiveSection()
     optimizer: OptimizerSection = OptimizerSection()

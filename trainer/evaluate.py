@@ -10,24 +10,23 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from model.batch import Batch
-from model.losses import PreTrainingOutput
+from model.lxmert import PreTrainingOutput
+from model.objectives.base import LossSettings
 from shards.dataset import Dataset
 from shards.errors import DataError
 from shards.order.lookahead import working_set
-from shards.order.sampler import start_state
-from shards.order.streams import SamplerSettings, Stream
+from shards.order.sampler import Sampler
+from shards.order.settings import SamplerSettings
+from trainer.config import LoaderSettings
 from trainer.data.batch import BatchSettings
-from trainer.data.loader import LoaderSettings, MissingShard, RankSlice, load_steps
-from trainer.setup import data_streams
-from trainer.step.engine import all_reduce_sum
+from trainer.data.loader import RankSlice, load_steps
+from trainer.ranks import all_reduce_sum, rank_and_world
 
 # Draws of validation are the same in every run, whatever its seed.
 VALIDATION_SEED = 2019
@@ -38,21 +37,28 @@ Forward = Callable[[Batch, frozenset[str]], PreTrainingOutput]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """blind: all features zero, which leaves the language prior. predictions: called with each
-    question's (image, question id or sentence index, predicted answer)."""
+    """What is measured, and how."""
 
     data: Dataset
     batch: BatchSettings
     objectives: frozenset[str]
     batch_size: int
+    """Pairs over all ranks."""
     blind: bool = False
+    """All features zero, which leaves the language prior."""
     predict: Callable[[dict[str, Any]], None] | None = None
+    """Called with each question's image, text, id where it has one, and predicted answer."""
 
 
-def _world() -> tuple[int, int]:
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+def without_gradient(model: Any, device: torch.device, losses: LossSettings) -> Forward:
+    """The forward of a model or an engine for `evaluate`; the caller puts it in evaluation mode."""
+
+    @torch.no_grad()
+    def forward(batch: Batch, objectives: frozenset[str]) -> PreTrainingOutput:
+        out: PreTrainingOutput = model(batch.to(device), objectives, losses)
+        return out
+
+    return forward
 
 
 def evaluate(forward: Forward, task: Evaluation) -> dict[str, float]:
@@ -66,25 +72,22 @@ def evaluate(forward: Forward, task: Evaluation) -> dict[str, float]:
     return metrics
 
 
-def _batches(
-    task: Evaluation, settings: SamplerSettings, streams: tuple[Stream, ...], drawn: BatchSettings
-) -> Iterator[Batch]:
+def _batches(task: Evaluation, sampler: Sampler, drawn: BatchSettings) -> Iterator[Batch]:
     """This rank's part of one epoch; every rank gets equally many batches, some perhaps empty."""
     steps = load_steps(
         task.data,
-        settings,
-        streams,
+        sampler,
         drawn,
-        RankSlice(*_world(), accumulation=1),
-        start_state(streams),
+        RankSlice(*rank_and_world(), accumulation=1),
+        sampler.start(),
         task.batch_size,
-        streams[0].pairs,
+        sampler.streams[0].pairs,
         LoaderSettings(),
     )
-    for micro in steps:
-        if isinstance(micro, MissingShard):
-            raise DataError(micro.message)
-        (batch,) = micro
+    for loaded in steps:
+        if loaded.missing:
+            raise DataError(loaded.missing.message)
+        (batch,) = loaded.batches
         if task.blind:
             batch = replace(
                 batch,
@@ -94,22 +97,24 @@ def _batches(
         yield batch
 
 
+def _all_pairs(data: Dataset) -> Sampler:
+    return data.sampler(SamplerSettings(window=1), VALIDATION_SEED)
+
+
 def evaluation_bytes(data: Dataset, batch_size: int) -> int:
     """Bytes of the node's cache that an evaluation needs at one time."""
-    settings = SamplerSettings(seed=VALIDATION_SEED, window=1)
-    streams = data_streams(settings, data)
-    return working_set(settings, streams, data.shards.remote_sizes, 2 * batch_size)
+    return working_set(_all_pairs(data), data.shards.remote_sizes, 2 * batch_size)
 
 
 def _masked_pass(
     forward: Forward, task: Evaluation, objectives: frozenset[str]
 ) -> dict[str, float]:
-    settings = SamplerSettings(seed=VALIDATION_SEED, window=1)
-    streams = data_streams(settings, task.data)
     names = sorted(objectives)
     sums = torch.zeros(3, len(names), dtype=torch.float64)
-    for batch in _batches(task, settings, streams, replace(task.batch, seed=VALIDATION_SEED)):
+    classified: set[str] = set()
+    for batch in _batches(task, _all_pairs(task.data), replace(task.batch, seed=VALIDATION_SEED)):
         out = forward(batch, objectives)
+        classified |= out.correct.keys()
         for i, name in enumerate(names):
             sums[0, i] += float(out.loss_sum[name])
             sums[1, i] += float(out.count[name])
@@ -120,30 +125,33 @@ def _masked_pass(
     for i, name in enumerate(names):
         loss, count, correct = sums[:, i].tolist()
         metrics[f"loss/{name}"] = loss / max(count, 1)
-        if name != "masked_feature":
+        if name in classified:
             metrics[f"accuracy/{name}"] = correct / max(count, 1)
     return metrics
+
+
+def _questions(data: Dataset) -> Sampler:
+    """All pairs of the question sources, with their own sentences, as one stream."""
+    manifest = data.manifest
+    others = {s: 0.0 for s in manifest.sources if s not in manifest.question_sources}
+    settings = SamplerSettings(window=1, mismatch=0.0, source_weights=others)
+    return data.sampler(settings, VALIDATION_SEED)
 
 
 def _qa_pass(forward: Forward, task: Evaluation) -> dict[str, float]:
     """Accuracy = the score of the predicted answer, mean over questions (VQA's soft accuracy
     where scores are soft, exact match where they are 1)."""
     manifest = task.data.manifest
-    settings = SamplerSettings(seed=VALIDATION_SEED, window=1, mismatch=0.0)
-    chosen = [s for s in manifest.sources if s in manifest.question_sources]
-    sizes = np.asarray([sum(s.pairs_per_source.get(q, 0) for q in chosen) for s in manifest.shards])
-    numbers = tuple(manifest.sources.index(q) for q in chosen)
-    streams = (Stream("question", 0, 0, numbers, sizes, Fraction(1), 0, True),)
     drawn = replace(task.batch, seed=VALIDATION_SEED, token_mask=0.0, object_mask=0.0)
     m = task.data.index
     kinds = len(manifest.sources)
     score, asked = np.zeros(kinds), np.zeros(kinds)
     loss = np.zeros(2)
     answers = task.data.answers() if task.predict else []
-    for batch in _batches(task, settings, streams, drawn):
+    for batch in _batches(task, _questions(task.data), drawn):
         out = forward(batch, frozenset({"qa"}))
         loss += [float(out.loss_sum["qa"]), float(out.count["qa"])]
-        predicted = out.answer_prediction.cpu().numpy()
+        predicted = out.prediction["qa"].cpu().numpy()
         for pair, source, answer in zip(
             batch.pair_id[batch.answer_pair].tolist(),
             batch.source[batch.answer_pair].tolist(),
@@ -164,7 +172,7 @@ def _qa_pass(forward: Forward, task: Evaluation) -> dict[str, float]:
         "accuracy/qa": score.sum() / max(asked.sum(), 1),
     }
     for i, name in enumerate(manifest.sources):
-        if asked[i] and len(chosen) > 1:
+        if asked[i] and len(manifest.question_sources) > 1:
             metrics[f"accuracy/qa/{name}"] = score[i] / asked[i]
     return {name: float(value) for name, value in metrics.items()}
 

@@ -1,40 +1,39 @@
-"""What comes out of a checkpoint without a cluster: a model, its metrics, a Hugging Face folder."""
+"""What comes out of a checkpoint without a cluster: its metrics, a Hugging Face folder."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
-from model.batch import Batch
-from model.interchange import save_huggingface
-from model.losses import PreTrainingOutput
+from model.interchange import config_to_huggingface, weights_to_huggingface
 from model.lxmert import LxmertForPreTraining
 from shards.dataset import open_dataset
+from shards.errors import DataError
+from shards.format.build import VOCAB
+from shards.format.manifest import load_manifest
+from shards.format.staging import publish, staging_folder
+from shards.format.tokenizer import parse_vocab
+from shards.progress import no_progress
+from shards.store import objects
 from trainer import setup
-from trainer.checkpoint.format import CheckpointError, Generation, find_generation, load_weights
-from trainer.config import RunConfig, parse_config
-from trainer.evaluate import Evaluation, evaluate
+from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.generations import Generation
+from trainer.config import RunConfig
+from trainer.evaluate import Evaluation, evaluate, without_gradient
+from trainer.model import load_checkpoint
 
+log = logging.getLogger("lxscale")
 
-def load_model(path: str) -> tuple[LxmertForPreTraining, RunConfig, Generation]:
-    """The model of a checkpoint (a run's folder or URL, or a generation's manifest), in fp32."""
-    generation = find_generation(path)
-    manifest = generation.manifest
-    config = parse_config(manifest["config"], generation.url)
-    model = LxmertForPreTraining(config.model)
-    weights = {name: torch.from_numpy(w) for name, w in load_weights(generation).items()}
-    # A tied weight is saved once, under its first name.
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    own = dict(model.named_parameters())
-    if unexpected or any(name in own for name in missing):
-        raise CheckpointError(
-            f"{generation.url} does not fit this version's model: "
-            f"missing {sorted(set(missing) & own.keys())}, unexpected {sorted(unexpected)}"
-        )
-    return model, config, generation
+# Without it a folder is no model to Hugging Face: it is removed first and written last.
+_CONFIG = "config.json"
+_NOTHING = re.compile(r"(?!)")
 
 
 def evaluate_checkpoint(
@@ -51,22 +50,13 @@ def evaluate_checkpoint(
     Raises ConfigError when the data set has another vocabulary or answer table than the model was
     trained with.
     """
-    model, config, generation = load_model(path)
+    model, config, generation = load_checkpoint(path)
     data = open_dataset(data_url, cache or config.data.cache)
     manifest = generation.manifest
-    setup.check_same_tables(data, manifest["vocab_sha256"], manifest["answers_sha256"])
+    setup.check_same_tables(data, manifest.vocab_sha256, manifest.answers_sha256)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
     found: list[dict[str, Any]] = []
-
-    def forward(batch: Batch, objectives: frozenset[str]) -> PreTrainingOutput:
-        with torch.no_grad():
-            return model(
-                batch.to(device),
-                objectives=objectives,
-                label_scope=config.objectives.label_scope,
-                feature_loss=config.objectives.feature_loss,
-            )
 
     task = Evaluation(
         data,
@@ -76,14 +66,64 @@ def evaluate_checkpoint(
         blind,
         found.append if predictions else None,
     )
-    metrics = evaluate(forward, task)
+    metrics = evaluate(without_gradient(model, device, config.objectives.losses()), task)
     if predictions:
         predictions.write_text(json.dumps(found, indent=1) + "\n")
     return metrics
 
 
 def export_huggingface(path: str, out: Path) -> Generation:
-    """Write a checkpoint's model as a folder for `LxmertForPreTraining.from_pretrained`."""
-    model, _, generation = load_model(path)
-    save_huggingface(out, model)
+    """Write a checkpoint's model and its tokenizer as a folder that transformers' `AutoModel`,
+    `AutoTokenizer` and `LxmertForPreTraining` load.
+
+    An export that fails leaves no file in it that is not whole, and no model. Raises
+    CheckpointError when the run's vocabulary is not the one that the checkpoint was trained with.
+    """
+    model, config, generation = load_checkpoint(path)
+    vocab = _vocabulary(generation)
+    with staging_folder(str(out)) as folder:
+        write_model(folder, model)
+        write_tokenizer(folder, vocab, _max_tokens(config))
+        names = {p.name for p in folder.iterdir()} - {"lock", _CONFIG}
+        publish(folder, str(out), [*sorted(names), _CONFIG], _NOTHING, no_progress)
     return generation
+
+
+def _vocabulary(generation: Generation) -> bytes:
+    """The vocab.txt of the checkpoint's run, verified."""
+    url = objects.join(generation.run_url, VOCAB)
+    vocab = objects.read_bytes(url)
+    if hashlib.sha256(vocab).hexdigest() != generation.manifest.vocab_sha256:
+        raise CheckpointError(
+            f"{url} is not the vocabulary that {generation.url} was trained with (their sha256 "
+            f"differ): copy the training set's {VOCAB} there"
+        )
+    return vocab
+
+
+def _max_tokens(config: RunConfig) -> int:
+    """The longest sentence that the model was trained on, [CLS] and [SEP] included; where its data
+    sets are out of reach, the longest that it has positions for."""
+    try:
+        return max(load_manifest(p.url).schema.max_tokens for p in config.data.specs())
+    except DataError as error:
+        longest = config.model.max_positions
+        log.warning("model_max_length is model.max_positions=%d: %s", longest, error)
+        return longest
+
+
+def write_model(folder: Path, model: LxmertForPreTraining) -> None:
+    """config.json and model.safetensors, as `save_pretrained` would write them."""
+    config = json.dumps(config_to_huggingface(model.config), indent=2) + "\n"
+    (folder / _CONFIG).write_text(config)
+    weights = weights_to_huggingface(model)
+    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_tokenizer(folder: Path, vocab: bytes, max_tokens: int) -> None:
+    """Files from which `AutoTokenizer` makes the tokenizer of our builds, with [CLS] and [SEP]."""
+    from transformers import BertTokenizer  # slow to import, and needed here alone
+
+    ids = {token: i for i, token in enumerate(parse_vocab(vocab, VOCAB))}
+    BertTokenizer(vocab=ids, model_max_length=max_tokens).save_pretrained(folder)
+    (folder / VOCAB).write_bytes(vocab)  # for versions of transformers before 5

@@ -85,8 +85,8 @@ class Progress:
             _duration((self._total - step) * (pairs / max(rate, 1e-9))),
         )
 
-    def shares(self, planned: Mapping[str, float], pairs: list[float], count: int) -> None:
-        """Count a step's pairs towards the shares of this attempt; `step` shows them."""
+    def mixture(self, planned: Mapping[str, float], pairs: list[float], count: int) -> None:
+        """Count a step's pairs towards the mixture of this attempt; `step` shows it."""
         self._counted += count
         for name, share, n in zip(planned, planned.values(), pairs, strict=True):
             self._shares[name] = (share, self._shares.get(name, (share, 0.0))[1] + n)

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
+import yaml
+
 from model.config import ModelConfig
+from model.objectives import OBJECTIVES, objectives_of
 from shards.dataset import Dataset, open_dataset
 from shards.format.tokenizer import load_tokenizer
+from shards.order.modes import MODES
 from shards.order.permutation import VERSION
-from shards.order.streams import SamplerSettings, Stream, streams_of
 from shards.store import objects
-from trainer.config import FAMILY_OBJECTIVES, ConfigError, RunConfig
+from shards.store.retry import Retry
+from trainer.checkpoint.format import RunDescription
+from trainer.config import ConfigError, RunConfig
 from trainer.data.batch import BatchSettings
-from trainer.data.loader import LoaderSettings
+
+log = logging.getLogger("lxscale")
 
 
 def run_url(config: RunConfig) -> str:
     return objects.join(config.run.storage, config.run.name)
+
+
+def check_timeouts(config: RunConfig) -> None:
+    """ConfigError unless a rank that waits for the store is waited for by the others."""
+    deadline = Retry().deadline
+    if config.cluster.process_group_timeout_s <= deadline:
+        raise ConfigError(
+            f"cluster.process_group_timeout_s={config.cluster.process_group_timeout_s:g} is not "
+            f"above the store's deadline of {deadline:g} s, which the others wait: "
+            "raise it, or lower LXSCALE_STORE_DEADLINE"
+        )
 
 
 def resolve_model(config: RunConfig, data: Dataset) -> ModelConfig:
@@ -62,12 +81,9 @@ def check_same_tables(data: Dataset, vocab_sha256: str, answers_sha256: str) -> 
 
 def absent_objectives(config: RunConfig, data: Dataset) -> list[str]:
     """Objectives that have a weight and that the data set has no labels for."""
-    absent = []
-    if not data.manifest.schema.labels:
-        absent += ["masked_object", "masked_attribute"]
-    if not len(data.index.answer_id):
-        absent.append("qa")
-    return [name for name in absent if config.objectives.weights()[name] > 0]
+    has = {"labels": data.manifest.schema.labels, "answers": len(data.index.answer_id) > 0}
+    weights = config.objectives.weights()
+    return [n for n, o in OBJECTIVES.items() if o.needs and not has[o.needs] and weights[n] > 0]
 
 
 def resolve_objectives(config: RunConfig, data: Dataset) -> dict[str, float]:
@@ -78,22 +94,19 @@ def resolve_objectives(config: RunConfig, data: Dataset) -> dict[str, float]:
         raise ConfigError(
             "no objective is left: give a weight to one that this data set has labels for"
         )
-    if set(weights) == {"qa"} and config.objectives.qa_from_epoch > 0:
-        raise ConfigError(
-            f"objectives.qa_from_epoch={config.objectives.qa_from_epoch:g} leaves no objective for "
-            "the epochs before: give another one a weight"
-        )
-    if config.sampler.mode == "alternating":
-        for family, share in config.sampler.families.model_dump().items():
-            if share > 0 and not set(FAMILY_OBJECTIVES[family]) & set(weights):
-                raise ConfigError(
-                    f"sampler.families.{family}={share:g}, but none of its objectives is trained: "
-                    f"set it to 0, or give one a weight ({', '.join(FAMILY_OBJECTIVES[family])})"
-                )
-        if config.objectives.qa_from_epoch > 0:
+    for family in MODES[config.sampler.mode](config.sampler):
+        served = objectives_of(family.name)
+        trained = [name for name in served if name in weights]
+        if family.share and not trained:
             raise ConfigError(
-                "objectives.qa_from_epoch does not go with sampler.mode=alternating, whose QA "
-                "steps would be empty before: set it to 0"
+                f"no objective is trained in the sampler's {family.name} steps: set "
+                f"sampler.families.{family.name}=0, or give one a weight ({', '.join(served)})"
+            )
+        if family.share and trained == ["qa"] and config.objectives.qa_from_epoch > 0:
+            raise ConfigError(
+                f"objectives.qa_from_epoch={config.objectives.qa_from_epoch:g} leaves no objective "
+                f"for the sampler's {family.name} steps before: set it to 0, or give another "
+                "objective a weight"
             )
     return weights
 
@@ -118,27 +131,19 @@ def batch_settings(config: RunConfig, data: Dataset) -> BatchSettings:
     )
 
 
-def data_streams(settings: SamplerSettings, data: Dataset) -> tuple[Stream, ...]:
-    manifest = data.manifest
-    return streams_of(
-        settings,
-        [dict(s.pairs_per_source) for s in manifest.shards],
-        list(manifest.sources),
-        list(manifest.question_sources),
-        data.shard_ranges,
-    )
-
-
-def loader_settings(config: RunConfig) -> LoaderSettings:
-    data = config.data
-    return LoaderSettings(data.loader_workers, data.prefetch, data.fetch_threads, data.loader_start)
-
-
 def open_training_data(config: RunConfig) -> Dataset:
     limit = config.data.cache_limit_gb
     return open_dataset(
-        config.data.places(), config.data.cache, None if limit is None else int(limit * 2**30)
+        config.data.specs(), config.data.cache, None if limit is None else int(limit * 2**30)
     )
+
+
+def open_validation_data(config: RunConfig, training: Dataset) -> Dataset | None:
+    if not config.data.validation:
+        return None
+    data = open_dataset(config.data.validation, config.data.cache, training.shards.limit)
+    check_same_tables(data, training.manifest.vocab.sha256, training.manifest.answers.sha256)
+    return data
 
 
 def data_state(config: RunConfig, data: Dataset) -> dict[str, Any]:
@@ -155,12 +160,69 @@ def data_state(config: RunConfig, data: Dataset) -> dict[str, Any]:
     return state
 
 
+def describe(
+    config: RunConfig,
+    data: Dataset,
+    objectives: dict[str, float],
+    shapes: dict[str, list[int]],
+) -> RunDescription:
+    """What every generation says of its run. config: with the model's resolved sizes."""
+    return RunDescription(
+        world_size=dist.get_world_size(),
+        zero_stage=config.train.zero_stage,
+        parameters=shapes,
+        config=config.model_dump(mode="json"),
+        data_state=data_state(config, data),
+        objectives=objectives,
+        vocab_sha256=data.manifest.vocab.sha256,
+        answers_sha256=data.manifest.answers.sha256,
+    )
+
+
+def announce(
+    config: RunConfig,
+    url: str,
+    attempt: int,
+    world: int,
+    step: int,
+    length: Length,
+    data: Dataset,
+) -> None:
+    """Log what is about to be trained."""
+    manifest = data.manifest
+    log.info(
+        "run %s, attempt %d | %d workers, ZeRO %d, %s | %s: %d images, %d pairs | step %d of %d",
+        url,
+        attempt,
+        world,
+        config.train.zero_stage,
+        config.train.precision,
+        manifest.name,
+        manifest.images,
+        manifest.pairs,
+        step,
+        length.steps,
+    )
+    if absent := absent_objectives(config, data):
+        log.info("left out, as the data set has no labels for them: %s", ", ".join(absent))
+
+
+def write_run_files(config: RunConfig, url: str, data: Dataset) -> None:
+    """Make the run's folder self-contained: resolved configuration, vocabulary, answer table."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    objects.write_bytes(objects.join(url, "config.yaml"), text.encode())
+    for info in (data.manifest.vocab, data.manifest.answers):
+        objects.write_bytes(objects.join(url, info.file), data.file(info).read_bytes())
+
+
 @dataclass(frozen=True)
 class Length:
-    """total: pairs of the whole run; steps: optimizer steps, finished ones included."""
+    """Of a whole run, with what is done."""
 
     total: int
+    """Pairs."""
     steps: int
+    """Optimizer steps."""
 
 
 def run_length(config: RunConfig, pairs: int, done_steps: int, consumed: int) -> Length:

@@ -1,0 +1,12 @@
+"""The command line, `lxscale`: parsers, and what is printed; the work is done elsewhere.
+
+main        all commands from one table, exit statuses
+train       `train`: a run on workers
+shards      `shards build | verify | info | plan | easy-vqa`: data sets
+plan        what `shards plan` reports
+audit       `shards audit`: the proof of what a run consumed
+evaluate    `evaluate`: the metrics of a checkpoint
+export      `export`: a checkpoint for Hugging Face
+demo        `demo`: all of it on easy-VQA
+common      arguments and output that several commands share
+"""

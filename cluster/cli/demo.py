@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from importlib.resources import files
 from pathlib import Path
 
+from cluster.cli.common import add_run
+from cluster.cli.progress import shown_progress
 from cluster.launch import launch
 from shards.errors import DataError
 from shards.format.answers import load_answers
@@ -16,7 +19,8 @@ from shards.sources.easy_vqa import write_easy_vqa
 from shards.sources.images import EXTRACTOR, read_images
 from trainer.config import RunConfig, load_config
 from trainer.export import evaluate_checkpoint
-from trainer.progress import log, tensorboard_folder
+from trainer.loop import TrainResult
+from trainer.progress import tensorboard_folder
 from trainer.setup import run_url
 
 # A grid of 1 + 9 overlapping boxes is enough for pictures of 64 x 64 with one shape each.
@@ -25,15 +29,21 @@ BOXES = 10
 FULL_EPOCHS = 8
 
 
-def demo(full: bool, overrides: list[str], ray_address: str | None) -> int:
-    """Build, train, evaluate with and without sight, and print a summary. Exit status."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--full", action="store_true", help="train on to at least 99 %%")
+    add_run(parser)
+    parser.set_defaults(func=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    """Build, train, evaluate with and without sight, and print a summary."""
     began = time.monotonic()
-    with_full = [f"train.epochs={FULL_EPOCHS}"] if full else []
-    config = load_config(str(files("configs") / "demo.yaml"), [*with_full, *overrides])
-    build_data(Path(config.data.places()[0].url).parent)
+    with_full = [f"train.epochs={FULL_EPOCHS}"] if arguments.full else []
+    config = load_config(str(files("configs") / "demo.yaml"), [*with_full, *arguments.overrides])
+    build_data(Path(config.data.specs()[0].url).parent)
     built = time.monotonic()
-    result = launch(config, ray_address=ray_address)
-    if result["stopped"]:
+    result = launch(config, ray_address=arguments.ray_address)
+    if result.stopped:
         return 130
     trained = time.monotonic()
     url = run_url(config)
@@ -53,49 +63,56 @@ def demo(full: bool, overrides: list[str], ray_address: str | None) -> int:
 
 
 def build_data(folder: Path) -> None:
-    """Shards of easy-VQA's training and test sets in folder/train and folder/test."""
-    sources = None
-    for split in ("train", "test"):
-        try:
-            load_manifest(str(folder / split))
-            continue
-        except DataError:
-            pass
-        sources = sources or write_easy_vqa(folder / "sources")
-        images, sentences = (
-            (sources.train_images, sources.train_sentences)
-            if split == "train"
-            else (sources.test_images, sources.test_sentences)
-        )
+    """Shards of easy-VQA's training and test sets in folder/train and folder/test, where they are
+    not there yet."""
+    missing = [split for split in ("train", "test") if not _is_built(folder / split)]
+    inputs = write_easy_vqa(folder / "sources") if missing else None
+    for split in missing:
+        assert inputs is not None
         report = Report()
         settings = BuildSettings(
             f"easy-vqa-{split}",
             EXTRACTOR,
             vocab=None if split == "train" else folder / "train" / "vocab.txt",
-            answers=load_answers(sources.answers),
+            answers=load_answers(inputs.answers),
             images_per_shard=500,
         )
-        records = read_images(images, sentences, boxes=BOXES, report=report)
-        build(records, folder / split, settings, report=report, progress=log.info)
+        with shown_progress() as progress:
+            records = read_images(
+                inputs.images[split],
+                inputs.sentences[split],
+                boxes=BOXES,
+                report=report,
+                progress=progress,
+            )
+            build(records, folder / split, settings, report=report, progress=progress)
+
+
+def _is_built(folder: Path) -> bool:
+    try:
+        load_manifest(str(folder))
+    except DataError:
+        return False
+    return True
 
 
 def summary(
     config: RunConfig,
     seeing: float,
     blind: float,
-    result: dict[str, float],
+    result: TrainResult,
     seconds: tuple[float, float, float],
 ) -> str:
     """What the demo prints at its end."""
     url = run_url(config)
     # A run that was complete already trained nothing now.
-    speed = f"{result['pairs'] / result['seconds']:,.0f} pairs/s, " if result["pairs"] else ""
+    speed = f"{result.pairs / result.seconds:,.0f} pairs/s, " if result.pairs else ""
     return f"""
 easy-VQA, 9,673 held-out questions
   accuracy                {seeing:7.2%}
   the same model, blind   {blind:7.2%}   (features zeroed: what the questions alone give away)
 training   {speed}{config.cluster.workers} workers, \
-step {result["step"]}
+step {result.step}
 time       data {seconds[0]:.0f} s, training {seconds[1]:.0f} s, evaluation {seconds[2]:.0f} s
 run        {url}
 curves     tensorboard --logdir {tensorboard_folder(config)}

@@ -8,10 +8,10 @@ import numpy as np
 
 from shards.dataset import Dataset
 from shards.errors import DataError
+from shards.order.draws import I64
 from shards.order.lookahead import working_set
-from shards.order.sampler import stream_epoch
+from shards.order.settings import SamplerSettings
 from shards.order.shuffle_quality import Storage, measured, predicted
-from shards.order.streams import SamplerSettings, Stream, streams_of
 
 _BATCHES = 200  # that are looked at for each measurement
 
@@ -35,29 +35,39 @@ def plan_report(
             raise DataError(f"{name} {min(values)} makes no sense: see --help")
     if batch < 1:
         raise DataError(f"--batch {batch} makes no sense: give the pairs of a step")
-    manifest, m = data.manifest, data.index
+    manifest = data.manifest
     sizes = np.asarray([shard.size for shard in manifest.shards])
     yield (
         f"{manifest.name}: {manifest.images:,} images, {manifest.pairs:,} pairs, "
         f"{len(sizes):,} shards of {_gib(sizes.mean())}, {_gib(sizes.sum())} in all\n"
     )
+    yield from _costs(data, sizes, windows, batch * (1 + in_flight), limit, seed)
+    yield from _mixing(data, windows, visits, batch, seed)
+
+
+def _costs(
+    data: Dataset, sizes: I64, windows: list[int], pairs: int, limit: int | None, seed: int
+) -> Iterator[str]:
+    """What each window takes of a cache and of the store, with so many pairs under way."""
     yield f"{'window':>8} {'working set':>12} {'to begin':>12}  fits the cache"
     for window in windows:
-        settings = SamplerSettings(seed=seed, window=window)
-        streams = _streams(settings, data)
-        need = working_set(settings, streams, sizes, batch * (1 + in_flight))
-        order = stream_epoch(streams[0], seed, 0, window, 1)
+        sampler = data.sampler(SamplerSettings(window=window), seed)
+        need = working_set(sampler, sizes, pairs)
+        order = sampler.order(sampler.streams[0], 0)
         begin = sizes[order.shard_order[: order.window]].sum()
         fits = "no limit given" if limit is None else "yes" if limit >= need else "no"
         yield f"{window or 'all':>8} {_gib(need):>12} {_gib(begin):>12}  {fits}"
     total = int(sizes.sum())
-    if limit is None or limit >= total:
-        yield f"\nfrom the store: {_gib(total)} in the first epoch, then nothing\n"
-    else:
-        yield (
-            f"\nfrom the store: {_gib(total)} in the first epoch, then at least "
-            f"{_gib(total - limit)} an epoch\n"
-        )
+    later = "nothing"
+    if limit is not None and limit < total:
+        later = f"at least {_gib(total - limit)} an epoch"
+    yield f"\nfrom the store: {_gib(total)} in the first epoch, then {later}\n"
+
+
+def _mixing(
+    data: Dataset, windows: list[int], visits: list[int], batch: int, seed: int
+) -> Iterator[str]:
+    """How well each window and number of sentences per visit shuffles, and what a batch holds."""
     yield (
         f"batches of {batch} by window and sentences per visit (predicted / measured on "
         f"{_BATCHES} of them)"
@@ -66,29 +76,20 @@ def plan_report(
         f"{'window':>8} {'visit':>6} {'images a batch':>19} {'features':>12} "
         f"{'same-image couples':>20} {'lag-1 correlation':>19}"
     )
-    storage = Storage(m.image_of.astype(np.int64), m.shard_pair)
-    objects = float(m.image_objects.mean())
-    row = objects * manifest.schema.feature_dim * 2
+    index = data.index
+    storage = Storage(index.image_of.astype(np.int64), index.shard_pair)
+    row = float(index.image_objects.mean()) * data.manifest.schema.feature_dim * 2
     for window in windows:
         for k in visits:
-            settings = SamplerSettings(seed=seed, window=window, sentences_per_visit=k)
-            order = stream_epoch(_streams(settings, data)[0], seed, 0, window, k)
+            settings = SamplerSettings(window=window, sentences_per_visit=k)
+            sampler = data.sampler(settings, seed)
+            order = sampler.order(sampler.streams[0], 0)
             a, b = predicted(storage, order, batch), measured(storage, order, batch, _BATCHES)
             yield (
                 f"{window or 'all':>8} {k:>6} {f'{a.images:.1f} / {b.images:.1f}':>19} "
                 f"{_mib(b.images * row):>12} {f'{a.same_image:.1f} / {b.same_image:.1f}':>20} "
                 f"{f'{a.lag1:.3f} / {b.lag1:.3f}':>19}"
             )
-
-
-def _streams(settings: SamplerSettings, data: Dataset) -> tuple[Stream, ...]:
-    manifest = data.manifest
-    return streams_of(
-        settings,
-        [dict(s.pairs_per_source) for s in manifest.shards],
-        list(manifest.sources),
-        list(manifest.question_sources),
-    )
 
 
 def _gib(count: float) -> str:

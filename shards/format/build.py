@@ -28,7 +28,7 @@ from shards.format.sentences import Document, SentenceEncoder
 from shards.format.staging import publish, staging_folder
 from shards.format.table import member_columns
 from shards.format.tar import TarWriter
-from shards.format.tokenizer import make_tokenizer, parse_vocab, train_vocab
+from shards.format.tokenizer import load_vocab, make_tokenizer, train_vocab
 from shards.progress import Progress, no_progress
 from shards.store import objects
 from shards.store.stored import hash_file
@@ -45,8 +45,9 @@ class BuildSettings:
     """Recorded in the manifest."""
     extractor: str
     """What made the features, recorded, too: those of two extractors are no substitutes."""
-    vocab: Path | None = None
-    """A vocab.txt, or None to train one of at most `vocab_size` tokens from the sentences."""
+    vocab: Path | Sequence[str] | None = None
+    """A vocab.txt or its tokens, or None to train one of at most `vocab_size` tokens from the
+    sentences."""
     vocab_size: int = 30522
     answers: Sequence[str] | None = None
     """The answer table, or None to make one of all answers that at least `min_answer_count`
@@ -96,9 +97,9 @@ def build(
     """
     out = str(out_url)
     _check_settings(settings)
-    tokens = None
-    if settings.vocab is not None:
-        tokens = parse_vocab(objects.read_bytes(str(settings.vocab)), settings.vocab)
+    tokens = settings.vocab
+    if isinstance(tokens, Path):
+        tokens = load_vocab(tokens)
     manifest_url = objects.join(out, MANIFEST)
     if not settings.overwrite and objects.exists(manifest_url):
         raise DataError(
@@ -108,7 +109,7 @@ def build(
         with staging_folder(out, staging) as folder:
             job = _Job(folder, settings, report or Report(), progress)
             shards, schema = _write_tars(job, records)
-            manifest = _write_rest(job, shards, schema, tokens or _train(job, shards))
+            manifest = _write_rest(job, shards, schema, list(tokens or _train(job, shards)))
             (folder / MANIFEST).write_bytes(manifest.to_json())
             if not settings.overwrite and objects.exists(manifest_url):
                 raise DataError(f"another build has finished at {out} meanwhile: this one stops")

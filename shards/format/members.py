@@ -29,7 +29,7 @@ class Column:
     row: tuple[int | str, ...] = ()
     """Shape of an object's values; a name stands for that number in the schema."""
 
-    def row_shape(self, schema: Schema) -> tuple[int, ...]:
+    def row_shape(self, schema: Schema | None) -> tuple[int, ...]:
         return tuple(getattr(schema, n) if isinstance(n, str) else n for n in self.row)
 
 
@@ -45,7 +45,7 @@ class Member:
     """Elements of all columns have the same size, so that each column is aligned as the first. A
     member without columns is the JSON, whose length is in the table."""
     holder: type | None = None
-    """The class with the columns as fields; None where the only column is the record's own field."""
+    """The class with the columns as fields; None where the only column is the field itself."""
     optional: bool = False
     """Only some data sets have it: those whose schema has a true field of its name."""
 
@@ -53,7 +53,7 @@ class Member:
     def offset_column(self) -> str:
         return f"{self.name}_offset"
 
-    def object_bytes(self, schema: Schema) -> int:
+    def object_bytes(self, schema: Schema | None) -> int:
         """Bytes that an object takes in the payload."""
         return sum(np.dtype(c.type).itemsize * math.prod(c.row_shape(schema)) for c in self.columns)
 
@@ -67,8 +67,9 @@ class Member:
         arrays = zip(self.columns, self.arrays(record), strict=True)
         return b"".join(array.astype(column.type).tobytes() for column, array in arrays)
 
-    def value(self, payload: bytes, objects: int, schema: Schema) -> Any:
-        """The inverse of `payload`: the record's field; ValueError where the length is wrong."""
+    def value(self, payload: bytes, objects: int, schema: Schema | None = None) -> Any:
+        """The inverse of `payload`: the record's field; ValueError where the length is wrong.
+        Without a schema for members whose columns name nothing in one."""
         if len(payload) != objects * self.object_bytes(schema):
             raise ValueError(f"{len(payload)} bytes of {self.name} for {objects} objects")
         arrays, at = [], 0

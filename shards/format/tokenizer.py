@@ -58,9 +58,14 @@ def parse_vocab(data: bytes, where: str | Path) -> list[str]:
     return tokens
 
 
+def load_vocab(vocab: str | Path) -> list[str]:
+    """Tokens of a vocab.txt (path or URL), as `parse_vocab`."""
+    return parse_vocab(objects.read_bytes(str(vocab)), vocab)
+
+
 def load_tokenizer(vocab: str | Path) -> Tokenizer:
     """The tokenizer of a vocab.txt (path or URL). DataError naming the file, as `parse_vocab`."""
-    return make_tokenizer(parse_vocab(objects.read_bytes(str(vocab)), vocab))
+    return make_tokenizer(load_vocab(vocab))
 
 
 def encode_batch(tokenizer: Tokenizer, texts: Sequence[str], limit: int) -> list[list[int]]:

@@ -47,6 +47,7 @@ def permute(index: I64, length: int, key: int) -> I64:
 
 def _network(x: U64, rows: int, columns: int, keys: list[np.uint64]) -> U64:
     sizes = np.uint64(rows), np.uint64(columns)
+    # Row and column of each index in the grid; two arrays for scratch, and no other is made.
     digits = [x // sizes[1], np.empty_like(x)]
     np.subtract(x, digits[0] * sizes[1], out=digits[1])
     shift, a, b = np.uint64(32), np.empty_like(x), np.empty_like(x)
@@ -72,22 +73,20 @@ def _network(x: U64, rows: int, columns: int, keys: list[np.uint64]) -> U64:
 
 @dataclass(frozen=True, eq=False)
 class EpochOrder:
-    """One epoch's order over shards of given sizes.
-
-    shard_order: shard at each place of the epoch, i64 (shards,); shards without pairs have none
-    start:       pairs before each place, i64 (shards + 1,)
-    visits:      whole visits (of k pairs) before each place, i64 (shards + 1,)
-    window:      shards per window
-    k:           pairs per visit
-    key:         keyed by (seed, epoch)
-    """
+    """One epoch's order over shards of given sizes."""
 
     shard_order: I64
+    """Shard at each place of the epoch, i64 (places,); shards without pairs have none."""
     start: I64
+    """Pairs before each place, i64 (places + 1,)."""
     visits: I64
+    """Whole visits (of k pairs) before each place, i64 (places + 1,)."""
     window: int
+    """Shards per window."""
     k: int
+    """Pairs per visit."""
     key: int
+    """Folded from seed, epoch and stream."""
 
     @property
     def pairs(self) -> int:

@@ -1,8 +1,8 @@
 """The multi-task sampler: which pairs a step trains on, and which of them get another sentence.
 
-A sampler state is a few integers; `plan` maps (state, number of pairs) to the next pairs and
-`advance` to the state after them. Both are pure, so any rank, loader worker or restart that holds
-the state holds the future. What the modes are, and their streams: shards/order/streams.py.
+A sampler's state is a few integers. `steps_ahead` goes from a state through the steps to come, and
+`plan` says which pairs a step takes. Both are pure, so any rank, loader worker or restart that
+holds the state holds the future.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.order.apportionment import apportion, follow, next_taker, shares_of
+from shards.order.apportionment import apportion, follow, next_taker
 from shards.order.draws import I64, chance, draw, fold
+from shards.order.modes import MODES
+from shards.order.modes.base import Family
 from shards.order.permutation import EpochOrder, epoch_order
-from shards.order.streams import FAMILIES, SamplerSettings, Stream
+from shards.order.settings import SamplerSettings
+from shards.order.streams import Contents, Stream, streams_of
 
 # Purposes of draws: part of every key, so that no two uses of a pair's randomness coincide.
 PURPOSE_MATCH, PURPOSE_ARRANGE = 1, 2
@@ -27,61 +29,57 @@ PURPOSE_MATCH, PURPOSE_ARRANGE = 1, 2
 
 @dataclass(frozen=True)
 class SamplerState:
-    """The whole data state.
-
-    consumed: pairs taken since the run began; cursors: pairs taken from each stream; mismatched:
-    how many of them exactly (not by a coin) got another sentence; steps: steps of each family;
-    skipped: (shard, consumed when it was given up) under on_error=skip; skipped_pairs: positions
-    that were passed over for it.
-    """
+    """The whole data state. Its fields are part of the checkpoints' format."""
 
     consumed: int
+    """Pairs taken since the run began."""
     cursors: tuple[int, ...]
+    """Pairs taken from each stream."""
     mismatched: tuple[int, ...]
+    """Pairs of each stream that got another sentence by an exact share, not by a coin."""
     steps: tuple[int, ...]
+    """Steps of each family."""
     skipped: tuple[tuple[int, int], ...] = ()
+    """(shard, consumed when it was given up) under data.on_error=skip."""
     skipped_pairs: int = 0
+    """Positions that were passed over for it."""
 
-    def to_json(self) -> dict[str, Any]:
-        lists = {k: list(getattr(self, k)) for k in ("cursors", "mismatched", "steps")}
-        return {
-            "consumed": self.consumed,
-            **lists,
-            "skipped": [list(entry) for entry in self.skipped],
-            "skipped_pairs": self.skipped_pairs,
-        }
+    @property
+    def skipped_shards(self) -> list[int]:
+        return [shard for shard, _ in self.skipped]
 
-    @staticmethod
-    def from_json(data: dict[str, Any]) -> SamplerState:
-        def numbers(key: str) -> tuple[int, ...]:
-            return tuple(int(n) for n in data[key])
 
-        return SamplerState(
-            int(data["consumed"]),
-            numbers("cursors"),
-            numbers("mismatched"),
-            numbers("steps"),
-            tuple((int(s), int(c)) for s, c in data["skipped"]),
-            int(data["skipped_pairs"]),
-        )
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step, before anything of it is looked at."""
+
+    before: SamplerState
+    count: int
+    """Pairs over all ranks."""
+    family: str
+    """Which objectives it serves: a family's name, or "all"."""
+    after: SamplerState
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The pairs of one step, or a slice of them, in order; every array has one element a pair.
-
-    stream: index into the streams; epoch: the stream's own epoch; shard and index: the pair as
-    the index-th pair of its stream in that shard; mismatched: gets another image's sentence.
-    slot: its place in the step. masks: whether words and objects are masked.
-    """
+    """The pairs of a step, or a slice of them, in order; every array has one element a pair."""
 
     stream: I64
+    """Number of its stream."""
+    dataset: I64
+    """Number of its data set."""
     epoch: I64
+    """The stream's own epoch."""
     shard: I64
     index: I64
+    """It is the index-th pair of its stream in its shard."""
     mismatched: NDArray[np.bool_]
-    slot: I64
+    """Gets another image's sentence."""
+    offset: I64
+    """Its place in the step."""
     masks: bool = True
+    """Whether words and objects of the step are masked."""
 
     def __len__(self) -> int:
         return len(self.stream)
@@ -89,11 +87,12 @@ class Plan:
     def take(self, rows: slice | I64) -> Plan:
         return Plan(
             self.stream[rows],
+            self.dataset[rows],
             self.epoch[rows],
             self.shard[rows],
             self.index[rows],
             self.mismatched[rows],
-            self.slot[rows],
+            self.offset[rows],
             self.masks,
         )
 
@@ -104,170 +103,164 @@ class Plan:
         return self.take(np.flatnonzero(~np.isin(self.shard, np.asarray(shards))))
 
 
-def start_state(streams: Sequence[Stream]) -> SamplerState:
-    zeros = (0,) * len(streams)
-    return SamplerState(0, zeros, zeros, (0,) * (1 + max(s.family for s in streams)))
+@dataclass(frozen=True)
+class _Takes:
+    """What a step takes from each stream of its family."""
 
-
-# --- state and plan -----------------------------------------------------------------------------
-
-
-def family_of(settings: SamplerSettings, state: SamplerState) -> str:
-    """Which objectives the next step serves: `all`, or one of FAMILIES."""
-    return "all" if settings.mode != "alternating" else FAMILIES[_family(settings, state)]
-
-
-def _family(settings: SamplerSettings, state: SamplerState) -> int:
-    if settings.mode != "alternating":
-        return 0
-    return next_taker(shares_of(settings.families), state.steps)
-
-
-def next_count(
-    settings: SamplerSettings,
-    streams: Sequence[Stream],
-    state: SamplerState,
-    global_batch: int,
-    total: int,
-) -> int:
-    """Pairs of the next step, of a run of `total` pairs."""
-    count = min(global_batch, total - state.consumed)
-    if settings.last_batch == "short":
-        count = min(count, streams[0].pairs - state.consumed % streams[0].pairs)
-    return count
-
-
-def _takes(
-    settings: SamplerSettings, streams: Sequence[Stream], state: SamplerState, count: int
-) -> tuple[list[int], tuple[int, ...], tuple[int, ...]]:
-    """The next step's streams, how many of its pairs come from each, and how many of those are
-    mismatched (where that is exact)."""
-    family = _family(settings, state)
-    chosen = [i for i, s in enumerate(streams) if s.family == family]
-    cursors = [state.cursors[i] for i in chosen]
-    shares = [streams[i].share for i in chosen]
-    takes = apportion(shares, cursors, count) if len(chosen) > 1 else (count,)
-    if settings.mode == "natural" or (
-        settings.mode == "alternating" and FAMILIES[family] != "matching"
-    ):
-        return chosen, takes, (0,) * len(chosen)
-    before = [state.mismatched[i] for i in chosen]
-    share = Fraction(str(settings.mismatch))
-    bad = apportion((share, 1 - share), (sum(before), sum(cursors) - sum(before)), count)[0]
-    targets = [share * (c + t) for c, t in zip(cursors, takes, strict=True)]
-    return chosen, takes, follow(targets, before, bad, takes)
-
-
-def advance(
-    settings: SamplerSettings, streams: Sequence[Stream], state: SamplerState, count: int
-) -> SamplerState:
-    """The state after a step of `count` pairs."""
-    cursors, mismatched = list(state.cursors), list(state.mismatched)
-    for i, take, bad in zip(*_takes(settings, streams, state, count), strict=True):
-        cursors[i] += take
-        mismatched[i] += bad
-    steps = list(state.steps)
-    steps[_family(settings, state)] += 1
-    return replace(
-        state,
-        consumed=state.consumed + count,
-        cursors=tuple(cursors),
-        mismatched=tuple(mismatched),
-        steps=tuple(steps),
-    )
+    streams: list[int]
+    pairs: tuple[int, ...]
+    mismatched: tuple[int, ...]
+    """How many of them, where that is exact."""
 
 
 @lru_cache(maxsize=16)
-def stream_epoch(stream: Stream, seed: int, epoch: int, window: int, k: int) -> EpochOrder:
-    """The order of one epoch of a stream."""
+def _stream_epoch(stream: Stream, seed: int, epoch: int, window: int, k: int) -> EpochOrder:
     return epoch_order(stream.sizes, seed, epoch, window, stream.key, k)
 
 
-def plan(
-    settings: SamplerSettings,
-    streams: Sequence[Stream],
-    state: SamplerState,
-    count: int,
-    begin: int = 0,
-    end: int | None = None,
-) -> Plan:
-    """Pairs [begin, end) of the step of `count` pairs after `state`."""
-    end = count if end is None else end
-    chosen, takes, bad = _takes(settings, streams, state, count)
-    slot = np.arange(begin, end)
-    if len(chosen) == 1 and settings.mode == "natural":
-        stream_of = np.full(end - begin, chosen[0])
-        position = state.cursors[chosen[0]] + slot
-        mismatched = np.zeros(end - begin, dtype=bool)
-    else:
-        order, ends, mismatched = _arrange(settings, state, takes, bad)
-        order = order[begin:end]
+@dataclass(frozen=True, eq=False)
+class Sampler:
+    """The settings of a run's order and the streams that follow from them.
+
+    What comes when of the shards: lookahead.py.
+    """
+
+    settings: SamplerSettings
+    seed: int
+    families: tuple[Family, ...]
+    streams: tuple[Stream, ...]
+
+    def start(self) -> SamplerState:
+        zeros = (0,) * len(self.streams)
+        return SamplerState(0, zeros, zeros, (0,) * (1 + max(s.family for s in self.streams)))
+
+    def order(self, stream: Stream, epoch: int) -> EpochOrder:
+        """The order of one epoch of a stream."""
+        visit = self.settings.sentences_per_visit
+        return _stream_epoch(stream, self.seed, epoch, self.settings.window, visit)
+
+    def rates(self) -> list[float]:
+        """Pairs of each stream per pair consumed, in the long run."""
+        return [float(s.share * self.families[s.family].share) for s in self.streams]
+
+    # --- steps ----------------------------------------------------------------------------------
+
+    def steps_ahead(self, state: SamplerState, global_batch: int, total: int) -> Iterator[Step]:
+        """The steps from `state` until `total` pairs are consumed."""
+        while state.consumed < total:
+            step = self.step(state, self._count(state, global_batch, total))
+            yield step
+            state = step.after
+
+    def step(self, state: SamplerState, count: int) -> Step:
+        """The step of `count` pairs after `state`."""
+        takes, family = self._takes(state, count), self._family(state)
+        cursors, mismatched, steps = map(list, (state.cursors, state.mismatched, state.steps))
+        for i, pairs, bad in zip(takes.streams, takes.pairs, takes.mismatched, strict=True):
+            cursors[i] += pairs
+            mismatched[i] += bad
+        steps[family] += 1
+        after = replace(
+            state,
+            consumed=state.consumed + count,
+            cursors=tuple(cursors),
+            mismatched=tuple(mismatched),
+            steps=tuple(steps),
+        )
+        return Step(state, count, self.families[family].name, after)
+
+    def _count(self, state: SamplerState, global_batch: int, total: int) -> int:
+        """Pairs of the next step, of a run of `total` pairs."""
+        count = min(global_batch, total - state.consumed)
+        if self.settings.last_batch == "short":
+            epoch = self.streams[0].pairs
+            count = min(count, epoch - state.consumed % epoch)
+        return count
+
+    def _family(self, state: SamplerState) -> int:
+        """Number of the family that the next step serves."""
+        return next_taker([family.share for family in self.families], state.steps)
+
+    def _takes(self, state: SamplerState, count: int) -> _Takes:
+        """What the next step of `count` pairs takes from each stream of its family."""
+        family = self._family(state)
+        chosen = [i for i, s in enumerate(self.streams) if s.family == family]
+        cursors = [state.cursors[i] for i in chosen]
+        shares = [self.streams[i].share for i in chosen]
+        takes = apportion(shares, cursors, count) if len(chosen) > 1 else (count,)
+        if self.families[family].mismatch != "exact":
+            return _Takes(chosen, takes, (0,) * len(chosen))
+        before = [state.mismatched[i] for i in chosen]
+        share = Fraction(str(self.settings.mismatch))
+        bad = apportion((share, 1 - share), (sum(before), sum(cursors) - sum(before)), count)[0]
+        targets = [share * (c + t) for c, t in zip(cursors, takes, strict=True)]
+        return _Takes(chosen, takes, follow(targets, before, bad, takes))
+
+    # --- pairs ----------------------------------------------------------------------------------
+
+    def plan(self, step: Step, begin: int = 0, end: int | None = None) -> Plan:
+        """Pairs [begin, end) of a step."""
+        end = step.count if end is None else end
+        state, takes = step.before, self._takes(step.before, step.count)
+        family, offset = self.families[self._family(state)], np.arange(begin, end)
+        if len(takes.streams) == 1 and family.mismatch == "coin":
+            (only,) = takes.streams
+            stream_of = np.full(end - begin, only)
+            position = state.cursors[only] + offset
+            mismatched = np.zeros(end - begin, dtype=bool)
+        else:
+            stream_of, position, mismatched = self._arrange(state, takes, begin, end)
+        epoch, shard, index = (np.empty(end - begin, dtype=np.int64) for _ in range(3))
+        for i in takes.streams:
+            rows = np.flatnonzero(stream_of == i) if len(takes.streams) > 1 else slice(None)
+            found = self._locate(self.streams[i], position[rows])
+            epoch[rows], shard[rows], index[rows] = found
+            if family.mismatch == "coin":
+                mismatched[rows] = self._coin(self.streams[i], *found)
+        dataset = np.asarray([s.dataset for s in self.streams])[stream_of]
+        return Plan(stream_of, dataset, epoch, shard, index, mismatched, offset, family.masks)
+
+    def _arrange(
+        self, state: SamplerState, takes: _Takes, begin: int, end: int
+    ) -> tuple[I64, I64, NDArray[np.bool_]]:
+        """How a step mixes its streams: for its pairs [begin, end) the stream, the position in
+        it, and whether the pair is mismatched."""
+        key = fold(self.seed, state.consumed, PURPOSE_ARRANGE)
+        # The step's pairs, counted through its streams: `ends` is where each stream's pairs end.
+        pairs = np.asarray(takes.pairs, dtype=np.int64)
+        ends, every = np.cumsum(pairs), np.arange(sum(takes.pairs))
+        rank = draw(key, every)
+        mismatched = np.zeros(len(every), dtype=bool)
+        for last, count, bad in zip(ends.tolist(), takes.pairs, takes.mismatched, strict=True):
+            # Those whose draw is lowest; the order of a stream is random already.
+            if bad:
+                first = last - count
+                mismatched[first + np.argsort(rank[first:last], kind="stable")[:bad]] = True
+        order = np.argsort(draw(key, every, 1), kind="stable")[begin:end]
         which = np.searchsorted(ends, order, side="right")
-        starts = np.asarray([state.cursors[i] for i in chosen]) - (ends - np.asarray(takes))
-        stream_of, position = np.asarray(chosen)[which], starts[which] + order
-        mismatched = mismatched[order]
-    epoch, shard, index = (np.empty(end - begin, dtype=np.int64) for _ in range(3))
-    for i in chosen:
-        rows = np.flatnonzero(stream_of == i) if len(chosen) > 1 else slice(None)
-        found = _locate(settings, streams[i], position[rows])
-        epoch[rows], shard[rows], index[rows] = found
-        if settings.mode == "natural":
-            mismatched[rows] = _coin(settings, streams[i], *found)
-    family = _family(settings, state)
-    masks = settings.mode != "alternating" or FAMILIES[family] == "masked"
-    return Plan(stream_of, epoch, shard, index, mismatched, slot, masks)
+        starts = np.asarray([state.cursors[i] for i in takes.streams]) - (ends - pairs)
+        return np.asarray(takes.streams)[which], starts[which] + order, mismatched[order]
+
+    def _locate(self, stream: Stream, position: I64) -> tuple[I64, I64, I64]:
+        """Positions of a stream -> (epoch, shard, index)."""
+        epoch = position // stream.pairs
+        first = int(epoch.min(initial=0)) if len(epoch) else 0
+        last = int(epoch.max(initial=0))
+        shard, index = np.empty_like(position), np.empty_like(position)
+        for e in range(first, last + 1):
+            rows = slice(None) if first == last else np.flatnonzero(epoch == e)
+            order = self.order(stream, e)
+            shard[rows], index[rows] = order.locate(position[rows] - e * stream.pairs)
+        return epoch, shard, index
+
+    def _coin(self, stream: Stream, epoch: I64, shard: I64, index: I64) -> NDArray[np.bool_]:
+        """Whether a pair is mismatched, which no other pair and no batch decides."""
+        key = fold(self.seed, stream.key, PURPOSE_MATCH)
+        return chance(draw(key, epoch, shard, index), self.settings.mismatch)
 
 
-def _locate(settings: SamplerSettings, stream: Stream, position: I64) -> tuple[I64, I64, I64]:
-    """Positions of a stream -> (epoch, shard, index)."""
-    arguments = settings.window, settings.sentences_per_visit
-    epoch = position // stream.pairs
-    first = int(epoch.min(initial=0)) if len(epoch) else 0
-    last = int(epoch.max(initial=0))
-    shard, index = np.empty_like(position), np.empty_like(position)
-    for e in range(first, last + 1):
-        rows = slice(None) if first == last else np.flatnonzero(epoch == e)
-        order = stream_epoch(stream, settings.seed, e, *arguments)
-        shard[rows], index[rows] = order.locate(position[rows] - e * stream.pairs)
-    return epoch, shard, index
-
-
-def _coin(
-    settings: SamplerSettings, stream: Stream, epoch: I64, shard: I64, index: I64
-) -> NDArray[np.bool_]:
-    """natural: whether a pair is mismatched, which no other pair and no batch decides."""
-    key = fold(settings.seed, stream.key, PURPOSE_MATCH)
-    return chance(draw(key, epoch, shard, index), settings.mismatch)
-
-
-def _arrange(
-    settings: SamplerSettings, state: SamplerState, takes: Sequence[int], bad: Sequence[int]
-) -> tuple[I64, I64, NDArray[np.bool_]]:
-    """How a step mixes its streams: which pair (counted through the streams) is in each slot, the
-    end of each stream's pairs in that count, and which pairs are mismatched."""
-    count = sum(takes)
-    key = fold(settings.seed, state.consumed, PURPOSE_ARRANGE)
-    ends = np.cumsum(np.asarray(takes, dtype=np.int64))
-    rank = draw(key, np.arange(count))
-    mismatched = np.zeros(count, dtype=bool)
-    for end, take, chosen in zip(ends.tolist(), takes, bad, strict=True):
-        # Those whose draw is lowest; the order of a stream is random already.
-        if chosen:
-            begin = end - take
-            mismatched[begin + np.argsort(rank[begin:end], kind="stable")[:chosen]] = True
-    order = np.argsort(draw(key, np.arange(count), 1), kind="stable")
-    return order, ends, mismatched
-
-
-def steps_ahead(
-    settings: SamplerSettings,
-    streams: Sequence[Stream],
-    state: SamplerState,
-    global_batch: int,
-    total: int,
-) -> Iterator[tuple[SamplerState, int]]:
-    """(state before, number of pairs) of the steps until `total` pairs are consumed."""
-    while state.consumed < total:
-        count = next_count(settings, streams, state, global_batch, total)
-        yield state, count
-        state = advance(settings, streams, state, count)
+def make_sampler(settings: SamplerSettings, seed: int, contents: Contents) -> Sampler:
+    """The sampler of a data set. Raises DataError where the settings ask for pairs that there are
+    none of."""
+    families = MODES[settings.mode](settings)
+    return Sampler(settings, seed, families, streams_of(settings, families, contents))

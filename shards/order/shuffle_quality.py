@@ -20,21 +20,24 @@ _F64 = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Quality:
-    """same_image: couples of positions in a batch that show one image; images: distinct ones in a
-    batch; lag1: correlation of neighbours' places in storage."""
+    """How far batches are from a perfect shuffle."""
 
     same_image: float
+    """Couples of positions in a batch that show one image."""
     images: float
+    """Distinct images in a batch."""
     lag1: float
+    """Correlation of the places in storage of pairs that follow each other."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """image: of each pair, i64 (pairs,), equal ones side by side; first: first pair of each shard,
-    i64 (shards + 1,)."""
+    """How a data set lies in its shards."""
 
     image: I64
+    """Of each pair, i64 (pairs,), equal ones side by side."""
     first: I64
+    """First pair of each shard, i64 (shards + 1,)."""
 
     def visits(self, k: int) -> I64:
         """The visit of k neighbours that each pair belongs to, i64 (pairs,)."""

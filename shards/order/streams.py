@@ -1,15 +1,8 @@
-"""The streams that a sampler draws from: which pairs, how they are mixed, in exact shares.
+"""The streams that a sampler draws from: which pairs, in which exact shares.
 
 A stream is an endless order over some sources of one data set: when it is exhausted it goes on
-with its own next epoch. Streams of one family are mixed within each step, by exact shares
-(shards/order/apportionment.py); families alternate step by step:
-
-    natural      one family; streams for data sets and groups of sources of equal weight. A pair
-                 is mismatched with probability `mismatch`, by a coin of its own
-    balanced     one family; questions and captions apart, `question_share` of the pairs questions
-                 and `mismatch` of them mismatched, exactly
-    alternating  a family each for the masked objectives, matching and QA: a step serves one of
-                 them, as UNITER's do; `mismatch` of the matching pairs are mismatched, exactly
+with its own next epoch. A family of steps (shards/order/modes) mixes its streams within each step:
+one for each kind of pairs, data set and group of sources of equal weight.
 """
 
 from __future__ import annotations
@@ -17,142 +10,96 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Literal
 
 import numpy as np
 
 from shards.errors import DataError
 from shards.order.apportionment import shares_of
 from shards.order.draws import I64
-
-FAMILIES = ("masked", "matching", "qa")
-
-
-@dataclass(frozen=True)
-class SamplerSettings:
-    """Every setting that changes the order; all of them enter the data state's fingerprint.
-
-    mode:           `natural` | `balanced` | `alternating`
-    seed:           of the order and of every draw
-    window:         shards per shuffle window; 0 = all (an exact global shuffle)
-    mismatch:       natural: probability; else: exact share of mismatched pairs
-    question_share: balanced only: exact share of question pairs
-    source_weights: how often pairs of a source come, against 1 for those not named
-    families:       alternating only: weights of FAMILIES
-    sentences_per_visit: neighbouring pairs of a shard, most of one image, that come together
-    last_batch:     `wrap`: a batch may span two epochs; `short`: an epoch's last batch is short
-    """
-
-    mode: Literal["natural", "balanced", "alternating"] = "natural"
-    seed: int = 0
-    window: int = 0
-    mismatch: float = 0.5
-    question_share: float = 0.5
-    source_weights: tuple[tuple[str, float], ...] = ()
-    families: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    sentences_per_visit: int = 1
-    last_batch: Literal["wrap", "short"] = "wrap"
+from shards.order.modes.base import Family, Kind
+from shards.order.settings import SamplerSettings
 
 
 @dataclass(frozen=True)
 class ShardRange:
-    """One of the data sets that a run draws from: its shards are [begin, end) of the whole's.
-
-    weight: its share against the other parts', None = by its pairs
-    """
+    """One of the data sets that a run draws from: its shards are [begin, end) of all."""
 
     name: str
     begin: int
     end: int
     weight: float | None = None
+    """Its share against the other data sets'; None = in proportion to its pairs."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a sampler has to know of the data: pairs by shard and source."""
+
+    pairs_per_source: Sequence[dict[str, int]]
+    """Of each shard."""
+    sources: Sequence[str]
+    questions: Sequence[str]
+    """The sources whose sentences are questions."""
+    datasets: Sequence[ShardRange] = ()
+    """Where several are mixed: whose shards are whose."""
+
+    def ranges(self) -> Sequence[ShardRange]:
+        return self.datasets or (ShardRange("all", 0, len(self.pairs_per_source)),)
+
+    def table(self) -> I64:
+        """Pairs by shard and source, i64 (shards, sources)."""
+        column = {name: i for i, name in enumerate(self.sources)}
+        table = np.zeros((len(self.pairs_per_source), len(column)), dtype=np.int64)
+        for row, shard in zip(table, self.pairs_per_source, strict=True):
+            for name, pairs in shard.items():
+                row[column[name]] = pairs
+        return table
 
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """An endless order over some sources of a part; `sizes[i]` of its pairs are in shard i."""
+    """An endless order over some sources of a data set."""
 
     name: str
     family: int
-    part: int
+    """Number of its family in the mode's."""
+    dataset: int
+    """Number of its data set."""
     sources: tuple[int, ...]
+    """Numbers of its sources, in the order in which the pairs of a shard are counted."""
     sizes: I64
+    """Pairs of the stream in each shard, i64 (shards,)."""
     share: Fraction
     """Of its family's pairs."""
     key: int
-    """Number that keys its order, equal where the same pairs come in the same order."""
-    questions: bool = False
+    """Keys its order; equal where the same pairs come in the same order."""
     pairs: int = field(init=False)
+    """Of an epoch."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pairs", int(self.sizes.sum()))
 
 
 def streams_of(
-    settings: SamplerSettings,
-    pairs_per_source: Sequence[dict[str, int]],
-    sources: Sequence[str],
-    questions: Sequence[str],
-    parts: Sequence[ShardRange] = (),
+    settings: SamplerSettings, families: Sequence[Family], contents: Contents
 ) -> tuple[Stream, ...]:
-    """The streams of a data set, given each shard's number of pairs per source.
+    """The streams of a mode's families over a data set.
 
     Raises DataError where the settings ask for pairs that there are none of.
     """
-    parts = parts or (ShardRange("all", 0, len(pairs_per_source)),)
-    names = list(sources)
-    weights = dict(settings.source_weights)
-    if unknown := set(weights) - set(names):
+    if unknown := set(settings.source_weights) - set(contents.sources):
         raise DataError(
             f"sampler.source_weights names {', '.join(sorted(unknown))}, but the data set has "
-            f"{', '.join(names)}: correct the name"
+            f"{', '.join(contents.sources)}: correct the name"
         )
-    table = np.zeros((len(pairs_per_source), len(names)), dtype=np.int64)
-    for i, shard in enumerate(pairs_per_source):
-        for name, pairs in shard.items():
-            table[i, names.index(name)] = pairs
+    table = contents.table()
     if not table.sum():
         raise DataError("the data set holds no pairs: build it from sources that have sentences")
-    one = Fraction(1)
-    kinds: list[tuple[int, str, tuple[bool, ...], Fraction]]  # family, name, questions?, share
-    if settings.mode == "natural":
-        kinds = [(0, "", (True, False), one)]
-    elif settings.mode == "balanced":
-        asked = Fraction(str(settings.question_share))
-        kinds = [(0, "question", (True,), asked), (0, "caption", (False,), one - asked)]
-    else:
-        kinds = [
-            (i, name, (True,) if name == "qa" else (True, False), one)
-            for i, name in enumerate(FAMILIES)
-            if settings.families[i] > 0
-        ]
     streams: list[Stream] = []
-    for family, kind, wanted, share in kinds:
-        if share <= 0:
-            continue
-        members = [s for s in names if (s in questions) in wanted and weights.get(s, 1.0) > 0]
-        found = _streams_of_kind(settings, table, names, parts, members, weights)
-        if not found:
-            raise DataError(
-                f"the sampler wants {kind or 'some'} pairs, but the data set has none (sources: "
-                f"{', '.join(names)}): change sampler.question_share, sampler.families or "
-                "sampler.source_weights, or use sampler.mode=natural"
-            )
-        shares = shares_of([weight for *_, weight in found])
-        for (part, group, sizes, _), own in zip(found, shares, strict=True):
-            label = [kind, parts[part].name if len(parts) > 1 else ""]
-            label.append("+".join(group) if len(group) < len(members) else "")
-            streams.append(
-                Stream(
-                    "/".join(x for x in label if x) or "all",
-                    family,
-                    part,
-                    tuple(names.index(s) for s in group),
-                    sizes,
-                    own * share,
-                    len(streams),
-                    wanted == (True,),
-                )
-            )
+    for number, family in enumerate(families):
+        for kind in family.kinds:
+            if family.share * kind.share > 0:
+                streams += _streams_of_kind(settings, number, kind, contents, table, len(streams))
     if settings.last_batch == "short" and len(streams) > 1:
         raise DataError(
             "sampler.last_batch=short needs one stream, whose epochs end for all pairs at once: "
@@ -162,29 +109,71 @@ def streams_of(
 
 
 def _streams_of_kind(
-    settings: SamplerSettings,
-    table: I64,
-    names: list[str],
-    parts: Sequence[ShardRange],
-    members: list[str],
-    weights: dict[str, float],
-) -> list[tuple[int, list[str], I64, Fraction]]:
-    """(part, sources, sizes, weight) of each stream: a part's sources of equal weight are one."""
-    found: list[tuple[int, list[str], I64, Fraction]] = []
-    for p, part in enumerate(parts):
-        groups: dict[float, list[str]] = {}
-        for s in members:
-            groups.setdefault(weights.get(s, 1.0), []).append(s)
-        here: list[tuple[list[str], I64, Fraction]] = []
-        for weight, group in groups.items():
+    settings: SamplerSettings, family: int, kind: Kind, contents: Contents, table: I64, key: int
+) -> list[Stream]:
+    """The streams of one kind of pairs, keyed from `key` on."""
+    ranges, names = contents.ranges(), list(contents.sources)
+    members = [
+        s
+        for s in names
+        if kind.questions in (None, s in contents.questions)
+        and settings.source_weights.get(s, 1.0) > 0
+    ]
+    groups = _groups(settings, members, contents, table)
+    if not groups:
+        raise DataError(
+            f"the sampler wants {kind.name or 'some'} pairs, but the data set has none (sources: "
+            f"{', '.join(names)}): change sampler.question_share, sampler.families or "
+            "sampler.source_weights, or use sampler.mode=natural"
+        )
+    shares = shares_of([group.weight for group in groups])
+    streams = []
+    for i, (group, share) in enumerate(zip(groups, shares, strict=True)):
+        label = [kind.name, ranges[group.dataset].name if len(ranges) > 1 else ""]
+        label.append("+".join(group.sources) if len(group.sources) < len(members) else "")
+        streams.append(
+            Stream(
+                name="/".join(x for x in label if x) or "all",
+                family=family,
+                dataset=group.dataset,
+                sources=tuple(names.index(s) for s in group.sources),
+                sizes=group.sizes,
+                share=share * kind.share,
+                key=key + i,
+            )
+        )
+    return streams
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Sources of equal weight of one data set, which make one stream."""
+
+    dataset: int
+    sources: list[str]
+    sizes: I64
+    weight: Fraction
+
+
+def _groups(
+    settings: SamplerSettings, members: list[str], contents: Contents, table: I64
+) -> list[_Group]:
+    names = list(contents.sources)
+    by_weight: dict[float, list[str]] = {}
+    for s in members:
+        by_weight.setdefault(settings.source_weights.get(s, 1.0), []).append(s)
+    found: list[_Group] = []
+    for d, dataset in enumerate(contents.ranges()):
+        here: list[_Group] = []
+        for weight, group in by_weight.items():
             sizes = np.zeros(len(table), dtype=np.int64)
-            columns = [names.index(s) for s in group]
-            sizes[part.begin : part.end] = table[part.begin : part.end, columns].sum(1)
+            shards = slice(dataset.begin, dataset.end)
+            sizes[shards] = table[shards, [names.index(s) for s in group]].sum(1)
             if sizes.any():
-                here.append((group, sizes, Fraction(str(weight)) * int(sizes.sum())))
-        if not here or part.weight == 0:
+                here.append(_Group(d, group, sizes, Fraction(str(weight)) * int(sizes.sum())))
+        if not here or dataset.weight == 0:
             continue
-        total = sum(weight for *_, weight in here)
-        scale = Fraction(1) if part.weight is None else Fraction(str(part.weight)) / total
-        found += [(p, group, sizes, weight * scale) for group, sizes, weight in here]
+        total = sum(group.weight for group in here)
+        scale = Fraction(1) if dataset.weight is None else Fraction(str(dataset.weight)) / total
+        found += [_Group(g.dataset, g.sources, g.sizes, g.weight * scale) for g in here]
     return found

@@ -12,18 +12,18 @@ from shards.errors import DataError
 
 @dataclass(frozen=True)
 class EasyVqa:
-    """Inputs of two builds by `source_images`: pictures stay in the package's folder. The test set
-    is to be built with the vocabulary of the training set; both share the answers."""
+    """Inputs of two builds by `shards.sources.images`, by split (`train`, `test`). The test set is
+    to be built with the vocabulary of the training set; both share the answers."""
 
-    train_images: Path
-    train_sentences: Path
-    test_images: Path
-    test_sentences: Path
+    images: dict[str, Path]
+    """Folders of pictures, which stay where the package has them."""
+
+    sentences: dict[str, Path]
     answers: Path
 
 
 def write_easy_vqa(folder: str | Path) -> EasyVqa:
-    """Write train.json, test.json and answers.json for `source_images` into `folder`.
+    """Write train.json, test.json and answers.json for `shards.sources.images` into `folder`.
 
     The source of all sentences is `easy_vqa`; a question's id is its place in the package's list.
     Raises DataError naming the `demo` extra when the package is absent.
@@ -40,7 +40,7 @@ def write_easy_vqa(folder: str | Path) -> EasyVqa:
         "train": (easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()),
         "test": (easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()),
     }
-    images: dict[str, Path] = {}
+    found = EasyVqa({}, {}, folder / "answers.json")
     for split, (questions, paths) in sets.items():
         sentences: dict[int, list[dict[str, object]]] = {}
         for i, (text, answer, image) in enumerate(zip(*questions, strict=True)):
@@ -50,14 +50,12 @@ def write_easy_vqa(folder: str | Path) -> EasyVqa:
             {"image": Path(paths[image]).name, "split": split, "sentences": sentences[image]}
             for image in sorted(sentences)
         ]
-        (folder / f"{split}.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
-        images[split] = Path(next(iter(paths.values()))).parent
-    answers = sorted(easy_vqa.get_answers())
-    (folder / "answers.json").write_text(json.dumps(answers, indent=1), encoding="utf-8")
-    return EasyVqa(
-        images["train"],
-        folder / "train.json",
-        images["test"],
-        folder / "test.json",
-        folder / "answers.json",
-    )
+        found.images[split] = Path(next(iter(paths.values()))).parent
+        found.sentences[split] = folder / f"{split}.json"
+        _write(found.sentences[split], entries)
+    _write(found.answers, sorted(easy_vqa.get_answers()))
+    return found
+
+
+def _write(path: Path, document: object) -> None:
+    path.write_text(json.dumps(document, indent=1), encoding="utf-8")

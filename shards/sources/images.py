@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from argparse import ArgumentParser, Namespace
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -30,9 +31,10 @@ from PIL import Image
 
 from shards.errors import DataError
 from shards.format.record import ImageRecord, Report, Sentence, check_sentence
+from shards.progress import Progress, no_progress
+from shards.sources.source import Source
 
 EXTRACTOR = "grid-colour-hog-2"  # change the number with anything that changes a feature
-Progress = Callable[[int, int | None], None]
 
 # Levels of each layout, (columns, rows), coarse to fine. A level of k boxes along an axis has boxes
 # of 2/(k+1) of that side, each overlapping the next by half; one box covers the side.
@@ -116,10 +118,14 @@ def describe(
 
 @dataclass(frozen=True)
 class ImageEntry:
-    """One entry of a sentences file: path of the picture, its name there, and its sentences."""
+    """One entry of a sentences file."""
 
     path: Path
+    """Of the picture."""
+
     image: str
+    """Its name in the file."""
+
     sentences: tuple[Sentence, ...]
     split: str | None
 
@@ -179,13 +185,12 @@ def read_images(
     workers: int | None = None,
     skip_bad: bool = False,
     report: Report | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Iterator[ImageRecord]:
     """Records of a folder of pictures, in the order of the sentences file.
 
     workers: processes that describe pictures, 0 for none; None takes every core.
     skip_bad: pictures that cannot be read are left out and reported, instead of DataError.
-    progress: called with (pictures done, all pictures).
     Pictures without sentences are left out and reported.
     """
     report = report if report is not None else Report()
@@ -215,8 +220,7 @@ def read_images(
                 sentences=entry.sentences,
                 split=entry.split,
             )
-        if progress:
-            progress(done, len(entries))
+        progress("images read", done, len(entries))
 
 
 Described = tuple[int, int, NDArray[np.float16]] | str
@@ -267,3 +271,37 @@ def _describe_files(
             continue
         out.append((*image.size, describe(image, layout, feature_dim)))
     return out
+
+
+# --- `lxscale shards build images` --------------------------------------------------------------
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--images", required=True, type=Path, metavar="DIR")
+    add("--sentences", required=True, type=Path, metavar="JSON")
+    add("--boxes", type=int, default=36, help=f"boxes a picture: {sorted(LAYOUTS)}")
+    add("--source", default="images", help="set of sentences that name none")
+    add("--workers", type=int, help="processes (default: one per core)")
+
+
+def _read(args: Namespace, report: Report, progress: Progress) -> Iterator[ImageRecord]:
+    return read_images(
+        args.images,
+        args.sentences,
+        boxes=args.boxes,
+        feature_dim=args.feature_dim,
+        source=args.source,
+        workers=args.workers,
+        skip_bad=args.skip_bad,
+        report=report,
+        progress=progress,
+    )
+
+
+SOURCE = Source(
+    help="a folder of pictures and a sentences file",
+    extractor=EXTRACTOR,
+    add_arguments=_add_arguments,
+    read=_read,
+)

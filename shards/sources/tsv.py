@@ -14,8 +14,8 @@ rules that this format does not.
 from __future__ import annotations
 
 import binascii
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,33 +23,18 @@ from numpy.typing import NDArray
 
 from shards.errors import DataError
 from shards.format.record import ImageRecord, Labels, Report
+from shards.progress import Progress, no_progress
+from shards.sources import checks
 from shards.sources.aggregated import SentenceStore
-
-EXTRACTOR = "bottom-up-attention"
-Progress = Callable[[int, int | None], None]
+from shards.sources.checks import Expected, PartError, checked
+from shards.sources.source import Source
 
 _LABELS = ("objects_id", "objects_conf", "attrs_id", "attrs_conf")
 COLUMNS = {
     10: ("img_id", "img_h", "img_w", *_LABELS, "num_boxes", "boxes", "features"),
     6: ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features"),
 }
-_TOLERANCE = 1.0  # pixels that a box may reach out of its image; it is clamped
 _LONGEST_ROW = 64 << 20  # bytes; 1,000 boxes have 11 MB: a longer row has lost its line end
-
-
-class _CellError(ValueError):
-    def __init__(self, column: str, problem: str) -> None:
-        super().__init__(problem)
-        self.column = column
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What rows are checked against: width of a feature, number of object and attribute classes."""
-
-    feature_dim: int = 2048
-    object_classes: int = 1600
-    attribute_classes: int = 400
 
 
 def read_tsv(
@@ -59,13 +44,12 @@ def read_tsv(
     expected: Expected | None = None,
     skip_bad: bool = False,
     report: Report | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Iterator[ImageRecord]:
     """Records of the images that have sentences, in the order of the TSV rows.
 
     features: TSV files; sentences: aggregated JSON files (`shards.sources.aggregated`).
     skip_bad: bad rows, and sentences of images that are in no TSV, are left out and reported.
-    progress: called with (bytes done, all bytes) of the TSVs.
     Raises DataError naming file, line and column. Images without sentences are reported.
     """
     report = report if report is not None else Report()
@@ -95,8 +79,7 @@ def read_tsv(
                 report.add("images without sentences", cells[0].decode("utf-8", "replace"))
                 continue
             yield record
-            if progress:
-                progress(done, total)
+            progress("bytes read", done, total)
     missing = store.without_features(seen)
     if missing:
         names = ", ".join(missing[:5])
@@ -156,18 +139,18 @@ def _record(
         row = dict(zip(names, cells, strict=True))
         image = _text(row, names[0])
         if image in seen:
-            raise _CellError(names[0], f"image {image} has a row already ({seen[image]})")
+            raise PartError(names[0], f"image {image} has a row already ({seen[image]})")
         seen[image] = where
         sentences = store.sentences(image)
         if not sentences:
             return None
         return _decode(row, image, columns == 10, sentences, expected)
-    except _CellError as error:
+    except PartError as error:
         # The last column is the long one: a file cut off mostly ends in it.
-        if not whole and error.column == names[-1]:
-            raise _truncated(where, error.column) from None
+        if not whole and error.part == names[-1]:
+            raise _truncated(where, error.part) from None
         raise DataError(
-            f"{where}, column {error.column}: {error}; extract or copy the file again, or leave "
+            f"{where}, column {error.part}: {error}; extract or copy the file again, or leave "
             "such rows out with --skip-bad"
         ) from None
 
@@ -186,57 +169,27 @@ def _decode(
     height, width = _integer(row, f"{prefix}_h"), _integer(row, f"{prefix}_w")
     n = _integer(row, "num_boxes")
     features = _array(row, "features", "<f4", n, expected.feature_dim)
-    # Values beyond float16 become infinite here; the check below finds those and NaN alike.
-    with np.errstate(over="ignore", invalid="ignore"):
-        half = features.astype(np.float16)
-    if not np.isfinite(half).all():
-        i, j = np.argwhere(~np.isfinite(half))[0]
-        raise _CellError(
-            "features", f"object {i} has {features[i, j]}, which is no finite float16 value"
-        )
+    half = checked("features", checks.half, features)
+    pixels = _array(row, "boxes", "<f4", n, 4)
     return ImageRecord(
         image=image,
         width=width,
         height=height,
-        boxes=_boxes(row, n, width, height),
+        boxes=checked("boxes", checks.fractions, pixels, width, height),
         features=half,
         sentences=sentences,
         labels=_labels(row, n, expected) if with_labels else None,
     )
 
 
-def _boxes(row: dict[str, bytes], n: int, width: int, height: int) -> NDArray[np.float32]:
-    pixels = _array(row, "boxes", "<f4", n, 4)
-    size = np.asarray([width, height, width, height], dtype=np.float32)
-    good = np.isfinite(pixels) & (pixels >= -_TOLERANCE) & (pixels <= size + _TOLERANCE)
-    if not good.all():
-        i = int(np.argwhere(~good)[0][0])
-        raise _CellError(
-            "boxes", f"box {i} is {pixels[i].tolist()}, outside of the {width} × {height} image"
-        )
-    boxes = np.clip(pixels / size, 0.0, 1.0).astype(np.float32)
-    turned = (boxes[:, 0] > boxes[:, 2]) | (boxes[:, 1] > boxes[:, 3])
-    if turned.any():
-        i = int(np.argmax(turned))
-        raise _CellError("boxes", f"box {i} is {pixels[i].tolist()}, which is not x1 y1 x2 y2")
-    return boxes
-
-
 def _labels(row: dict[str, bytes], n: int, expected: Expected) -> Labels:
     def ids(column: str, classes: int) -> NDArray[np.int32]:
         values = _array(row, column, "<i8", n, 1).reshape(n)
-        if values.min() < 0 or values.max() >= classes:
-            raise _CellError(
-                column, f"ids run from {values.min()} to {values.max()}, not in 0..{classes - 1}"
-            )
-        return values.astype(np.int32)
+        return checked(column, checks.ids, values, classes)
 
     def confidences(column: str) -> NDArray[np.float32]:
         values = _array(row, column, "<f4", n, 1).reshape(n)
-        # Softmax output: a rounding error above 1 is let through.
-        if not ((values >= 0) & (values <= 1.001)).all():
-            raise _CellError(column, "a confidence is not in 0..1")
-        return values
+        return checked(column, checks.confidences, values)
 
     return Labels(
         ids("objects_id", expected.object_classes),
@@ -250,16 +203,16 @@ def _text(row: dict[str, bytes], column: str) -> str:
     try:
         text = row[column].decode("utf-8")
     except UnicodeDecodeError:
-        raise _CellError(column, "it is not UTF-8 text") from None
+        raise PartError(column, "it is not UTF-8 text") from None
     if not text:
-        raise _CellError(column, "it is empty")
+        raise PartError(column, "it is empty")
     return text
 
 
 def _integer(row: dict[str, bytes], column: str) -> int:
     cell = row[column]
     if not cell.isdigit() or len(cell) > 9 or int(cell) == 0:
-        raise _CellError(column, f"{cell[:40].decode('ascii', 'replace')!r} is no positive integer")
+        raise PartError(column, f"{cell[:40].decode('ascii', 'replace')!r} is no positive integer")
     return int(cell)
 
 
@@ -268,10 +221,37 @@ def _array(row: dict[str, bytes], column: str, dtype: str, n: int, width: int) -
     try:
         data = binascii.a2b_base64(row[column], strict_mode=True)
     except binascii.Error as error:
-        raise _CellError(column, f"damaged base64 ({error})") from None
+        raise PartError(column, f"damaged base64 ({error})") from None
     due = n * width * np.dtype(dtype).itemsize
     if len(data) != due:
-        raise _CellError(
+        raise PartError(
             column, f"{len(data)} bytes, where {n} boxes × {width} values of {dtype[1:]} are {due}"
         )
     return np.frombuffer(data, dtype).reshape(n, width)
+
+
+# --- `lxscale shards build tsv` -----------------------------------------------------------------
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--features", nargs="+", required=True, type=Path, metavar="TSV")
+    parser.add_argument("--sentences", nargs="+", required=True, type=Path, metavar="JSON")
+
+
+def _read(args: Namespace, report: Report, progress: Progress) -> Iterator[ImageRecord]:
+    return read_tsv(
+        args.features,
+        args.sentences,
+        expected=Expected(feature_dim=args.feature_dim),
+        skip_bad=args.skip_bad,
+        report=report,
+        progress=progress,
+    )
+
+
+SOURCE = Source(
+    help="bottom-up-attention TSVs and LXMERT's aggregated sentences",
+    extractor="bottom-up-attention",
+    add_arguments=_add_arguments,
+    read=_read,
+)

@@ -37,8 +37,8 @@ def unlock(f: IO[Any]) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, name: str, wait: bool = True) -> Iterator[IO[str]]:
-    """Hold the lock `name` of a folder. Yields its file, for `note`; BusyError where another process
-    holds it and wait is False."""
+    """Hold the lock `name` of a folder. Yields its file, for `note`; BusyError where another
+    process holds it and wait is False."""
     locks = folder / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     with open(locks / name, "a+") as f:

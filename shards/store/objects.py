@@ -192,8 +192,8 @@ class _TargetError(DataError):
 
 
 def _copy(url: str, begin: int, end: int, target: Target, retry: Retry | None) -> int:
-    """Write bytes [begin, end) of an object to `target`. Returns where copying stopped: at `end`, or
-    at the object's end if that comes first."""
+    """Write bytes [begin, end) of an object to `target`. Returns where copying stopped: at `end`,
+    or at the object's end if that comes first."""
     at = begin
 
     def action(until: float) -> None:

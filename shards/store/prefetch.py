@@ -127,7 +127,7 @@ class ShardFiles:
     # --- ahead ----------------------------------------------------------------------------------
 
     def look_ahead(self, ahead: LookAhead, threads: int) -> None:
-        """Take a new future: unmap the shards that this process does not use now, and have `threads`
+        """Take a new future: unmap the shards that this process does not use now, and have so many
         threads fetch those needed before the run's end, the ones needed first before the others."""
         self._leave_parent()
         self._unmap([shard for shard in self._mapped if not ahead.mine[shard]])
@@ -187,8 +187,8 @@ class _Ahead:
             threading.Thread(target=self._work, name="lxscale-fetch", daemon=True).start()
 
     def want(self, shards: list[tuple[int, float]]) -> None:
-        """Take new wishes, in the order of need: (shard, the time after which a file has to be due to
-        be displaced for it)."""
+        """Take new wishes, in the order of need: (shard, the time after which a file has to be due
+        to be displaced for it)."""
         with self._changed:
             self._wanted, self._taken, self._full_until = shards, set(), 0.0
             self._changed.notify_all()

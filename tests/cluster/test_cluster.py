@@ -20,7 +20,7 @@ import yaml
 from shards.format.build import BuildSettings, build
 from tests.conftest import small_records, subprocess_environment
 from tests.ranks import config_tree
-from trainer.checkpoint.format import find_generation
+from trainer.checkpoint.generations import find_generation
 
 
 class Job:
@@ -31,7 +31,7 @@ class Job:
         self.mark = f"LXSCALE_TEST_JOB={secrets.token_hex(8)}"
         key, _, value = self.mark.partition("=")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.cli.main", "train", str(config), *arguments],
+            [sys.executable, "-m", "cluster.cli", "train", str(config), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -197,7 +197,7 @@ def test_more_workers_than_cores(start: Start, tmp_path: Path) -> None:
         cluster={"workers": workers, "cpus_per_worker": 1}, train={"steps": 2, "zero_stage": 2}
     )
     assert job.finish() == 0, job.output
-    assert find_generation(str(tmp_path / "run")).manifest["world_size"] == workers
+    assert find_generation(str(tmp_path / "run")).manifest.world_size == workers
 
 
 def test_everything_on_object_storage(

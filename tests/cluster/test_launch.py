@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,10 +18,10 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from cluster import local_ray, reaper
-from cluster.cli.main import _parse
 from cluster.driver_channel import Printed
 from cluster.errors import LaunchError
 from cluster.launch import _cause, launch
+from shards.store.folders import sweep
 from tests.conftest import subprocess_environment
 from tests.ranks import config_tree
 from trainer.config import RunConfig, parse_config
@@ -99,6 +100,30 @@ def _alive(process: Path) -> bool:
         return False
 
 
+def test_a_process_that_wrote_its_title_over_its_environment_is_found(tmp_path: Path) -> None:
+    """Ray's agents do, as far as their environment lies in one piece: the first of it is gone."""
+    session = tmp_path / "session"
+    session.mkdir()
+    script = "import ray, time; ray._raylet.setproctitle('ray::Agent'); print(1); time.sleep(600)"
+    with open(session / "agent.out", "w+") as log:
+        agent = subprocess.Popen(
+            [sys.executable, "-u", "-c", script],
+            env={reaper.MARK: str(session), **os.environ},
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            deadline = time.monotonic() + 60
+            while not (session / "agent.out").read_text():
+                assert agent.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            assert reaper.MARK.encode() not in Path(f"/proc/{agent.pid}/environ").read_bytes()
+            reaper.reap(str(session))
+            assert agent.wait(10) == -signal.SIGKILL
+        finally:
+            agent.kill()
+
+
 def test_a_reaper_that_is_told_to_stop_ends_nothing(tmp_path: Path) -> None:
     environment = {**os.environ, reaper.MARK: str(tmp_path)}
     with subprocess.Popen(["sleep", "600"], env=environment) as child:
@@ -109,13 +134,15 @@ def test_a_reaper_that_is_told_to_stop_ends_nothing(tmp_path: Path) -> None:
 
 
 def test_folders_of_killed_drivers_are_removed_and_used_ones_are_not(tmp_path: Path) -> None:
-    for name in ("lxscale-used", "lxscale-dead", "lxscale-dead-failed", "other"):
+    hour, week = 3600, 7 * 86400
+    names = {"lxscale-used": hour, "lxscale-dead": hour, "lxscale-dead-failed": hour, "other": hour}
+    for name, age in {**names, "lxscale-old-failed": week + hour}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "lock").touch()
-        os.utime(tmp_path / name, (0, time.time() - 3600))
+        os.utime(tmp_path / name, (0, time.time() - age))
     with (tmp_path / "lxscale-used" / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        local_ray._sweep(tmp_path)
+        sweep(tmp_path, local_ray._PREFIX, local_ray._is_kept)
     assert {p.name for p in tmp_path.iterdir()} == {"lxscale-used", "lxscale-dead-failed", "other"}
 
 
@@ -124,15 +151,6 @@ def test_a_lost_worker_is_named_and_its_peers_are_not() -> None:
     error = WorkerGroupError("long", {0: RuntimeError("connection closed by peer"), 1: lost})
     assert _cause(error).startswith("lost worker 1 (")
     assert _cause(WorkerGroupError("trace", {0: KeyError("x")})).endswith("trace")
-
-
-def test_overrides_may_come_after_options() -> None:
-    for line in ("train a.yaml --ray-address x b.c=1", "train --ray-address x a.yaml b.c=1"):
-        assert _parse(line.split()).overrides == ["b.c=1"]
-    assert _parse(["demo", "--full", "b.c=1"]).overrides == ["b.c=1"]
-    for line in ("train a.yaml --ray-address x --wrong", "export a --out b c"):
-        with pytest.raises(SystemExit):
-            _parse(line.split())
 
 
 def test_printed_text_is_passed_on_in_lines() -> None:

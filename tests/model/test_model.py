@@ -12,9 +12,11 @@ import transformers
 from model.batch import Batch
 from model.config import ModelConfig
 from model.interchange import config_to_huggingface
-from model.losses import ALL_OBJECTIVES, objective_counts
 from model.lxmert import LxmertForPreTraining, init_weights
+from model.objectives import OBJECTIVES, objectives_of, target_counts
+from model.objectives.base import Encoded, LossSettings, Objective, Result, classify
 
+ALL = frozenset(OBJECTIVES)
 CONFIG = ModelConfig(
     vocab_size=50,
     num_answers=11,
@@ -83,7 +85,8 @@ def make_batch(pairs: int = 6, seed: int = 0, objects: int = 5, ragged: bool = F
         pair_id=torch.arange(pairs),
         sentence_id=torch.arange(pairs),
         source=torch.zeros(pairs, dtype=torch.int64),
-        slot=torch.arange(pairs),
+        offset=torch.arange(pairs),
+        dataset=torch.zeros(pairs, dtype=torch.int64),
         object_label=integers(CONFIG.num_object_classes, images, objects),
         object_conf=torch.rand(images, objects, generator=g),
         attribute_label=integers(CONFIG.num_attribute_classes, images, objects),
@@ -152,8 +155,9 @@ def test_outputs_agree_with_hugging_face(ragged: bool) -> None:
     model = make_model().eval()
     batch = make_batch(ragged=ragged)
     with torch.no_grad():
-        trunk, row, column = model.encode(batch)
-        logits = model.decode(batch, trunk, row, column, ALL_OBJECTIVES, "all")
+        encoded = model.encode(batch, LossSettings("all"))
+        logits = model.decode(encoded, ALL)
+        trunk = encoded.trunk
         theirs = reference(model)(**padded(batch))
         hidden = reference(model).lxmert(**padded(batch))
     real = padded(batch)["visual_attention_mask"].bool()
@@ -162,19 +166,19 @@ def test_outputs_agree_with_hugging_face(ragged: bool) -> None:
     close(trunk.vision[real], hidden.vision_output[real])
     close(trunk.pooled, hidden.pooled_output)
     places = batch.lm_position
-    close(logits.words, theirs.prediction_logits[r[places], c[places]])
-    close(logits.matching, theirs.cross_relationship_score)
-    close(logits.answers, theirs.question_answering_score[batch.answer_pair])
+    close(logits["masked_lm"], theirs.prediction_logits[r[places], c[places]])
+    close(logits["matching"], theirs.cross_relationship_score)
+    close(logits["qa"], theirs.question_answering_score[batch.answer_pair])
     with torch.no_grad():
         heads = reference(model).obj_predict_head(hidden.vision_output)
-    close(logits.objects, heads["obj"][real])
-    close(logits.attributes, heads["attr"][real])
-    close(logits.features, heads["feat"].flatten(0, 1)[batch.object_position])
+    close(logits["masked_object"], heads["obj"][real])
+    close(logits["masked_attribute"], heads["attr"][real])
+    close(logits["masked_feature"], heads["feat"].flatten(0, 1)[batch.object_position])
 
 
 def losses(model: LxmertForPreTraining, batch: Batch, *names: str, **settings: str) -> dict:
     with torch.no_grad():
-        out = model(batch, frozenset(names), **settings)
+        out = model(batch, frozenset(names), LossSettings(**settings))
     return {n: float(out.loss_sum[n]) / max(out.count[n], 1) for n in names}
 
 
@@ -245,11 +249,10 @@ def test_only_masked_objects_carry_label_losses_in_the_masked_scope() -> None:
     model = make_model().eval()
     batch = make_batch()
     with torch.no_grad():
-        trunk, row, column = model.encode(batch)
-        logits = model.decode(batch, trunk, row, column, ALL_OBJECTIVES, "masked")
+        logits = model.decode(model.encode(batch), ALL)
     target = batch.object_label[batch.image_index].flatten()[batch.object_position]
     weight = batch.object_conf[batch.image_index].flatten()[batch.object_position]
-    expected = (F.cross_entropy(logits.objects, target, reduction="none") * weight).mean()
+    expected = (F.cross_entropy(logits["masked_object"], target, reduction="none") * weight).mean()
     found = losses(model, batch, "masked_object", label_scope="masked")["masked_object"]
     assert found == pytest.approx(float(expected), rel=1e-6)
 
@@ -257,13 +260,14 @@ def test_only_masked_objects_carry_label_losses_in_the_masked_scope() -> None:
 def test_sums_over_parts_are_the_sum_over_the_whole() -> None:
     """What makes the loss independent of the world size."""
     model = make_model().eval()
-    whole, names = make_batch(pairs=2, seed=4), sorted(ALL_OBJECTIVES)
+    whole, names = make_batch(pairs=2, seed=4), sorted(ALL)
     parts = [cut(whole, i) for i in range(2)]
     with torch.no_grad():
         one = model(whole)
         two = [model(p) for p in parts]
     for n in names:
-        assert sum(o.count[n] for o in two) == one.count[n] == objective_counts(whole, "masked")[n]
+        known = target_counts(whole, LossSettings())[n]
+        assert sum(o.count[n] for o in two) == one.count[n] == known
         close(sum(o.loss_sum[n] for o in two), one.loss_sum[n])
 
 
@@ -321,7 +325,7 @@ def empty_batch() -> Batch:
     )
 
 
-@pytest.mark.parametrize("objectives", [ALL_OBJECTIVES, {"qa"}, {"matching"}, {"masked_lm"}])
+@pytest.mark.parametrize("objectives", [ALL, {"qa"}, {"matching"}, {"masked_lm"}])
 @pytest.mark.parametrize("pairs", [0, 6])
 def test_every_parameter_gets_a_gradient(objectives: set[str], pairs: int) -> None:
     """ZeRO and DDP wait for all of them on every rank, also where a slice is empty."""
@@ -344,21 +348,16 @@ def test_padding_of_objects_and_tokens_changes_nothing() -> None:
         boxes=F.pad(batch.boxes, (0, 0, 0, 3), value=0.5),
     )
     with torch.no_grad():
-        narrow, *_ = model.encode(
-            replace(
-                batch,
-                zero_position=batch.zero_position[:0],
-                swap_position=batch.swap_position[:0],
-                swap_features=batch.swap_features[:0],
-            )
-        )
-        padded_out, *_ = model.encode(
-            replace(
-                wide,
-                zero_position=batch.zero_position[:0],
-                swap_position=batch.swap_position[:0],
-                swap_features=batch.swap_features[:0],
-            )
+        narrow, padded_out = (
+            model.encode(
+                replace(
+                    shown,
+                    zero_position=batch.zero_position[:0],
+                    swap_position=batch.swap_position[:0],
+                    swap_features=batch.swap_features[:0],
+                )
+            ).trunk
+            for shown in (batch, wide)
         )
     close(padded_out.pooled, narrow.pooled)
     close(padded_out.vision[:, :4], narrow.vision)
@@ -403,3 +402,54 @@ def test_initial_weights_depend_on_the_seed_and_the_name_only() -> None:
     assert float(a.lxmert.encoder.visn_fc.visn_fc.weight.detach().std()) == pytest.approx(
         0.02, rel=0.3
     )
+
+
+def test_the_table_says_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An objective that is added to it is counted, computed and predicted, with no other change."""
+
+    def loss(logits: torch.Tensor, encoded: Encoded) -> Result:
+        return classify(logits, (encoded.batch.token_start.diff() > 5).long())
+
+    long = Objective(
+        "long_sentence",
+        "matching",
+        "cls.seq_relationship",
+        rows=lambda encoded: encoded.trunk.language[:, 0],
+        count=lambda batch, settings: batch.pairs,
+        loss=loss,
+    )
+    model, batch = make_model().eval(), make_batch()
+    before = model(batch)
+    monkeypatch.setitem(OBJECTIVES, long.name, long)
+    assert objectives_of("matching") == ["matching", "long_sentence"]
+    assert objectives_of("all") == [*before.loss_sum, "long_sentence"]
+    assert target_counts(batch, LossSettings())["long_sentence"] == 6
+    out = model(batch)
+    assert list(out.loss_sum) == [*before.loss_sum, "long_sentence"]
+    assert out.count["long_sentence"] == 6 and torch.isfinite(out.loss_sum["long_sentence"])
+    hits = (out.prediction["long_sentence"] == (batch.token_start.diff() > 5)).sum()
+    assert out.correct["long_sentence"] == hits
+    for name, value in before.loss_sum.items():
+        assert torch.equal(out.loss_sum[name], value), name
+    assert list(model(batch, frozenset({"long_sentence"})).loss_sum) == ["long_sentence"]
+
+
+@pytest.mark.parametrize("scope", ["masked", "all"])
+def test_counts_are_the_rows_of_the_heads(scope: str) -> None:
+    model, batch, settings = make_model(), make_batch(ragged=True), LossSettings(scope)
+    assert batch.num_objects.min() < batch.features.shape[1]
+    logits = model.decode(model.encode(batch, settings), ALL)
+    rows = {name: len(values) for name, values in logits.items()}
+    assert rows == target_counts(batch, settings) == model(batch, settings=settings).count
+    assert all(
+        len(p) == rows[name] for name, p in model(batch, settings=settings).prediction.items()
+    )
+
+
+def test_objectives_are_ordered_and_grouped() -> None:
+    masked = ["masked_lm", "masked_feature", "masked_object", "masked_attribute"]
+    assert list(OBJECTIVES) == objectives_of("all") == [*masked, "matching", "qa"]
+    assert objectives_of("masked") == masked
+    assert objectives_of("matching") == ["matching"] and objectives_of("qa") == ["qa"]
+    assert all(o.name == name for name, o in OBJECTIVES.items())
+    assert set(make_model()(make_batch()).correct) == ALL - {"masked_feature"}

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from model.batch import Batch
 from model.errors import ModelError
-from model.interchange import load_huggingface, load_weights_for, save_huggingface
-from model.losses import ALL_OBJECTIVES
-from model.lxmert import LxmertForPreTraining
+from model.objectives.base import LossSettings
 from tests.model.test_model import (
-    CONFIG,
+    ALL,
     close,
     empty_batch,
     make_batch,
@@ -23,9 +19,6 @@ from tests.model.test_model import (
     padded,
     reference,
 )
-
-EMBEDDING = "lxmert.embeddings.word_embeddings.weight"
-DECODER = "cls.predictions.decoder.weight"
 
 
 def unmasked(batch: Batch, **changes: torch.Tensor) -> Batch:
@@ -55,7 +48,7 @@ def trunk_arguments(batch: Batch) -> tuple[torch.Tensor, ...]:
 def test_an_image_without_objects_trains(scope: str) -> None:
     model = make_model().eval()
     batch = unmasked(make_batch(), num_objects=torch.tensor([0, 5, 5]))
-    out = model(batch, label_scope=scope)
+    out = model(batch, settings=LossSettings(scope))
     total = sum(out.loss_sum.values())
     total.backward()
     assert torch.isfinite(total)
@@ -72,17 +65,17 @@ def test_a_sentence_alone_is_as_in_a_padded_batch() -> None:
     batch = unmasked(make_batch())
     assert len(set(batch.token_start.diff().tolist())) > 1
     with torch.no_grad():
-        together, *_ = model.encode(batch)
+        together = model.encode(batch).trunk
         for i in range(batch.pairs):
             begin, end = batch.token_start[i : i + 2].tolist()
-            alone, *_ = model.encode(
+            alone = model.encode(
                 replace(
                     batch,
                     tokens=batch.tokens[begin:end],
                     token_start=torch.tensor([0, end - begin]),
                     image_index=batch.image_index[i : i + 1],
                 )
-            )
+            ).trunk
             close(alone.language[0], together.language[i, : end - begin])
             close(alone.vision[0], together.vision[i])
 
@@ -109,7 +102,7 @@ def test_gradients_agree_with_hugging_face_but_for_the_rows_it_freezes() -> None
     batch = make_batch()
     batch = replace(batch, tokens=batch.tokens.clamp(min=1))
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in padded(batch).items()}
-    model.encode(batch)[0].pooled.square().sum().backward()
+    model.encode(batch).trunk.pooled.square().sum().backward()
     theirs.lxmert(**inputs).pooled_output.square().sum().backward()
     gradients = {n: p.grad for n, p in theirs.lxmert.named_parameters()}
     for name, p in model.lxmert.named_parameters():
@@ -143,50 +136,4 @@ def test_objectives_that_are_none_are_refused() -> None:
     )
     with pytest.raises(ModelError, match="no labels for masked_object"):
         model(bare)
-    model(bare, ALL_OBJECTIVES - {"masked_object", "masked_attribute"})
-
-
-def test_weights_that_only_seem_to_fit_are_refused(tmp_path: Path) -> None:
-    model = make_model()
-    weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    bias = "lxmert.pooler.dense.bias"
-    for changed, message in (
-        ({DECODER: weights[DECODER] + 1}, f"{DECODER} differs from {EMBEDDING}"),
-        ({"bert.pooler.dense.bias": weights[bias] + 1}, f"has {bias} twice"),
-        ({bias: torch.zeros(24, dtype=torch.int64)}, f"{bias} is torch.int64"),
-    ):
-        torch.save(weights | changed, tmp_path / "w.pth")
-        other = make_model(1)
-        before = {k: v.clone() for k, v in other.state_dict().items()}
-        with pytest.raises(ModelError, match=rf"w\.pth.*{message}"):
-            load_weights_for(other, tmp_path / "w.pth")
-        for k, v in other.state_dict().items():
-            assert torch.equal(v, before[k]), k
-
-
-def test_an_older_folder_with_a_bin_loads(tmp_path: Path) -> None:
-    model = make_model()
-    save_huggingface(tmp_path, model)
-    (tmp_path / "model.safetensors").unlink()
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    again = load_huggingface(tmp_path)
-    for (name, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"hidden_act": "relu"}, "hidden_act is relu, LXMERT's is gelu"),
-        ({"hidden_size": 25}, "hidden_size 25 is not a multiple of num_heads 3"),
-        ({"l_layers": "many"}, "l_layers: Input should be a valid integer"),
-    ],
-)
-def test_a_configuration_that_does_not_fit_is_named(
-    tmp_path: Path, change: dict[str, object], message: str
-) -> None:
-    save_huggingface(tmp_path, LxmertForPreTraining(CONFIG))
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ModelError, match=rf"config\.json: .*{message}"):
-        load_huggingface(tmp_path)
+    model(bare, ALL - {"masked_object", "masked_attribute"})

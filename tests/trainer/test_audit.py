@@ -1,10 +1,11 @@
-"""The auditor proves a run's record, and finds what does not hold in one that was changed."""
+"""The auditor proves a run's journal, and finds what does not hold in one that was changed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from shards.format.build import BuildSettings, build
 from tests.conftest import small_records
 from tests.ranks import config_tree, run_ranks
 from trainer.audit import audit
-from trainer.checkpoint.format import _self_hash, find_generation
+from trainer.checkpoint.format import manifest_bytes
+from trainer.checkpoint.generations import find_generation
 
 OFF = {"dropout": 0.0, "attention_dropout": 0.0}
 
@@ -72,20 +74,19 @@ def test_every_mode_is_proved(folder: Path, sampler: dict[str, Any]) -> None:
 def changed(run: Path, tmp_path: Path, change: Callable[[list[dict[str, Any]]], None]) -> str:
     """A copy of the run whose last segment was changed by someone who can compute hashes."""
     generation = find_generation(str(run))
-    manifest = json.loads(json.dumps(generation.manifest))
-    copy = tmp_path / "run" / "checkpoints"
-    (copy / "record").mkdir(parents=True)
-    for entry in manifest["record"]:
-        raw = (run / "checkpoints" / "record" / entry["name"]).read_text()
-        lines = [json.loads(x) for x in raw.splitlines()]
-        if entry is manifest["record"][-1]:
-            change(lines)
-        data = "".join(json.dumps(x) + "\n" for x in lines).encode()
-        (copy / "record" / entry["name"]).write_bytes(data)
-        entry["sha256"] = hashlib.sha256(data).hexdigest()
-    manifest["sha256"] = _self_hash(manifest)
-    (copy / generation.name).write_text(json.dumps(manifest))
-    return str(tmp_path / "run")
+    copy = tmp_path / "run"
+    (copy / "checkpoints" / "record").mkdir(parents=True)
+    *earlier, last = generation.manifest.journal
+    for entry in earlier:
+        Path(entry.url(str(copy))).write_bytes(Path(entry.url(str(run))).read_bytes())
+    lines = [json.loads(x) for x in Path(last.url(str(run))).read_text().splitlines()]
+    change(lines)
+    data = "".join(json.dumps(x) + "\n" for x in lines).encode()
+    Path(last.url(str(copy))).write_bytes(data)
+    last = replace(last, size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    manifest = replace(generation.manifest, journal=(*earlier, last))
+    (copy / "checkpoints" / generation.name).write_bytes(manifest_bytes(manifest))
+    return str(copy)
 
 
 def flip_digest(lines: list[dict[str, Any]]) -> None:
@@ -119,7 +120,7 @@ def other_start(lines: list[dict[str, Any]]) -> None:
         (other_start, "does not go on from where step"),
     ],
 )
-def test_a_changed_record_is_found(
+def test_a_changed_journal_is_found(
     run: Path, folder: Path, tmp_path: Path, change: Any, message: str
 ) -> None:
     found = audit(changed(run, tmp_path, change), cache=str(folder / "cache"))
@@ -127,7 +128,7 @@ def test_a_changed_record_is_found(
     assert not audit(changed(run, tmp_path / "same", lambda _: None), cache=str(folder)).problems
 
 
-def test_another_data_set_and_a_damaged_record_are_errors(
+def test_another_data_set_and_a_damaged_segment_are_errors(
     run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     build(small_records(9), tmp_path / "other", BuildSettings("other", "test"))

@@ -17,7 +17,7 @@ from tests.conftest import small_records
 from tests.ranks import config_tree, run_ranks
 from tests.trainer.test_resume import assert_bitwise, losses
 from trainer.audit import audit
-from trainer.checkpoint.format import find_generation
+from trainer.checkpoint.generations import find_generation
 
 pytestmark = pytest.mark.faults
 
@@ -56,8 +56,8 @@ def test_a_chain_of_world_sizes_sees_every_pair_once(tmp_path: Path) -> None:
         assert not run_ranks(world, [(tree(stage), 2, False)])
     assert not run_ranks(5, [(tree(3), None, False)])
     last = find_generation(str(tmp_path / "chain")).manifest
-    assert last["step"] == 12
-    assert last["sampler"]["consumed"] == 156 and last["sampler"]["cursors"] == [156]
+    assert last.step == 12
+    assert last.sampler.consumed == 156 and last.sampler.cursors == (156,)
     assert not audit(str(tmp_path / "chain"), cache=str(tmp_path / "cache")).problems
     whole = config_tree(
         folder,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from trainer.config import ConfigError, load_config, parse_config
+from model.objectives import OBJECTIVES
+from trainer.config import ConfigError, load_config, parse_config, weights_section
 from trainer.data.loader import bounds
 from trainer.setup import run_length
 
@@ -41,6 +43,8 @@ def test_the_base_recipe_is_the_papers() -> None:
         ("optimiser.lr=3", r"optimiser: no such key"),
         ("train.global_batch=0", r"train\.global_batch: .*greater than or equal to 1"),
         ("train.zero_stage=4", r"train\.zero_stage: .*0, 1, 2 or 3"),
+        ("objectives.masked_lm=-1", r"objectives\.masked_lm: .*greater than or equal to 0"),
+        ("objectives.mlm=1", r"objectives\.mlm: no such key"),
         ("sampler.mode=random", r"sampler\.mode: .*natural"),
         ("train.epochs=2", r"exactly one of train\.epochs and train\.steps"),
         ("model.num_heads=7", r"model: .*768 is not a multiple of num_heads 7"),
@@ -65,6 +69,17 @@ def test_overrides_are_yaml(tmp_path: Path) -> None:
     )
     assert config.optimizer.lr == 3e-4 and config.optimizer.no_decay == ("bias",)
     assert config.train.steps is None and config.train.epochs == 2
+
+
+def test_every_objective_has_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    objectives = parse_config({"data": {"train": "d"}, "train": {"steps": 1}}, "test").objectives
+    assert objectives.weights() == dict.fromkeys(OBJECTIVES, 1.0)
+    # As resolved configurations are stored: the weights come first.
+    assert list(objectives.model_dump())[:7] == [*OBJECTIVES, "qa_from_epoch"]
+    weights = objectives.weights()
+    monkeypatch.setitem(OBJECTIVES, "another", replace(OBJECTIVES["matching"], name="another"))
+    section = weights_section().model_validate({"another": 2})
+    assert section.model_dump() == {**weights, "another": 2.0}
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "train: {steps: 5}\n"])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +15,16 @@ import transformers
 
 from cluster.cli.main import main
 from shards.dataset import open_dataset
+from shards.errors import DataError
 from shards.format.build import BuildSettings, build
-from tests.conftest import small_records
+from shards.format.tokenizer import encode_batch, load_tokenizer
+from tests.conftest import small_records, subprocess_environment
 from tests.ranks import config_tree, run_ranks
-from trainer.checkpoint.format import find_generation, load_weights
+from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.generations import find_generation, load_weights
 from trainer.config import ConfigError
-from trainer.export import evaluate_checkpoint, load_model
+from trainer.export import evaluate_checkpoint, export_huggingface, write_tokenizer
+from trainer.model import load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +46,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         root,
         "run",
         data={"validation": str(root / "test")},
+        model={"max_positions": 24},
         train={"validate_every": 4, "validation_batch": 7, "zero_stage": 3},
     )
     assert not run_ranks(2, [(tree, None, False)])
     return root
+
+
+@pytest.fixture(scope="module")
+def exported(trained: Path) -> Path:
+    assert main(["export", str(trained / "run"), "--out", str(trained / "hf")]) == 0
+    return trained / "hf"
 
 
 def logged_validation(run: Path) -> dict[str, float]:
@@ -100,16 +114,128 @@ def test_blind_takes_the_features_away(trained: Path) -> None:
     assert blind["loss/masked_feature"] != seeing["loss/masked_feature"]
 
 
-def test_an_export_has_the_weights_of_the_checkpoint(trained: Path) -> None:
-    assert main(["export", str(trained / "run"), "--out", str(trained / "hf")]) == 0
-    theirs = transformers.LxmertForPreTraining.from_pretrained(trained / "hf").state_dict()
+def test_an_export_has_the_weights_of_the_checkpoint(trained: Path, exported: Path) -> None:
+    theirs = transformers.LxmertForPreTraining.from_pretrained(exported).state_dict()
     weights = load_weights(find_generation(str(trained / "run")))
     for name, value in weights.items():
         np.testing.assert_array_equal(theirs[name].numpy(), value)
-    model, config, _ = load_model(str(trained / "run"))
+    model, config, _ = load_checkpoint(str(trained / "run"))
     assert config.model.num_answers == model.config.num_answers == 4
     with torch.no_grad():
         assert torch.isfinite(torch.cat([p.flatten() for p in model.parameters()])).all()
+
+
+def test_an_export_is_a_model_and_its_tokenizer(trained: Path, exported: Path) -> None:
+    """A question, tokenized and answered by transformers alone, without a network."""
+    script = """
+import socket, sys
+import numpy, torch, transformers
+def refused(*_): raise AssertionError("opened a connection")
+socket.socket.connect = refused
+folder, out = sys.argv[1:]
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+trunk = transformers.AutoModel.from_pretrained(folder)
+whole = transformers.LxmertForPreTraining.from_pretrained(folder)
+assert type(trunk).__name__ == "LxmertModel" and tokenizer.model_max_length == 20
+inputs = tokenizer(["what color is it 3?", "a red circle"], padding=True, return_tensors="pt")
+seen = dict(visual_feats=torch.rand(2, 3, 8), visual_pos=torch.rand(2, 3, 4))
+with torch.no_grad():
+    answers = whole(**inputs, **seen).question_answering_score
+    pooled = trunk(**inputs, **seen).pooled_output
+numpy.savez(out, answers=answers, pooled=pooled, **inputs, **seen)
+"""
+    out = trained / "theirs.npz"
+    environment = subprocess_environment(HF_HUB_OFFLINE="1")
+    subprocess.run(
+        [sys.executable, "-c", script, str(exported), str(out)], env=environment, check=True
+    )
+    found = {k: torch.from_numpy(v) for k, v in np.load(out).items()}
+    tokenizer = load_tokenizer(trained / "train" / "vocab.txt")
+    cls, sep = (tokenizer.token_to_id(t) for t in ("[CLS]", "[SEP]"))
+    own = encode_batch(tokenizer, ["what color is it 3?", "a red circle"], 18)
+    mask = found["attention_mask"].bool()
+    for ids, real, words in zip(found["input_ids"], mask, own, strict=True):
+        assert ids[real].tolist() == [cls, *words, sep]
+    model, *_ = load_checkpoint(str(trained / "run"))
+    model.eval()
+    with torch.no_grad():
+        trunk = model.lxmert(found["input_ids"], mask, found["visual_feats"], found["visual_pos"])
+        answers = model.answer_head(trunk.pooled)
+    torch.testing.assert_close(trunk.pooled, found["pooled"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(answers, found["answers"], rtol=1e-5, atol=1e-5)
+
+
+def test_an_exported_tokenizer_gives_the_ids_of_training(shared_data: Path, tmp_path: Path) -> None:
+    """Over BERT's vocabulary and real sentences, long ones and other scripts among them."""
+    vocab = shared_data / "bert-base-uncased-vocab.txt"
+    write_tokenizer(tmp_path, vocab.read_bytes(), 20)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "lxmert"}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    captions = next((shared_data / "tiny_coco").rglob("captions*.json"))
+    texts = [a["caption"] for a in json.loads(captions.read_text())["annotations"]]
+    assert len(texts) > 100
+    texts += [
+        "Übergröße, naïve  café\t\u200b—北京 😀?!",
+        "x" * 101,
+        "isn't #hashtag_9",
+        "word " * 30,
+        "",
+    ]
+    ours = encode_batch(load_tokenizer(vocab), texts, 18)
+    found = theirs(texts, truncation=True)["input_ids"]
+    assert found == [[101, *words, 102] for words in ours]
+    assert max(map(len, found)) == 20 and (theirs.mask_token_id, theirs.pad_token_id) == (103, 0)
+
+
+def test_an_export_without_its_vocabulary_writes_nothing(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    (run / "vocab.txt").write_bytes((run / "vocab.txt").read_bytes() + b"more\n")
+    with pytest.raises(CheckpointError, match=r"vocab\.txt is not the vocabulary"):
+        export_huggingface(str(run), tmp_path / "out")
+    (run / "vocab.txt").unlink()
+    with pytest.raises(DataError, match=r"vocab\.txt does not exist"):
+        export_huggingface(str(run), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_fails_leaves_no_half(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in a new folder nor over an earlier export."""
+
+    def broken(folder: Path, vocab: bytes, max_tokens: int) -> None:
+        (folder / "tokenizer.json").write_text("{")
+        raise OSError("no space left")
+
+    run, out = str(trained / "run"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.export.write_tokenizer", broken)
+        with pytest.raises(OSError, match="no space left"):
+            export_huggingface(run, out)
+        assert not list(out.glob("*"))
+    export_huggingface(run, out)
+    files = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert files.keys() >= {"config.json", "model.safetensors", "tokenizer.json", "vocab.txt"}
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.export.write_tokenizer", broken)
+        with pytest.raises(OSError, match="no space left"):
+            export_huggingface(run, out)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == files
+    export_huggingface(run, out)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == files
+
+
+def test_without_its_data_an_export_knows_the_models_length(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    (trained / "train").rename(trained / "away")
+    try:
+        export_huggingface(str(run), tmp_path / "out")
+    finally:
+        (trained / "away").rename(trained / "train")
+    tree = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert tree["model_max_length"] == 24
 
 
 def test_a_data_set_of_another_vocabulary_is_refused(trained: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 from shards.format.build import BuildSettings, build
 from tests.conftest import small_records
 from tests.ranks import config_tree, run_ranks, step_record
-from trainer.checkpoint.format import Generation, find_generation, read_fragments
+from trainer.checkpoint.format import KINDS, Span
+from trainer.checkpoint.generations import Generation, find_generation, read_fragments
 
 CASES = [(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
 
@@ -28,21 +29,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def state_of(run: Path) -> tuple[Generation, dict[str, dict[str, np.ndarray]]]:
     """The newest generation and every parameter's master and moments, whole."""
     generation = find_generation(str(run))
-    shapes = generation.manifest["parameters"]
-    wanted = [(name, 0, int(np.prod(shape))) for name, shape in shapes.items()]
+    shapes = generation.manifest.parameters
+    wanted = [Span(name, 0, int(np.prod(shape))) for name, shape in shapes.items()]
     state: dict[str, dict[str, np.ndarray]] = {
-        name: {k: np.full(count, np.nan, np.float32) for k in ("master", "exp_avg", "exp_avg_sq")}
-        for name, _, count in wanted
+        name: {k: np.full(length, np.nan, np.float32) for k in KINDS} for name, _, length in wanted
     }
     for i, start, values in read_fragments(generation, wanted):
         for kind, part in values.items():
-            state[wanted[i][0]][kind][start : start + len(part)] = part
+            state[wanted[i].name][kind][start : start + len(part)] = part
     return generation, state
 
 
 def assert_bitwise(a: Path, b: Path) -> None:
     (one, state_a), (two, state_b) = state_of(a), state_of(b)
-    assert one.step == two.step and one.manifest["sampler"] == two.manifest["sampler"]
+    assert one.step == two.step and one.manifest.sampler == two.manifest.sampler
     assert state_a.keys() == state_b.keys()
     for name, kinds in state_a.items():
         for kind, values in kinds.items():
@@ -115,8 +115,8 @@ def test_another_world_size_goes_on_with_the_pairs_that_follow(
             find_generation(str(tmp_path / "whole")),
             find_generation(str(tmp_path / f"run-{a}")),
         )
-        assert one.manifest["sampler"] == two.manifest["sampler"]
-        assert two.manifest["world_size"] == after
+        assert one.manifest.sampler == two.manifest.sampler
+        assert two.manifest.world_size == after
 
 
 def test_a_finished_run_has_nothing_left_to_do(data: Path, tmp_path: Path) -> None:
@@ -145,6 +145,19 @@ def test_a_damaged_generation_is_passed_over_and_none_whole_is_an_error(
     assert error.startswith("CheckpointError: no generation of") and "is damaged" in error
 
 
+def test_a_generation_that_was_read_in_part_leaves_nothing_behind(
+    data: Path, tmp_path: Path
+) -> None:
+    """Rank 0's object is whole and has been loaded when rank 1 finds its own damaged: moments and
+    Adam's count of steps are those of the generation before all the same."""
+    tree, whole = config_tree(data, tmp_path, "run"), config_tree(data, tmp_path, "whole")
+    assert not run_ranks(2, [(tree, 6, False), (whole, None, False)])
+    (path,) = (tmp_path / "run/checkpoints/objects").glob("step-00000006-*-r00001-*")
+    path.write_bytes(b"torn")
+    assert not run_ranks(2, [(tree, None, False)])
+    assert_bitwise(tmp_path / "whole", tmp_path / "run")
+
+
 def test_another_model_or_data_state_is_refused_by_name(data: Path, tmp_path: Path) -> None:
     tree = config_tree(data, tmp_path, "run")
     assert not run_ranks(1, [(tree, 2, False)])
@@ -163,7 +176,7 @@ def test_a_changed_global_batch_resumes_at_the_same_pair(data: Path, tmp_path: P
     tree = config_tree(data, tmp_path, "run", train={"steps": None, "epochs": 1.5})
     assert not run_ranks(2, [(tree, 2, False)])
     first = find_generation(str(tmp_path / "run"))
-    assert first.manifest["sampler"]["consumed"] == 26
+    assert first.manifest.sampler.consumed == 26
     grown = config_tree(
         data, tmp_path, "run", train={"steps": None, "epochs": 1.5, "global_batch": 20}
     )
@@ -171,7 +184,7 @@ def test_a_changed_global_batch_resumes_at_the_same_pair(data: Path, tmp_path: P
     steps = step_record(grown)
     pairs = round(1.5 * sum(e["pairs"] for e in steps.values()) / 1.5)
     last = find_generation(str(tmp_path / "run"))
-    assert last.manifest["sampler"]["consumed"] == pairs
+    assert last.manifest.sampler.consumed == pairs
     assert steps[3]["pairs"] == 20
 
 

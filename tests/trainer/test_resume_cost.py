@@ -8,13 +8,12 @@ import pytest
 
 from shards.dataset import open_dataset
 from shards.format.build import BuildSettings, build
-from shards.order.sampler import SamplerState, stream_epoch
-from shards.order.streams import SamplerSettings
+from shards.order.sampler import Sampler, SamplerState
+from shards.order.settings import SamplerSettings
 from tests.conftest import small_records
 from tests.trainer.data.test_batches import drawn
-from trainer.data import loader
-from trainer.data.loader import LoaderSettings, MissingShard, RankSlice, load_steps
-from trainer.setup import data_streams
+from trainer.config import LoaderSettings
+from trainer.data.loader import RankSlice, load_steps
 
 BATCH = 4
 
@@ -26,33 +25,31 @@ def test_the_first_batch_fetches_its_window_and_no_more(
     url = f"{s3}/resume-cost-{share}"
     build(small_records(60), url, BuildSettings("cost", "test", images_per_shard=3))
     data = open_dataset(url, tmp_path / "cache")
-    settings = SamplerSettings(seed=8, window=2)
-    streams = data_streams(settings, data)
-    stream = streams[0]
+    sampler = data.sampler(SamplerSettings(window=2), 8)
+    (stream,) = sampler.streams
     begin = int(share * stream.pairs)
     plans: list[int] = []
-    real = loader.plan
+    real = Sampler.plan
 
     def counted(*arguments: object) -> object:
         plans.append(1)
         return real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loader, "plan", counted)
+    monkeypatch.setattr(Sampler, "plan", counted)
     steps = load_steps(
         data,
-        settings,
-        streams,
+        sampler,
         drawn(data),
         RankSlice(0, 1, 1),
         SamplerState(begin, (begin,), (0,), (begin // BATCH,)),
         BATCH,
         begin + BATCH,
-        LoaderSettings(threads=2),
+        LoaderSettings(fetch_threads=2),
     )
     first = next(steps)
-    assert not isinstance(first, MissingShard) and first[0].pairs == BATCH
+    assert not first.missing and first.batches[0].pairs == BATCH
     assert list(steps) == []
-    order = stream_epoch(stream, settings.seed, 0, 2, 1)
+    order = sampler.order(stream, 0)
     windows = {order.window_of(begin), order.window_of(begin + BATCH - 1)}
     expected = {
         data.shards.files[shard].sha256

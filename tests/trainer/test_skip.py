@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,14 @@ import pytest
 
 from shards.dataset import Dataset, open_dataset
 from shards.format.build import BuildSettings, build
-from shards.order.sampler import SamplerState, plan, start_state, steps_ahead
 from shards.store import objects
-from shards.store.objects import read_bytes
 from tests.conftest import small_records
 from tests.ranks import config_tree, fresh_server, run_ranks
-from trainer.checkpoint.format import find_generation
-from trainer.checkpoint.journal import FOLDER, digest
+from trainer.checkpoint.generations import find_generation
+from trainer.checkpoint.journal import StepLine, digest, read_segments
 from trainer.config import parse_config
 from trainer.data.batch import make_batch
-from trainer.setup import batch_settings, data_streams
+from trainer.setup import batch_settings
 
 STEPS, BATCH = 10, 13
 OFF = {"dropout": 0.0, "attention_dropout": 0.0}
@@ -59,44 +56,39 @@ def tree(url: str, storage: Path, name: str, on_error: str = "skip", **data: Any
     )
 
 
-def record_of(run: Path) -> list[dict[str, Any]]:
+def journal_of(run: Path) -> list[StepLine]:
     """The lines of all steps that led to the newest generation."""
-    lines = []
-    for entry in find_generation(str(run)).manifest["record"]:
-        text = read_bytes(str(run / "checkpoints" / FOLDER / entry["name"])).decode()
-        lines += [json.loads(line) for line in text.splitlines()[1:]]
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    segments = find_generation(str(run)).manifest.journal
+    lines = [line for _, part in read_segments(str(run), segments) for line in part]
+    assert [line.step for line in lines] == list(range(1, len(lines) + 1))
     return lines
 
 
 def expected_digests(
     config: dict[str, Any], data: Dataset, given_up: dict[int, int]
-) -> tuple[list[str], int]:
+) -> tuple[list[int], int]:
     """What the steps must have trained on, and how many pairs were passed over, where each shard
     of `given_up` is left out from a number of consumed pairs on."""
     parsed = parse_config(config, "test")
-    settings = parsed.sampler.settings(parsed.run.seed)
-    streams = data_streams(settings, data)
+    sampler = data.sampler(parsed.sampler, parsed.run.seed)
     digests, passed = [], 0
-    for state, count in steps_ahead(settings, streams, start_state(streams), BATCH, STEPS * BATCH):
-        whole = plan(settings, streams, state, count)
-        own = whole.without([s for s, at in given_up.items() if at <= state.consumed])
+    for step in sampler.steps_ahead(sampler.start(), BATCH, STEPS * BATCH):
+        whole, consumed = sampler.plan(step), step.before.consumed
+        own = whole.without([s for s, at in given_up.items() if at <= consumed])
         passed += len(whole) - len(own)
-        batch = make_batch(data, streams, own, batch_settings(parsed, data))
-        position = state.consumed + batch.slot.numpy()
-        total = digest(position, batch.pair_id.numpy(), batch.sentence_id.numpy())
-        digests.append(f"{total:016x}")
+        batch = make_batch(data, sampler, own, batch_settings(parsed, data))
+        position = consumed + batch.offset.numpy()
+        digests.append(digest(position, batch.pair_id.numpy(), batch.sentence_id.numpy()))
     return digests, passed
 
 
 def first_need(config: dict[str, Any], data: Dataset, shard: int) -> int:
     """Pairs consumed before the first step that needs the shard."""
     parsed = parse_config(config, "test")
-    settings = parsed.sampler.settings(parsed.run.seed)
-    streams = data_streams(settings, data)
-    for state, count in steps_ahead(settings, streams, start_state(streams), BATCH, STEPS * BATCH):
-        if shard in plan(settings, streams, state, count).shard:
-            return state.consumed
+    sampler = data.sampler(parsed.sampler, parsed.run.seed)
+    for step in sampler.steps_ahead(sampler.start(), BATCH, STEPS * BATCH):
+        if shard in sampler.plan(step).shard:
+            return step.before.consumed
     raise AssertionError("the run does not need it")
 
 
@@ -153,12 +145,12 @@ def test_skip_leaves_out_that_shards_pairs_and_no_others(
     damage(f"{remote}/{name}", how)
     assert not run_ranks(world, [(config, None, False)])
     digests, passed = expected_digests(config, data, {shard: at})
-    lines = record_of(tmp_path / "run")
-    assert [line["digest"] for line in lines] == digests
+    lines = journal_of(tmp_path / "run")
+    assert [line.digest for line in lines] == digests
     assert passed > 0
     begin = at // BATCH
-    assert [line.get("skipped") for line in lines] == [None] * begin + [[shard]] * (STEPS - begin)
-    state = SamplerState.from_json(find_generation(str(tmp_path / "run")).manifest["sampler"])
+    assert [line.skipped for line in lines] == [()] * begin + [(shard,)] * (STEPS - begin)
+    state = find_generation(str(tmp_path / "run")).manifest.sampler
     assert (state.consumed, state.skipped) == (STEPS * BATCH, ((shard, at),))
     assert state.skipped_pairs == passed
 
@@ -193,11 +185,11 @@ def test_a_resume_at_another_world_size_goes_on_without_the_shard(
     objects.upload(source / name, f"{remote}/{name}")
     assert not run_ranks(3, [(parts, 1, False)])
     assert not run_ranks(1, [(parts, None, False)])
-    one, two = record_of(tmp_path / "whole"), record_of(tmp_path / "parts")
-    assert [line["digest"] for line in one] == [line["digest"] for line in two]
-    assert {line["world"] for line in two} == {1, 2, 3}
-    states = [find_generation(str(tmp_path / n)).manifest["sampler"] for n in ("whole", "parts")]
-    assert states[0] == states[1] and states[0]["skipped"] == [[shard, at]]
+    one, two = journal_of(tmp_path / "whole"), journal_of(tmp_path / "parts")
+    assert [line.digest for line in one] == [line.digest for line in two]
+    assert {line.world for line in two} == {1, 2, 3}
+    states = [find_generation(str(tmp_path / n)).manifest.sampler for n in ("whole", "parts")]
+    assert states[0] == states[1] and states[0].skipped == ((shard, at),)
 
 
 def test_ranks_agree_when_only_one_lacks_the_shard(
@@ -213,14 +205,14 @@ def test_ranks_agree_when_only_one_lacks_the_shard(
     damage(f"{remote}/{name}", "deleted")
     caches = [{"LXSCALE_CACHE": str(tmp_path / f"cache-{r}")} for r in range(2)]
     assert not run_ranks(2, [(config, None, False)], environments=caches)
-    lines = record_of(tmp_path / "run")
+    lines = journal_of(tmp_path / "run")
     # Rank 1 is the first to miss it at a step whose second half has pairs of it.
-    skipped = [line for line in lines if "skipped" in line]
-    when = (skipped[0]["step"] - 1) * BATCH
+    skipped = [line for line in lines if line.skipped]
+    when = (skipped[0].step - 1) * BATCH
     assert when >= at
-    assert [line["digest"] for line in lines] == expected_digests(config, data, {shard: when})[0]
-    state = find_generation(str(tmp_path / "run")).manifest["sampler"]
-    assert state["skipped"] == [[shard, when]]
+    assert [line.digest for line in lines] == expected_digests(config, data, {shard: when})[0]
+    state = find_generation(str(tmp_path / "run")).manifest.sampler
+    assert state.skipped == ((shard, when),)
 
 
 @pytest.mark.faults
@@ -235,7 +227,7 @@ def test_a_step_of_which_nothing_is_left_does_no_harm(
     shard, at = late_shard(config, data)
     damage(f"{remote}/{data.manifest.shards[shard].name}", "deleted")
     assert not run_ranks(2, [(config, None, False)])
-    assert [x["digest"] for x in record_of(tmp_path / "run")] == expected_digests(
+    assert [x.digest for x in journal_of(tmp_path / "run")] == expected_digests(
         config, data, {shard: at}
     )[0]
 

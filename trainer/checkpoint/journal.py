@@ -1,26 +1,38 @@
-"""The record of what a run has consumed: one line a step, kept with the checkpoints.
+"""The journal of what a run has consumed: one line a step, kept with the checkpoints.
 
 A line says how many pairs a step took, at what world size, and a digest of what the ranks really
 trained on; a segment of lines begins with the sampler state that it starts from. Segments are
 immutable objects, and a generation's manifest names all that lead to it: steps that were done and
-lost in a crash are in nobody's history. `lxscale shards audit` proves a record (trainer/audit.py).
+lost in a crash are in nobody's history. `lxscale shards audit` proves a journal (trainer/audit.py).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import secrets
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BeforeValidator, PlainSerializer, TypeAdapter, ValidationError
 
 from shards.order.draws import I64, draw
+from shards.order.sampler import SamplerState
 from shards.store import objects
+from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.format import (
+    SegmentEntry,
+    parse_document,
+    segment_name,
+    sha256_of,
+    what_is_wrong,
+)
+from trainer.checkpoint.generations import read_entry
 
 FORMAT = "lxscale-record-1"
-FOLDER = "record"
+
+
+# --- digests ------------------------------------------------------------------------------------
 
 
 def digest(position: I64, pair: I64, sentence: I64) -> int:
@@ -40,43 +52,109 @@ def from_limbs(limbs: list[float]) -> int:
     return sum(int(limb) << 16 * i for i, limb in enumerate(limbs)) % (1 << 64)
 
 
+# --- what a segment holds -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SegmentHead:
+    """The first line of a segment: what its steps are to be read with."""
+
+    data: tuple[str, ...]
+    """URLs of the data sets, as the run opened them."""
+    data_state: dict[str, Any]
+    """As in the manifest (`RunDescription`)."""
+    start: SamplerState
+    """Before the segment's first step."""
+
+
+# As hexadecimal text: readers of JSON need not keep integers above 2^53 exact.
+Hex64 = Annotated[
+    int,
+    BeforeValidator(lambda text: int(str(text), 16)),
+    PlainSerializer(lambda number: f"{number:016x}", return_type=str),
+]
+
+
+@dataclass(frozen=True)
+class StepLine:
+    """What all ranks together trained on in one step."""
+
+    step: int
+    """Steps of the run, this one included."""
+    pairs: int
+    """Positions taken, those that were passed over included."""
+    world: int
+    digest: Hex64
+    """Of the pairs that were really there."""
+    skipped: tuple[int, ...] = ()
+    """Shards that were passed over, under data.on_error=skip. Not written when there are none."""
+
+
+_HEAD: TypeAdapter[SegmentHead] = TypeAdapter(SegmentHead)
+_LINE: TypeAdapter[StepLine] = TypeAdapter(StepLine)
+
+
+def _segment_bytes(head: SegmentHead, lines: Iterable[StepLine]) -> bytes:
+    documents = [{"format": FORMAT, **_HEAD.dump_python(head)}]
+    documents += [_LINE.dump_python(line, exclude_defaults=True) for line in lines]
+    return "".join(json.dumps(d, separators=(",", ":")) + "\n" for d in documents).encode()
+
+
+def read_segments(
+    run_url: str, entries: Iterable[SegmentEntry]
+) -> Iterator[tuple[SegmentHead, list[StepLine]]]:
+    """Read and verify segments, one at a time; CheckpointError names the one that is damaged."""
+    for entry in entries:
+        yield _parse_segment(read_entry(run_url, entry), entry.url(run_url))
+
+
+def _parse_segment(data: bytes, url: str) -> tuple[SegmentHead, list[StepLine]]:
+    head, *lines = data.splitlines() or [b""]
+    parse_document(head, url, FORMAT)
+    try:
+        return (
+            _HEAD.validate_json(head, strict=True),
+            [_LINE.validate_json(line, strict=True) for line in lines],
+        )
+    except ValidationError as error:
+        raise CheckpointError(f"{url}: not a journal: {what_is_wrong(error)}") from None
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
 @dataclass
 class Journal:
-    """Rank 0's account. `entries`: committed segments; `lines`: steps since; `header`: what a
-    segment's lines are to be read with; `start`: sampler state before the first line."""
+    """Rank 0's account of the run: the segments so far, and the steps since."""
 
-    header: dict[str, Any]
-    entries: list[dict[str, Any]]
-    start: dict[str, Any]
-    lines: list[dict[str, Any]] = field(default_factory=list)
+    data: tuple[str, ...]
+    """URLs of the data sets."""
+    data_state: dict[str, Any]
+    segments: tuple[SegmentEntry, ...]
+    """Those that the newest generation names."""
+    start: SamplerState
+    """After the last step of the segments."""
+    _since: list[tuple[StepLine, SamplerState]] = field(default_factory=list, init=False)
+    """Steps that no generation holds yet, each with the state after it."""
 
-    def add(self, line: dict[str, Any]) -> None:
-        """line: step, pairs, world, digest, and the sampler state after it as `state`."""
-        self.lines.append(line)
+    def add(self, line: StepLine, after: SamplerState) -> None:
+        """Note a step that was done, and the sampler state after it."""
+        self._since.append((line, after))
 
-    def write(self, run_url: str, attempt: int, step: int) -> tuple[list[dict[str, Any]], int]:
-        """Write the lines up to `step` as a segment; the entries with it, and how many lines."""
-        lines = [line for line in self.lines if line["step"] <= step]
+    def write(self, run_url: str, attempt: int, step: int) -> tuple[SegmentEntry, ...]:
+        """Write the steps up to `step` as a segment; the segments that a manifest is to name."""
+        lines = [line for line, _ in self._since if line.step <= step]
         if not lines:
-            return self.entries, 0
-        head = {"format": FORMAT, **self.header, "start": self.start}
-        shown = [{k: v for k, v in line.items() if k != "state"} for line in lines]
-        data = "".join(json.dumps(x, separators=(",", ":")) + "\n" for x in [head, *shown]).encode()
-        first = lines[0]["step"]
-        name = f"step-{first:08d}-{step:08d}-a{attempt:06d}-{secrets.token_hex(4)}.jsonl"
-        objects.write_bytes(objects.join(run_url, "checkpoints", FOLDER, name), data)
-        entry = {
-            "name": name,
-            "size": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "first": first,
-            "last": step,
-        }
-        return [*self.entries, entry], len(lines)
+            return self.segments
+        data = _segment_bytes(SegmentHead(self.data, self.data_state, self.start), lines)
+        first, last = lines[0].step, lines[-1].step
+        name = segment_name(first, last, attempt)
+        entry = SegmentEntry(name, len(data), sha256_of(data), first, last)
+        objects.write_bytes(entry.url(run_url), data)
+        return (*self.segments, entry)
 
-    def committed(self, entries: list[dict[str, Any]], lines: int) -> None:
-        """A generation with these entries exists now: its lines need not be kept."""
-        if lines:
-            self.start = self.lines[lines - 1]["state"]
-        self.entries = entries
-        del self.lines[:lines]
+    def committed(self, segments: tuple[SegmentEntry, ...]) -> None:
+        """A generation names these segments now: their steps need not be kept."""
+        while segments and self._since and self._since[0][0].step <= segments[-1].last:
+            _, self.start = self._since.pop(0)
+        self.segments = segments

@@ -1,18 +1,20 @@
-"""Bringing a run's newest whole generation back into an engine, at any world size and stage."""
+"""Bringing a run's newest whole generation back into an engine, at any world size and stage.
+
+What must agree for that is checked here, too: the model's shapes and the data state.
+"""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.checkpoint.format import CheckpointError, Generation, generations, read_fragments
-from trainer.checkpoint.zero_state import KINDS, Fragment, list_fragments, refresh_weights, write
+from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.generations import Generation, generations, read_fragments
+from trainer.checkpoint.zero_state import list_fragments, refresh_weights, write
 from trainer.config import ConfigError
 
 log = logging.getLogger("lxscale")
@@ -24,17 +26,20 @@ def restore(engine: Any, run_url: str, shapes: dict[str, list[int]]) -> Generati
     A damaged generation is passed over with a warning. Raises CheckpointError when generations
     exist but none is whole, or when they belong to another model.
     """
-    found: list[Any] = [None]
+    # Rank 0 lists: all must try the same generations, whatever is committed or pruned meanwhile.
+    found: list[list[Generation | str]] = [[]]
     if dist.get_rank() == 0:
         found = [list(generations(run_url))]
     dist.broadcast_object_list(found, src=0)
     problems = []
     for candidate in found[0]:
-        problem = candidate if isinstance(candidate, str) else _load(engine, candidate, shapes)
-        if problem is None:
-            refresh_weights(engine)
-            generation: Generation = candidate
-            return generation
+        if isinstance(candidate, Generation):
+            problem = _load(engine, candidate, shapes)
+            if not problem:
+                refresh_weights(engine)
+                return candidate
+        else:
+            problem = candidate
         problems.append(problem)
         if dist.get_rank() == 0:
             log.warning("%s; falling back to the generation before", problem)
@@ -46,41 +51,26 @@ def restore(engine: Any, run_url: str, shapes: dict[str, list[int]]) -> Generati
     return None
 
 
-def _load(engine: Any, generation: Generation, shapes: dict[str, list[int]]) -> str | None:
-    """Load one generation on every rank; what is wrong with it on any of them, or None."""
+def _load(engine: Any, generation: Generation, shapes: dict[str, list[int]]) -> str:
+    """Load one generation on every rank; what is wrong with it on any of them, or ""."""
     check_same_model(generation, shapes)
     fragments = list_fragments(engine)
-    step = generation.step
     problem = ""
     try:
-        wanted = [(f.name, f.start, f.count) for f in fragments]
-        for i, start, values in read_fragments(generation, wanted):
-            fragment = fragments[i]
-            for kind in KINDS:
-                # Fragments may be covered piece by piece, from objects of another world size.
-                _write_piece(engine, fragment, kind, start, values[kind], step)
+        # A fragment may come piece by piece, from objects of another world size.
+        for i, start, values in read_fragments(generation, [f.span for f in fragments]):
+            for kind, part in values.items():
+                write(engine, fragments[i], kind, torch.from_numpy(part), generation.step, start)
     except CheckpointError as error:
         problem = str(error)
     told: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(told, problem)
-    return next((t for t in told if t), None)
-
-
-def _write_piece(
-    engine: Any, fragment: Fragment, kind: str, start: int, values: np.ndarray, step: int
-) -> None:
-    piece = replace(
-        fragment,
-        start=fragment.start + start,
-        count=len(values),
-        offset=fragment.offset + start,
-    )
-    write(engine, piece, kind, torch.from_numpy(values), step)
+    return next((t for t in told if t), "")
 
 
 def check_same_model(generation: Generation, shapes: dict[str, list[int]]) -> None:
     """Raise CheckpointError naming the first parameter that differs."""
-    saved = generation.manifest["parameters"]
+    saved = generation.manifest.parameters
     for name in sorted(saved.keys() | shapes.keys()):
         if saved.get(name) != shapes.get(name):
             raise CheckpointError(
@@ -93,9 +83,8 @@ def check_same_model(generation: Generation, shapes: dict[str, list[int]]) -> No
 def set_masters(engine: Any, weights: dict[str, Tensor]) -> None:
     """Start from these fp32 weights: without it a bf16 engine's masters are rounded to bf16."""
     for fragment in list_fragments(engine):
-        flat = weights[fragment.name].reshape(-1)
-        part = flat[fragment.start : fragment.start + fragment.count]
-        write(engine, fragment, "master", part, 0)
+        name, start, length = fragment.span
+        write(engine, fragment, "master", weights[name].reshape(-1)[start : start + length], 0)
     refresh_weights(engine)
 
 

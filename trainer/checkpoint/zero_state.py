@@ -1,8 +1,8 @@
 """Where DeepSpeed keeps each parameter's fp32 master and Adam moments on this rank.
 
-A fragment is a run of elements of one flattened parameter. Whatever the ZeRO stage, a rank's part
-of the training state is a list of fragments; checkpoints hold fragments and nothing else, which is
-why they reload at any world size and any stage. Layouts are those of deepspeed 0.19.
+Whatever the ZeRO stage, a rank's part of the training state is a list of fragments: runs of
+elements of flattened parameters. Checkpoints hold fragments and nothing else, which is why they
+reload at any world size and any stage. Layouts are those of deepspeed 0.19.
 """
 
 from __future__ import annotations
@@ -15,66 +15,93 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-KINDS = ("master", "exp_avg", "exp_avg_sq")
+from trainer.checkpoint.format import Span
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """name, start, count: the elements [start, start + count) of the flattened parameter.
+    """Elements of one parameter whose state this rank holds, and where it holds them."""
 
-    holder: the fp32 tensor that Adam updates and whose optimizer state is looked up; offset: of the
-    fragment in the flattened holder. replicated: every rank holds the same (ZeRO 0).
-    """
-
-    name: str
-    start: int
-    count: int
+    span: Span
     holder: Tensor
+    """The fp32 tensor that Adam updates, and under which it keeps its state; the moments have the
+    holder's shape."""
     offset: int
+    """Of the span in the flattened holder and moments."""
     replicated: bool = False
+    """Every rank holds the same (ZeRO 0)."""
+
+
+# --- finding ------------------------------------------------------------------------------------
 
 
 def list_fragments(engine: Any) -> list[Fragment]:
     """This rank's fragments, in a fixed order."""
-    return list(_fragments(engine))
-
-
-def _fragments(engine: Any) -> Iterator[Fragment]:
     stage = engine.zero_optimization_stage()
+    layout = _replicated if stage == 0 else _of_flat_groups if stage < 3 else _of_parameters
+    return list(layout(engine))
+
+
+def _replicated(engine: Any) -> Iterator[Fragment]:
+    """ZeRO 0: every rank holds every parameter whole."""
+    for p, holder in _pairs_with_masters(engine):
+        yield Fragment(Span(engine.param_names[p], 0, p.numel()), holder, 0, replicated=True)
+
+
+def _pairs_with_masters(engine: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """ZeRO 0: (parameter, holder). In fp32 nothing is wrapped around Adam, which updates the
+    parameters themselves. In bf16 DeepSpeed gives Adam fp32 copies in their place, and only the
+    order of the two lists says which copy is whose."""
     optimizer = engine.optimizer
-    names = engine.param_names
-    if stage == 0:
-        # fp32: Adam updates the parameters themselves; bf16: fp32 copies in the same order.
-        masters = getattr(optimizer, "fp32_groups", None)
-        if masters is None:
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    yield Fragment(names[p], 0, p.numel(), p, 0, True)
-        else:
-            for params, holders in zip(optimizer.fp16_groups, masters, strict=True):
-                for p, holder in zip(params, holders, strict=True):
-                    yield Fragment(names[p], 0, p.numel(), holder, 0, True)
-    elif stage < 3:
-        for group_index, holder in enumerate(optimizer.single_partition_of_fp32_groups):
-            addresses = optimizer._param_slice_mappings[group_index]
-            for p in optimizer.bit16_groups[group_index]:
-                address = addresses.get(names[p])
-                if address is not None and address.numel:
-                    start = p._hp_mapping.lp_fragment_address.start
-                    yield Fragment(names[p], start, address.numel, holder, address.start)
-    else:
-        rank = dist.get_rank()
-        for params, holder in zip(
-            optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True
-        ):
-            offset = 0
-            for p in params:
-                size = p.partition_numel()
-                start = rank * size
-                count = min(size, p.ds_numel - start)
-                if count > 0:
-                    yield Fragment(names[p], start, count, holder, offset)
-                offset += size
+    if not hasattr(optimizer, "fp32_groups"):
+        for group in optimizer.param_groups:
+            yield from zip(group["params"], group["params"], strict=True)
+        return
+    for params, holders in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+        yield from zip(params, holders, strict=True)
+
+
+def _of_flat_groups(engine: Any) -> Iterator[Fragment]:
+    """ZeRO 1 and 2: the parameters of a group, laid end to end and padded, are cut into one equal
+    part a rank, so that a cut may go through a parameter.
+
+    Both ends of the mapping are DeepSpeed's own. Adding up sizes would give the same only while
+    its options for order (round robin), alignment and padding stay as they are.
+    """
+    optimizer = engine.optimizer
+    for group, holder in enumerate(optimizer.single_partition_of_fp32_groups):
+        # Name → address in this rank's part; parameters that lie in others' are not in it.
+        in_part = optimizer._param_slice_mappings[group]
+        for p in optimizer.bit16_groups[group]:
+            name = engine.param_names[p]
+            address = in_part.get(name)
+            if address is not None and address.numel:
+                # lp_fragment_address: the same elements, counted from the parameter's first.
+                start = p._hp_mapping.lp_fragment_address.start
+                yield Fragment(Span(name, start, address.numel), holder, address.start)
+
+
+def _of_parameters(engine: Any) -> Iterator[Fragment]:
+    """ZeRO 3: each parameter is cut by itself into one equal part a rank, the last ones padded;
+    a holder has this rank's parts of the parameters of one sub-group, end to end."""
+    optimizer = engine.optimizer
+    rank = dist.get_rank()
+    for params, holder in zip(
+        optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True
+    ):
+        offset = 0
+        for p in params:
+            size = p.partition_numel()
+            start = rank * size
+            # What the last ranks hold of a small parameter may be padding only.
+            count = min(size, p.ds_numel - start)
+            if count > 0:
+                yield Fragment(Span(engine.param_names[p], start, count), holder, offset)
+            # The padding has its room in the holder all the same.
+            offset += size
+
+
+# --- reading and writing ------------------------------------------------------------------------
 
 
 def read(engine: Any, fragment: Fragment, kind: str) -> Tensor:
@@ -84,35 +111,41 @@ def read(engine: Any, fragment: Fragment, kind: str) -> Tensor:
     else:
         state = engine.basic_optimizer.state.get(fragment.holder)
         if not state:
-            return torch.zeros(fragment.count)
+            return torch.zeros(fragment.span.length)
         whole = state[kind]
-    return whole.detach().view(-1).narrow(0, fragment.offset, fragment.count)
+    return whole.detach().view(-1).narrow(0, fragment.offset, fragment.span.length)
 
 
-def write(engine: Any, fragment: Fragment, kind: str, values: Tensor, step: int) -> None:
-    """Set the fragment's master or moment; `step` is Adam's count of finished steps."""
-    if kind != "master" and not engine.basic_optimizer.state.get(fragment.holder):
-        engine.basic_optimizer.state[fragment.holder] = {
-            "step": torch.tensor(float(step)),
-            "exp_avg": torch.zeros_like(fragment.holder),
-            "exp_avg_sq": torch.zeros_like(fragment.holder),
-        }
-    with torch.no_grad():
-        read(engine, fragment, kind).copy_(values)
+def write(
+    engine: Any, fragment: Fragment, kind: str, values: Tensor, step: int, start: int = 0
+) -> None:
+    """Set the elements of the fragment's master or moment from `start` on to values, 1-D fp32.
+
+    step: Adam's count of finished steps.
+    """
+    if kind != "master":
+        # Adam makes its state at its first step: a restored engine has had none.
+        state = engine.basic_optimizer.state[fragment.holder]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(fragment.holder)
+            state["exp_avg_sq"] = torch.zeros_like(fragment.holder)
+        # Every time: a damaged generation that was given up may have set another count.
+        state["step"] = torch.tensor(float(step))
+    read(engine, fragment, kind).narrow(0, start, len(values)).copy_(values)
 
 
 @torch.no_grad()
 def refresh_weights(engine: Any) -> None:
-    """Make the weights that the forward reads follow the masters; collective under ZeRO 1-3."""
+    """Make the weights that the forward reads follow the masters; collective under ZeRO 1-3.
+
+    DeepSpeed copies masters to weights at the end of a step only, and the first forward comes
+    before it.
+    """
     stage = engine.zero_optimization_stage()
     optimizer = engine.optimizer
     if stage == 0:
-        for params, holders in zip(
-            getattr(optimizer, "fp16_groups", []),
-            getattr(optimizer, "fp32_groups", []),
-            strict=True,
-        ):
-            for p, holder in zip(params, holders, strict=True):
+        for p, holder in _pairs_with_masters(engine):
+            if p is not holder:
                 p.copy_(holder)
     elif stage < 3:
         optimizer.update_lp_params()
@@ -123,7 +156,8 @@ def refresh_weights(engine: Any) -> None:
             strict=True,
         ):
             flat.copy_(holder)
-        # Small parameters stay gathered on every rank: gather them anew.
+        # Small parameters stay gathered on every rank between steps, in copies that do not follow
+        # their parts: drop the copies without writing them back, and gather them anew.
         persistent = optimizer.persistent_parameters
         if persistent:
             persistent[0].partition(persistent, has_been_updated=False)

@@ -6,7 +6,7 @@ same other sentence and the same answer at any world size, in any process, after
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,8 +18,7 @@ from shards.dataset import Dataset
 from shards.errors import DataError
 from shards.format.index import ranges
 from shards.order.draws import I64, U64, below, chance, draw, fold, halves, uniform
-from shards.order.sampler import Plan
-from shards.order.streams import Stream
+from shards.order.sampler import Plan, Sampler
 
 # Purposes of draws; the sampler uses 1 and 2.
 _SENTENCE, _TOKEN, _TOKEN_ID, _OBJECT, _DONOR, _DONOR_OBJECT, _ANSWER = range(3, 10)
@@ -30,13 +29,16 @@ _MASKED, _REPLACED = 0.8, 0.9
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """seed of all draws; token_mask and object_mask are probabilities; the ids are the
-    vocabulary's."""
+    """What a batch depends on beside the data and the plan."""
 
     seed: int
+    """Of all draws."""
     token_mask: float
+    """Probability that a word is masked."""
     object_mask: float
+    """Probability that an object is masked."""
     cls_id: int
+    """Ids of the vocabulary."""
     sep_id: int
     mask_id: int
     vocab_size: int
@@ -52,7 +54,7 @@ def _empty(shape: tuple[int, ...]) -> torch.Tensor:
 
 def make_batch(
     data: Dataset,
-    streams: Sequence[Stream],
+    sampler: Sampler,
     plan: Plan,
     settings: BatchSettings,
     empty: Empty = _empty,
@@ -61,21 +63,21 @@ def make_batch(
     if not plan.masks:
         settings = replace(settings, token_mask=0.0, object_mask=0.0)
     m = data.index
-    pair = data.pairs_of(streams, plan)
+    pair = data.pairs_of(sampler.streams, plan)
     image = data.image_of(pair)
     key = pair_key(settings.seed, plan.epoch, pair)
-    sentence = sentences_of(data, pair, image, plan.mismatched, key)
+    sentence = sentences_of(data, plan, pair, image, key)
     matched = ~plan.mismatched
 
     tokens, token_start, lm_position, lm_target = _tokens(data, sentence, key, settings)
 
-    distinct, image_index = np.unique(image, return_inverse=True)
+    distinct, first, image_index = np.unique(image, return_index=True, return_inverse=True)
     objects = int(m.image_objects[distinct].max(initial=1))
-    masks = _objects(data, image, objects, key, settings)
+    masks = _objects(data, plan, image, objects, key, settings)
 
     answer_pair, answer_target = _answers(data, pair, matched, key)
     features = empty((len(distinct), objects, data.manifest.schema.feature_dim))
-    boxes, found = data.gather_images(distinct, features.numpy())
+    boxes, found = data.gather_images(distinct, plan.shard[first], features.numpy())
     labels = found or (None, None, None, None)
 
     def tensor(array: NDArray) -> torch.Tensor:
@@ -94,7 +96,9 @@ def make_batch(
         object_position=tensor(masks.position),
         zero_position=tensor(masks.zero),
         swap_position=tensor(masks.swap),
-        swap_features=tensor(data.gather_objects(masks.donor_image, masks.donor_object)),
+        swap_features=tensor(
+            data.gather_objects(masks.donor_image, masks.donor_shard, masks.donor_object)
+        ),
         **{n: None if v is None else tensor(v) for n, v in zip(names, labels, strict=True)},
         matched=tensor(matched.astype(np.int64)),
         answer_pair=tensor(answer_pair),
@@ -102,7 +106,8 @@ def make_batch(
         pair_id=tensor(pair),
         sentence_id=tensor(sentence),
         source=tensor(m.source[pair].astype(np.int64)),
-        slot=tensor(plan.slot),
+        offset=tensor(plan.offset),
+        dataset=tensor(plan.dataset),
     )
 
 
@@ -111,18 +116,15 @@ def pair_key(seed: int, epoch: I64, pair: I64) -> U64:
     return draw(fold(seed), epoch, pair)
 
 
-def sentences_of(
-    data: Dataset, pair: I64, image: I64, mismatched: NDArray[np.bool_], key: U64
-) -> I64:
-    """The sentence shown with each pair: its own, or one of another image, uniform over all of the
-    data set that the pair is of."""
+def sentences_of(data: Dataset, plan: Plan, pair: I64, image: I64, key: U64) -> I64:
+    """The sentence shown with each pair of a plan: its own, or one of another image, uniform over
+    all of the pair's data set."""
     sentence = pair.copy()
-    todo = np.flatnonzero(mismatched)
+    todo = np.flatnonzero(plan.mismatched)
     if not len(todo):
         return sentence
-    edges = data.dataset_pairs
-    part = np.searchsorted(edges, pair[todo], side="right") - 1
-    first, total = edges[part], edges[part + 1] - edges[part]
+    edges, dataset = data.dataset_pairs, plan.dataset[todo]
+    first, total = edges[dataset], edges[dataset + 1] - edges[dataset]
     for name, images in data.images_with_sentences:
         if images < 2:
             raise DataError(f"matching needs sentences of two images, the data set {name} has one")
@@ -164,17 +166,19 @@ def _tokens(
 
 @dataclass(frozen=True)
 class _ObjectMasks:
-    """Flat positions in (pairs * objects): masked, zeroed, replaced; and the donors of the last."""
+    """Flat positions in (pairs * objects): masked, and of these zeroed and replaced."""
 
     position: I64
     zero: I64
     swap: I64
     donor_image: I64
+    """Of each replaced object: where its features come from."""
+    donor_shard: I64
     donor_object: I64
 
 
 def _objects(
-    data: Dataset, image: I64, objects: int, key: U64, settings: BatchSettings
+    data: Dataset, plan: Plan, image: I64, objects: int, key: U64, settings: BatchSettings
 ) -> _ObjectMasks:
     """Masked objects. The donor of a replaced RoI is an object of another image of the same shard
     (the shard is at hand wherever the pair is); in a shard of one image it is zeroed instead."""
@@ -186,7 +190,7 @@ def _objects(
     real = column < m.image_objects[image[row]]
     position, row, column = position[real], row[real], column[real]
     fate = uniform(bits[position]) / max(settings.object_mask, 1e-12)
-    shard = data.shard_of_image(image[row])
+    shard = plan.shard[row]
     first, size = m.shard_image[shard], m.shard_image[shard + 1] - m.shard_image[shard]
     alone = size < 2
     zero = (fate < _MASKED) | (alone & (fate < _REPLACED))
@@ -196,7 +200,7 @@ def _objects(
     donor = first + below(draw(key[row], _DONOR, column), size - 1)
     donor += donor >= image[row]
     which = below(draw(key[row], _DONOR_OBJECT, column), m.image_objects[donor].astype(np.int64))
-    return _ObjectMasks(position, position[zero], position[swap], donor, which)
+    return _ObjectMasks(position, position[zero], position[swap], donor, shard[swap], which)
 
 
 def _answers(data: Dataset, pair: I64, matched: NDArray[np.bool_], key: U64) -> tuple[I64, I64]:

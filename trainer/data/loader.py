@@ -1,7 +1,7 @@
 """The batches of the steps to come, in order, made in this process or ahead of it in workers.
 
-A step is (sampler state, number of pairs): whoever holds it makes this rank's micro-batches, so
-any number of loader workers gives the same stream and there is nothing of theirs to save.
+Whoever holds a step makes this rank's micro-batches of it, so any number of loader workers gives
+the same stream and there is nothing of theirs to save.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import wait
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +22,10 @@ from torch.utils.data import Dataset as TorchDataset
 
 from model.batch import Batch
 from shards.dataset import Dataset
-from shards.store.prefetch import LookAhead, ShardError, check_limit
 from shards.order.lookahead import next_use, next_windows, windows_at, working_set
-from shards.order.sampler import SamplerState, plan, steps_ahead
-from shards.order.streams import SamplerSettings, Stream
+from shards.order.sampler import Sampler, SamplerState, Step
+from shards.store.prefetch import LookAhead, ShardError, check_limit
+from trainer.config import LoaderSettings
 from trainer.data.batch import BatchSettings, make_batch
 from trainer.data.shared_batches import Packed, SharedBatches, make_in_slot
 
@@ -40,25 +40,29 @@ class RankSlice:
 
 
 @dataclass(frozen=True)
-class LoaderSettings:
-    """workers: processes that make batches ahead (0 = none), started by `start`; prefetch: steps
-    that each keeps ready; threads: downloads at once."""
-
-    workers: int = 0
-    prefetch: int = 2
-    threads: int = 8
-    start: Literal["forkserver", "spawn", "fork"] = "forkserver"
-
-
-@dataclass(frozen=True)
 class MissingShard:
-    """In place of a step's micro-batches: a shard that cannot be had, and why."""
+    """A shard that cannot be had, and why."""
 
     shard: int
     message: str
 
 
-Loaded = list[Batch] | MissingShard
+@dataclass(frozen=True)
+class Loaded:
+    """A step with this rank's micro-batches of it, or with the shard that they lack."""
+
+    step: Step
+    batches: list[Batch]
+    missing: MissingShard | None = None
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a loader worker sends: `Loaded`, its batches perhaps in shared memory."""
+
+    step: Step
+    batches: list[Packed | Batch]
+    missing: MissingShard | None = None
 
 
 def bounds(count: int, part: int, parts: int) -> tuple[int, int]:
@@ -67,58 +71,52 @@ def bounds(count: int, part: int, parts: int) -> tuple[int, int]:
 
 
 @dataclass
-class _StepBatches(TorchDataset[list[Packed | Batch] | MissingShard]):
-    """Maps a step, (state before it, number of pairs), to this rank's micro-batches.
-
-    in_flight: pairs that other processes of the node may be ahead or behind; total: of the run.
-    """
+class _StepBatches(TorchDataset[_Made]):
+    """Maps a step to this rank's micro-batches."""
 
     data: Dataset
-    sampler: SamplerSettings
-    streams: tuple[Stream, ...]
+    sampler: Sampler
     batch: BatchSettings
-    share: RankSlice
+    part: RankSlice
     threads: int
     in_flight: int
+    """Pairs that other processes of the node may be ahead or behind."""
     total: int
-    slots: SharedBatches
-    _windows: tuple[int, ...] = ()
+    """Pairs of the run."""
+    shared: SharedBatches
+    _windows: tuple[int, ...] = field(default=(), repr=False)
 
-    def __getitem__(self, step: tuple[SamplerState, int]) -> list[Packed | Batch] | MissingShard:
-        state, count = step
-        self._look_ahead(state)
-        begin, end = bounds(count, self.share.rank, self.share.world)
-        own = plan(self.sampler, self.streams, state, count, begin, end)
-        slices = [
-            own.take(slice(*bounds(len(own), i, self.share.accumulation)))
-            for i in range(self.share.accumulation)
-        ]
-        skipped = [shard for shard, _ in state.skipped]
+    def __getitem__(self, step: Step) -> _Made:
+        self._look_ahead(step.before)
+        begin, end = bounds(step.count, self.part.rank, self.part.world)
+        own = self.sampler.plan(step, begin, end)
+        skipped = step.before.skipped_shards
         worker = get_worker_info()
         group = worker.id if worker else 0
         made: list[Packed | Batch] = []
         try:
-            for part in slices:
+            for i in range(self.part.accumulation):
+                micro = own.take(slice(*bounds(len(own), i, self.part.accumulation)))
                 make = partial(
-                    make_batch, self.data, self.streams, part.without(skipped), self.batch
+                    make_batch, self.data, self.sampler, micro.without(skipped), self.batch
                 )
-                made.append(make_in_slot(self.slots, group, make))
+                made.append(make_in_slot(self.shared, group, make))
         except ShardError as error:
             for packed in made:
                 if isinstance(packed, Packed):
-                    self.slots.release(packed.slot)
-            return MissingShard(error.shard, str(error))
-        return made
+                    self.shared.release(packed.slot)
+            return _Made(step, [], MissingShard(error.shard, str(error)))
+        return _Made(step, made)
 
     def _look_ahead(self, state: SamplerState) -> None:
         """Tell the shards what comes, whenever a stream enters another window."""
-        arguments = self.sampler, self.streams, state
+        arguments = self.sampler, state
         windows = windows_at(*arguments, self.in_flight)
         if windows == self._windows:
             return
         self._windows = windows
         due = next_use(*arguments, self.in_flight)
-        due[[shard for shard, _ in state.skipped]] = np.inf
+        due[state.skipped_shards] = np.inf
         ahead = LookAhead(
             due,
             mine=next_use(*arguments) == 0,
@@ -136,10 +134,9 @@ class _StepBatches(TorchDataset[list[Packed | Batch] | MissingShard]):
 
 def load_steps(
     data: Dataset,
-    sampler: SamplerSettings,
-    streams: Sequence[Stream],
+    sampler: Sampler,
     batch: BatchSettings,
-    share: RankSlice,
+    part: RankSlice,
     state: SamplerState,
     global_batch: int,
     total: int,
@@ -152,39 +149,47 @@ def load_steps(
     Raises DataError where the cache limit cannot hold what the steps in flight need, and `beside`
     bytes that are in use for other purposes.
     """
+    workers, prefetch = settings.loader_workers, settings.prefetch
     # The main processes are within a step of each other. Ahead of them are the steps that workers
     # keep ready; behind them each worker may still hold what its last step used.
-    in_flight = global_batch * (1 + settings.workers * (settings.prefetch + 1))
-    need = working_set(sampler, streams, data.shards.remote_sizes, in_flight + global_batch)
+    in_flight = global_batch * (1 + workers * (prefetch + 1))
+    need = working_set(sampler, data.shards.remote_sizes, in_flight + global_batch)
     check_limit(data.shards, need + beside)
 
     # Ready, being made, and in the reader's hands: of each worker, for each micro-batch.
-    ready = (settings.prefetch if settings.workers else 0) + 2
-    largest = -(-global_batch // (share.world * share.accumulation))
-    size = _slot_size(data, batch, largest)
-    slots = SharedBatches(
-        max(settings.workers, 1), ready * share.accumulation, size, shared=settings.workers > 0
+    ready = (prefetch if workers else 0) + 2
+    largest = -(-global_batch // (part.world * part.accumulation))
+    shared = SharedBatches(
+        max(workers, 1),
+        ready * part.accumulation,
+        _slot_size(data, batch, largest),
+        shared=workers > 0,
     )
     maker = _StepBatches(
-        data, sampler, tuple(streams), batch, share, settings.threads, in_flight, total, slots
+        data, sampler, batch, part, settings.fetch_threads, in_flight, total, shared
     )
-    steps = steps_ahead(sampler, streams, state, global_batch, total)
-    if not settings.workers:
-        return _read(map(maker.__getitem__, steps), data, slots)
-    context = multiprocessing.get_context(settings.start)
-    if settings.start == "forkserver":
+    steps = sampler.steps_ahead(state, global_batch, total)
+    made = _in_workers(maker, steps, settings) if workers else map(maker.__getitem__, steps)
+    return _read(made, data, shared)
+
+
+def _in_workers(
+    maker: _StepBatches, steps: Iterator[Step], settings: LoaderSettings
+) -> Iterator[_Made]:
+    context = multiprocessing.get_context(settings.loader_start)
+    if settings.loader_start == "forkserver":
         # Workers share the pages of what the server that they are forked from has imported.
         context.set_forkserver_preload(["trainer.data.preload"])
     loader = DataLoader(
         maker,
         batch_size=None,
         sampler=_Once(steps),
-        num_workers=settings.workers,
+        num_workers=settings.loader_workers,
         prefetch_factor=settings.prefetch,
         multiprocessing_context=context,
         worker_init_fn=_end_with_parent,
     )
-    return _read(iter(loader), data, slots)
+    return iter(loader)
 
 
 def _slot_size(data: Dataset, batch: BatchSettings, pairs: int) -> int:
@@ -197,18 +202,18 @@ def _slot_size(data: Dataset, batch: BatchSettings, pairs: int) -> int:
 
 
 def _read(
-    batches: Iterator[list[Packed | Batch] | MissingShard], data: Dataset, slots: SharedBatches
+    steps: Iterator[_Made], data: Dataset, shared: SharedBatches
 ) -> Generator[Loaded, None, None]:
     pinned = torch.cuda.is_available()
 
     def unpacked(made: Packed | Batch) -> Batch:
-        batch = slots.read(made) if isinstance(made, Packed) else made
+        batch = shared.read(made) if isinstance(made, Packed) else made
         return batch.pin_memory() if pinned else batch
 
     try:
-        for made in batches:
-            yield made if isinstance(made, MissingShard) else [unpacked(m) for m in made]
-            del made
+        for made in steps:
+            yield Loaded(made.step, [unpacked(m) for m in made.batches], made.missing)
+            del made  # the memory of its batches is used for the next
     finally:
         data.shards.stop()
 
@@ -229,8 +234,8 @@ def _end_with_parent(worker: int) -> None:
 class _Once:
     """An iterator as the sampler that DataLoader wants."""
 
-    def __init__(self, steps: Iterator[tuple[SamplerState, int]]) -> None:
+    def __init__(self, steps: Iterator[Step]) -> None:
         self._steps = steps
 
-    def __iter__(self) -> Iterator[tuple[SamplerState, int]]:
+    def __iter__(self) -> Iterator[Step]:
         return self._steps

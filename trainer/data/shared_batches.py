@@ -28,14 +28,15 @@ _HUGE_PAGE = 2 << 20
 
 @dataclass(frozen=True)
 class Packed:
-    """A batch in a slot: for each field of it (name, dtype, shape, offset in bytes)."""
+    """A batch in a slot."""
 
     slot: int
     layout: list[tuple[str, str, tuple[int, ...], int]]
+    """Of each field: name, dtype, shape, offset in bytes."""
 
 
 class SharedBatches:
-    """`groups` times `count` slots of `size` bytes; a loader worker uses one group's. SharedBatches that no
+    """`groups` times `count` slots of `size` bytes; a loader worker uses one group's. Slots that no
     other process uses are in huge pages, where the kernel gives them."""
 
     def __init__(self, groups: int, count: int, size: int, shared: bool = True) -> None:

@@ -1,0 +1,8 @@
+"""What one optimizer step is made of, in the order in which it happens.
+
+sync.py        what all ranks agree on before it
+mixture.py     which sets and objectives its pairs serve, planned and counted
+train_step.py  forward, backward, update
+engine.py      the DeepSpeed engine that does it
+optimizer.py   Adam in two kinds, weight-decay groups, the learning rate
+"""

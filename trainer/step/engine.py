@@ -41,7 +41,7 @@ def engine_settings(config: RunConfig, world: int) -> dict[str, Any]:
         "train_batch_size": world * config.train.accumulation,
         "gradient_clipping": config.optimizer.clip_norm,
         "bf16": {"enabled": bf16},
-        # Stages 0 and 1 accept only their own type here in the layout that fragments.py reads.
+        # Stages 0 and 1 accept only their own type here in the layout that zero_state.py reads.
         "data_types": {"grad_accum_dtype": "bf16" if bf16 and stage < 2 else "fp32"},
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
@@ -66,10 +66,3 @@ def build_engine(model: nn.Module, config: RunConfig) -> Any:
 def set_learning_rate(engine: Any, rate: float) -> None:
     for group in engine.basic_optimizer.param_groups:
         group["lr"] = rate
-
-
-def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum over the ranks, in place."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
-    return values

@@ -1,66 +1,92 @@
-"""Planned and actual shares: of the pairs, how many come from each set and serve each objective."""
+"""Mixture statistics: what share of the pairs comes from each set and serves each objective.
+
+TensorBoard shows the planned shares beside those of the pairs that were really trained on.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from model.batch import Batch
+from model.objectives import OBJECTIVES
 from shards.dataset import Dataset
-from shards.order.apportionment import shares_of
-from shards.order.lookahead import rates
-from shards.order.streams import FAMILIES, SamplerSettings, Stream
+from shards.order.sampler import Sampler
 
 
-def planned_mixture(
-    settings: SamplerSettings, streams: tuple[Stream, ...], data: Dataset
-) -> dict[str, float]:
-    """Name -> share of the pairs consumed, in the long run.
+def _families() -> dict[str, bool]:
+    """The families of objectives, and whether only pairs with an answer can serve them."""
+    families: dict[str, bool] = {}
+    for objective in OBJECTIVES.values():
+        answers = objective.needs == "answers"
+        families[objective.family] = families.get(objective.family, True) and answers
+    return families
 
-    source/… and set/…: pairs of a source set and, of several, a data set. objective/masked,
-    matching, qa: pairs that serve it; qa counts matched pairs with an answer in the table.
-    mismatched: pairs with another image's sentence.
-    """
-    m, manifest = data.index, data.manifest
-    sources, parts = len(manifest.sources), len(data.shard_ranges)
-    part_of = np.repeat(np.arange(parts), np.diff(data.dataset_pairs))
-    cell = part_of * sources + m.source
-    pairs = np.bincount(cell, minlength=parts * sources).reshape(parts, sources)
-    has_answer = np.diff(m.answer_start) > 0
-    answered = np.bincount(cell[has_answer], minlength=parts * sources).reshape(parts, sources)
-    families = shares_of(settings.families)
-    out: defaultdict[str, float] = defaultdict(float)
-    for stream, rate in zip(streams, rates(settings, streams), strict=True):
-        family = FAMILIES[stream.family] if settings.mode == "alternating" else "all"
-        bad = settings.mismatch if family in ("all", "matching") else 0.0
+
+@dataclass(frozen=True)
+class Mixture:
+    """What is counted, and what is planned of it."""
+
+    planned: dict[str, float]
+    """Share of the pairs consumed in the long run, by name:
+    source/… and set/…: pairs of a source set and, of several, a data set;
+    objective/…: pairs that serve a family of objectives (matched pairs with an answer in the
+    table where it takes that); mismatched: pairs with another image's sentence."""
+    sources: tuple[str, ...]
+    datasets: tuple[str, ...]
+
+    def count(self, batches: Sequence[Batch], family: str) -> list[float]:
+        """Pairs of this rank's micro-batches of a step that each of `planned`'s names counts."""
+        out: defaultdict[str, float] = defaultdict(float)
+        for batch in batches:
+            _add(out, "source", self.sources, batch.source.numpy())
+            if len(self.datasets) > 1:
+                _add(out, "set", self.datasets, batch.dataset.numpy())
+            out["mismatched"] += int((batch.matched == 0).sum())
+            for name, answers_only in _families().items():
+                serving = len(batch.answer_pair) if answers_only else batch.pairs
+                out[f"objective/{name}"] += serving * (family in ("all", name))
+        return [out[name] for name in self.planned]
+
+
+def _add(out: dict[str, float], kind: str, names: Sequence[str], of: NDArray[np.int64]) -> None:
+    for name, pairs in zip(names, np.bincount(of, minlength=len(names)).tolist(), strict=True):
+        out[f"{kind}/{name}"] += pairs
+
+
+def plan_mixture(sampler: Sampler, data: Dataset) -> Mixture:
+    """The mixture that a sampler makes of its data in the long run."""
+    sources, datasets = data.manifest.sources, tuple(r.name for r in data.shard_ranges)
+    pairs, answered = _pairs_by_set(data)
+    out = defaultdict(float, {f"objective/{name}": 0.0 for name in _families()})
+    for stream, rate in zip(sampler.streams, sampler.rates(), strict=True):
+        family = sampler.families[stream.family]
+        bad = 0.0 if family.mismatch == "never" else sampler.settings.mismatch
         out["mismatched"] += rate * bad
         for s in stream.sources:
-            here = rate * pairs[stream.part, s] / stream.pairs
-            out[f"source/{manifest.sources[s]}"] += here
-            if parts > 1:
-                out[f"set/{data.shard_ranges[stream.part].name}"] += here
-        if family in ("all", "qa"):
-            share = answered[stream.part, list(stream.sources)].sum() / stream.pairs
-            out["objective/qa"] += rate * (1 - bad) * share
-    for i, family in enumerate(FAMILIES[:2]):
-        out[f"objective/{family}"] = float(families[i]) if settings.mode == "alternating" else 1.0
-    return dict(out)
+            here = rate * pairs[stream.dataset, s] / stream.pairs
+            out[f"source/{sources[s]}"] += here
+            if len(datasets) > 1:
+                out[f"set/{datasets[stream.dataset]}"] += here
+        for name, answers_only in _families().items():
+            if family.name in ("all", name):
+                share = 1.0
+                if answers_only:
+                    own = answered[stream.dataset, list(stream.sources)].sum() / stream.pairs
+                    share = (1 - bad) * own
+                out[f"objective/{name}"] += rate * share
+    return Mixture(dict(out), sources, datasets)
 
 
-def count_mixture(names: list[str], micro: list[Batch], family: str, data: Dataset) -> list[float]:
-    """The pairs of this rank's micro-batches that each of `planned_mixture`'s names counts."""
-    out: defaultdict[str, float] = defaultdict(float)
-    sources, edges = data.manifest.sources, data.dataset_pairs
-    for batch in micro:
-        for s, pairs in enumerate(np.bincount(batch.source.numpy(), minlength=len(sources))):
-            out[f"source/{sources[s]}"] += int(pairs)
-        if len(data.shard_ranges) > 1:
-            part = np.searchsorted(edges, batch.pair_id.numpy(), side="right") - 1
-            for p, pairs in enumerate(np.bincount(part, minlength=len(data.shard_ranges))):
-                out[f"set/{data.shard_ranges[p].name}"] += int(pairs)
-        out["mismatched"] += int((batch.matched == 0).sum())
-        out["objective/masked"] += batch.pairs * (family in ("all", "masked"))
-        out["objective/matching"] += batch.pairs * (family in ("all", "matching"))
-        out["objective/qa"] += len(batch.answer_pair) * (family in ("all", "qa"))
-    return [out[name] for name in names]
+def _pairs_by_set(data: Dataset) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """All pairs, and those with an answer in the table, by data set and source."""
+    shape = len(data.shard_ranges), len(data.manifest.sources)
+    dataset = np.repeat(np.arange(shape[0]), np.diff(data.dataset_pairs))
+    cell = dataset * shape[1] + data.index.source
+    has_answer = np.diff(data.index.answer_start) > 0
+    counts = [np.bincount(c, minlength=shape[0] * shape[1]) for c in (cell, cell[has_answer])]
+    return counts[0].reshape(shape), counts[1].reshape(shape)

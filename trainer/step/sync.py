@@ -1,111 +1,75 @@
-"""What all ranks agree on before a step, in one all-reduce of a few numbers: targets and shares,
-what is really there, who wants to stop, and which shards cannot be had.
+"""Step sync: what all ranks agree on before a step, in one all-reduce of a few numbers.
+
+These are the targets of each objective and the mixture of the global batch, what is really in it,
+who wants to stop, and which shards cannot be had.
 """
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
-from model.losses import objective_counts
-from shards.dataset import Dataset
-from shards.errors import DataError
-from shards.order.sampler import SamplerState
+from model.objectives import target_counts
+from model.objectives.base import LossSettings
 from trainer.checkpoint.journal import digest, from_limbs, to_limbs
-from trainer.config import RunConfig
 from trainer.data.loader import Loaded, MissingShard
-from trainer.step.engine import all_reduce_sum
-from trainer.step.mixture import count_mixture
-
-log = logging.getLogger("lxscale")
+from trainer.ranks import all_reduce_sum, gather_objects
+from trainer.step.mixture import Mixture
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What all ranks together bring to a step, the same on every rank.
-
-    counts: targets of each objective; shares: pairs that each planned share counts; pairs and
-    digest: of what is really there; stop: a rank wants to; trouble: shards that cannot be had.
-    """
+class StepSync:
+    """What all ranks together bring to a step, the same on every rank."""
 
     counts: dict[str, float]
-    shares: list[float]
+    """Targets of each active objective."""
+    mixture: list[float]
+    """Pairs that each name of the planned mixture counts."""
     pairs: int
+    """Pairs that are really there: fewer than the step's where shards are skipped."""
     digest: int
+    """Of these pairs, for the journal."""
     stop: bool
-    trouble: list[MissingShard]
+    """A rank wants to."""
+    missing: list[MissingShard]
+    """Shards that a rank cannot have. Nothing else here means anything if there are any."""
 
 
-def look_around(
-    micro: Loaded,
-    active: dict[str, float],
-    config: RunConfig,
-    shares: list[str],
-    family: str,
-    data: Dataset,
-    state: SamplerState,
-    stop: bool,
-) -> Seen:
-    """One all-reduce before the forward, of everything that ranks must agree on."""
-    names = sorted(active)
-    numbers = [0.0] * (len(names) + len(shares) + 7)
-    if isinstance(micro, MissingShard):
+def sync_step(
+    loaded: Loaded, objectives: list[str], losses: LossSettings, mixture: Mixture, stop: bool
+) -> StepSync:
+    """Sum what the ranks bring, before the forward. objectives: the active ones."""
+    width = len(objectives) + len(mixture.planned)
+    numbers = [0.0] * (width + 7)
+    if loaded.missing:
         numbers[-1] = 1.0
     else:
-        found = [objective_counts(batch, config.objectives.label_scope) for batch in micro]
-        total = sum(
-            digest(state.consumed + b.slot.numpy(), b.pair_id.numpy(), b.sentence_id.numpy())
-            for b in micro
-        )
+        targets = [target_counts(batch, losses) for batch in loaded.batches]
         numbers = [
-            *(sum(float(counts[n]) for counts in found) for n in names),
-            *count_mixture(shares, micro, family, data),
-            float(sum(b.pairs for b in micro)),
-            *to_limbs(total % (1 << 64)),
+            *(sum(float(found[name]) for found in targets) for name in objectives),
+            *mixture.count(loaded.batches, loaded.step.family),
+            float(sum(batch.pairs for batch in loaded.batches)),
+            *to_limbs(_digest(loaded)),
             float(stop),
             0.0,
         ]
     out = all_reduce_sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
-    trouble: list[MissingShard] = []
-    if out[-1]:
-        told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, micro if isinstance(micro, MissingShard) else None)
-        trouble = [t for t in told if t]
-    k = len(names)
-    return Seen(
-        dict(zip(names, out[:k], strict=True)),
-        out[k : k + len(shares)],
-        int(out[-7]),
-        from_limbs(out[-6:-2]),
-        bool(out[-2]),
-        trouble,
+    missing = [m for m in gather_objects(loaded.missing) if m] if out[-1] else []
+    return StepSync(
+        counts=dict(zip(objectives, out, strict=False)),
+        mixture=out[len(objectives) : width],
+        pairs=int(out[width]),
+        digest=from_limbs(out[width + 1 : width + 5]),
+        stop=bool(out[width + 5]),
+        missing=missing,
     )
 
 
-def skip(
-    config: RunConfig, data: Dataset, state: SamplerState, trouble: list[MissingShard]
-) -> SamplerState:
-    """Pass over shards that cannot be had, from this step on and on every rank; or, without
-    data.on_error=skip, end the run on every rank with the same error."""
-    if config.data.on_error == "fail":
-        raise DataError(trouble[0].message)
-    fresh = {t.shard: t.message for t in trouble}
-    skipped = (*state.skipped, *((shard, state.consumed) for shard in sorted(fresh)))
-    if len(skipped) == len(data.manifest.shards):
-        raise DataError(f"no shard of {data.url} can be had: {trouble[0].message}")
-    if dist.get_rank() == 0:
-        for shard, message in sorted(fresh.items()):
-            name, pairs = data.shards.files[shard].url, data.manifest.shards[shard].pairs
-            log.error("skipping %s and its %d pairs from here on: %s", name, pairs, message)
-    return replace(state, skipped=skipped)
-
-
-def skip_report(state: SamplerState) -> str:
-    return (
-        f"data.on_error=skip: {len(state.skipped)} shards are passed over, "
-        f"{state.skipped_pairs} pairs so far"
+def _digest(loaded: Loaded) -> int:
+    at = loaded.step.before.consumed
+    total = sum(
+        digest(at + b.offset.numpy(), b.pair_id.numpy(), b.sentence_id.numpy())
+        for b in loaded.batches
     )
+    return total % (1 << 64)

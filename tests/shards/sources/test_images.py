@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import subprocess
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluster.cli.shards import add_shards_parser
+from cluster.cli.main import parse
 from shards.errors import DataError
 from shards.format.manifest import load_manifest
 from shards.format.record import Report
@@ -27,9 +26,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def cli(*arguments: object) -> int:
-    parser = argparse.ArgumentParser()
-    add_shards_parser(parser.add_subparsers(required=True))
-    args = parser.parse_args(["shards", *map(str, arguments)])
+    args = parse(["shards", *map(str, arguments)])
     return int(args.func(args))
 
 
@@ -131,13 +128,13 @@ def test_bad_pictures_and_sentences(pictures: Path, tmp_path: Path) -> None:
 
 def test_easy_vqa_and_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = write_easy_vqa(tmp_path / "easy")
-    entries = json.loads(written.test_sentences.read_text())
+    entries = json.loads(written.sentences["test"].read_text())
     assert len(entries) == 1000 and sum(len(e["sentences"]) for e in entries) == 9673
     few = tmp_path / "few.json"
     few.write_text(json.dumps(entries[:8]))
     out = tmp_path / "data"
     code = cli(
-        *("build", "images", "--images", written.test_images, "--sentences", few, "--boxes", 10),
+        *("build", "images", "--images", written.images["test"], "--sentences", few, "--boxes", 10),
         *("--answers", written.answers, "--workers", 0, "--vocab-size", 300, "--out", out),
     )
     assert code == 0 and "source       easy_vqa" in capsys.readouterr().out

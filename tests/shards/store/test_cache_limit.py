@@ -24,23 +24,23 @@ from shards.errors import DataError
 from shards.format.build import BuildSettings, build
 from shards.format.record import ImageRecord, Sentence
 from shards.order.lookahead import working_set
-from shards.order.sampler import start_state, stream_epoch
-from shards.order.streams import SamplerSettings
+from shards.order.settings import SamplerSettings
 from shards.store import cache, locks, objects
 from shards.store.retry import Retry
 from tests.conftest import subprocess_environment
 from tests.object_store import FaultProxy, first
 from tests.ranks import config_tree, run_ranks
 from tests.trainer.data.test_batches import describe, drawn, run
-from trainer.data.loader import LoaderSettings, MissingShard, RankSlice, load_steps
+from trainer.config import LoaderSettings
+from trainer.data.loader import RankSlice, load_steps
 from trainer.evaluate import evaluation_bytes
-from trainer.setup import data_streams
 
 SHARDS, PAIRS, BATCH = 10, 36, 4  # of the data set, of a shard, of a step
+SEED = 4
 TOTAL = 3 * SHARDS * PAIRS
-ONE = SamplerSettings(seed=4, window=1)
-TWO = SamplerSettings(seed=4, window=2)
-THREE = SamplerSettings(seed=4, window=3)  # leaves a window of one at an epoch's end
+ONE = SamplerSettings(window=1)
+TWO = SamplerSettings(window=2)
+THREE = SamplerSettings(window=3)  # leaves a window of one at an epoch's end
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.shards.store.test_cache_limit"])
 
@@ -112,9 +112,8 @@ def limited(url: str, folder: Path, shards: int) -> Dataset:
 
 def needed(data: Dataset, settings: SamplerSettings, workers: int = 0) -> int:
     """The working set that load_steps asks for, in shards."""
-    streams = data_streams(settings, data)
     sizes = np.ones(SHARDS, dtype=np.int64)
-    return working_set(settings, streams, sizes, BATCH * (2 + workers * 3))
+    return working_set(data.sampler(settings, SEED), sizes, BATCH * (2 + workers * 3))
 
 
 @contextlib.contextmanager
@@ -177,7 +176,8 @@ def test_the_stream_is_the_same_under_the_smallest_limit(
     assert data.shards.limit is not None
     assert data.shards.limit < SHARDS * shard_size(data)
     with watched(tmp_path) as most:
-        found = run(data, settings, 1, TOTAL, loader=LoaderSettings(workers), global_batch=BATCH)
+        loader = LoaderSettings(loader_workers=workers)
+        found = run(data, settings, 1, TOTAL, loader=loader, global_batch=BATCH)
     assert found == expected[settings.window]
     assert data.shards.limit / 2 < most() <= data.shards.limit
 
@@ -185,15 +185,15 @@ def test_the_stream_is_the_same_under_the_smallest_limit(
 def _rank(queue: Any, barrier: Any, rank: int, world: int, arguments: tuple[Any, ...]) -> None:
     places, folder, limit, settings, workers, total = arguments
     data = open_dataset(places, folder, limit)
-    streams = data_streams(settings, data)
-    share = RankSlice(rank, world, 1)
+    sampler = data.sampler(settings, SEED)
+    part = RankSlice(rank, world, 1)
     found = []
-    loader = LoaderSettings(workers, threads=2)
-    for micro in load_steps(
-        data, settings, streams, drawn(data), share, start_state(streams), BATCH, total, loader
+    loader = LoaderSettings(loader_workers=workers, fetch_threads=2)
+    for loaded in load_steps(
+        data, sampler, drawn(data), part, sampler.start(), BATCH, total, loader
     ):
-        assert not isinstance(micro, MissingShard), micro
-        found.append([p for batch in micro for p in describe(batch)])
+        assert not loaded.missing, loaded.missing
+        found.append([p for batch in loaded.batches for p in describe(batch)])
         barrier.wait(60)  # as the gradients' all-reduce does
     queue.put((rank, found))
 
@@ -303,10 +303,11 @@ def test_a_lower_limit_shrinks_what_an_earlier_run_left(remote: str, tmp_path: P
 
 
 def windows_of(data: Dataset, settings: SamplerSettings, epochs: int) -> list[list[int]]:
-    (stream,) = data_streams(settings, data)
+    sampler = data.sampler(settings, SEED)
+    (stream,) = sampler.streams
     out = []
     for epoch in range(epochs):
-        order = stream_epoch(stream, settings.seed, epoch, settings.window, 1).shard_order.tolist()
+        order = sampler.order(stream, epoch).shard_order.tolist()
         out += [order[i : i + settings.window] for i in range(0, len(order), settings.window)]
     return out
 
@@ -425,7 +426,7 @@ def test_files_in_use_by_others_are_waited_for_and_then_named(remote: str, tmp_p
 
 def _until_killed(data_url: str, folder: Path, limit: int, start: Any, queue: Any) -> None:
     data = open_dataset(data_url, folder, limit)
-    steps = begin(data, 10**6, LoaderSettings(2, start=start))
+    steps = begin(data, 10**6, LoaderSettings(loader_workers=2, loader_start=start))
     next(steps)
     queue.put([p.pid for p in psutil.Process().children(recursive=True)])
     for _ in steps:
@@ -459,10 +460,8 @@ def test_a_killed_process_takes_its_workers_and_their_locks_along(
 
 
 def begin(data: Dataset, total: int, loader: LoaderSettings) -> Generator[Any, None, None]:
-    streams = data_streams(ONE, data)
-    state = start_state(streams)
-    share = RankSlice(0, 1, 1)
-    return load_steps(data, ONE, streams, drawn(data), share, state, BATCH, total, loader)
+    sampler, part = data.sampler(ONE, SEED), RankSlice(0, 1, 1)
+    return load_steps(data, sampler, drawn(data), part, sampler.start(), BATCH, total, loader)
 
 
 def wait_until(true: Callable[[], bool], seconds: float = 30) -> None:
@@ -481,7 +480,7 @@ def test_shards_come_in_the_order_of_need_and_no_more_than_the_run_needs(
 ) -> None:
     data = open_dataset(remote, tmp_path)
     order = [data.shards.files[s].url for (s,) in windows_of(data, ONE, 1)]
-    steps = begin(data, 6 * PAIRS, LoaderSettings(threads=1))
+    steps = begin(data, 6 * PAIRS, LoaderSettings(fetch_threads=1))
     next(steps)
     wait_until(lambda: len(downloads) >= 6)
     time.sleep(0.5)
@@ -496,7 +495,7 @@ def test_under_a_limit_only_free_room_is_filled_far_ahead(
 ) -> None:
     data = limited(remote, tmp_path, 5)
     order = [data.shards.files[s].url for (s,) in windows_of(data, ONE, 1)]
-    steps = begin(data, TOTAL, LoaderSettings(threads=2))
+    steps = begin(data, TOTAL, LoaderSettings(fetch_threads=2))
     next(steps)
     wait_until(lambda: len(downloads) >= 5)
     time.sleep(0.5)
@@ -508,13 +507,13 @@ def test_an_outage_ahead_of_need_does_no_harm(
     remote: str, proxy: FaultProxy, tmp_path: Path, expected: dict[int, list[Any]]
 ) -> None:
     data = open_dataset(remote, tmp_path)
-    steps = begin(data, TOTAL, LoaderSettings(threads=2))
-    found = describe(next(steps)[0])
+    steps = begin(data, TOTAL, LoaderSettings(fetch_threads=2))
+    found = describe(next(steps).batches[0])
     proxy.begin(first(10**9, "503"))
     wait_until(lambda: proxy.requests >= 3 or fetching() == 0)
     proxy.begin()
-    for (batch,) in steps:
-        found += describe(batch)
+    for loaded in steps:
+        found += describe(loaded.batches[0])
     assert found == expected[1]
 
 
@@ -529,17 +528,16 @@ def test_a_missing_shard_is_not_asked_for_over_and_over(
     shards = [s for (s,) in windows_of(data, ONE, 1)]
     gone = data.shards.files[shards[2]].url
     objects.delete(gone)
-    steps = begin(data, TOTAL, LoaderSettings(threads=2))
+    steps = begin(data, TOTAL, LoaderSettings(fetch_threads=2))
     next(steps)
     wait_until(lambda: len(set(downloads)) == SHARDS)
     time.sleep(2)
     assert downloads.count(gone) <= 3
     assert caplog.text.count("not fetched ahead") == 1
     for _ in range(2 * PAIRS // BATCH - 1):
-        assert not isinstance(next(steps), MissingShard)
-    trouble = next(steps)
-    assert isinstance(trouble, MissingShard)
-    assert trouble.shard == shards[2] and gone in trouble.message
+        assert not next(steps).missing
+    missing = next(steps).missing
+    assert missing and missing.shard == shards[2] and gone in missing.message
 
 
 @pytest.mark.parametrize("capacity", [None, 4])
@@ -578,6 +576,13 @@ def test_workers_fetch_by_themselves_however_they_start(
     data = limited(remote, tmp_path, 9)
     before = begin(data, TOTAL, LoaderSettings())
     next(before)
-    found = run(data, ONE, 1, TOTAL // 2, loader=LoaderSettings(2, start=start), global_batch=BATCH)
+    found = run(
+        data,
+        ONE,
+        1,
+        TOTAL // 2,
+        loader=LoaderSettings(loader_workers=2, loader_start=start),
+        global_batch=BATCH,
+    )
     assert found == expected[1][: TOTAL // 2]
     before.close()

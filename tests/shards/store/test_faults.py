@@ -38,7 +38,7 @@ from tests.object_store import (
     storm,
 )
 from tests.trainer.data.test_batches import NATURAL, run
-from trainer.data.loader import LoaderSettings
+from trainer.config import LoaderSettings
 
 BAD = "shard-000001.tar"  # the one that tests damage; its neighbours stay whole
 
@@ -85,7 +85,9 @@ class Place:
 
 def stream(data: Dataset, workers: int = 0) -> list[dict[str, object]]:
     """Every pair of an epoch and a bit, as a model sees it."""
-    return run(data, NATURAL, 1, data.manifest.pairs + 5, loader=LoaderSettings(workers))
+    return run(
+        data, NATURAL, 1, data.manifest.pairs + 5, loader=LoaderSettings(loader_workers=workers)
+    )
 
 
 def digest(pairs: list[dict[str, object]]) -> str:

@@ -9,34 +9,52 @@ from typing import Any
 import numpy as np
 import pytest
 
+from shards.order.sampler import SamplerState
 from shards.store import objects
-from trainer.checkpoint import format as checkpoint
-from trainer.checkpoint.format import (
-    CheckpointError,
+from trainer.checkpoint.attempts import claim_attempt
+from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.format import KINDS, CheckpointManifest, RunDescription, Span
+from trainer.checkpoint.generations import (
     Generation,
-    Snapshot,
-    claim_attempt,
     commit,
     find_generation,
     generations,
     load_weights,
-    write_object,
 )
+from trainer.checkpoint.journal import Journal, StepLine
+from trainer.checkpoint.saver import Snapshot, write_object
 
-SHAPES = {"a": [4, 3], "b": [5]}
+RUN = RunDescription(
+    world_size=2,
+    zero_stage=1,
+    parameters={"a": [4, 3], "b": [5]},
+    config={},
+    data_state={},
+    objectives={},
+    vocab_sha256="",
+    answers_sha256="",
+)
+START = SamplerState(0, (0,), (0,), (0,))
 
 
 def save(run: str, attempt: int, step: int, value: float, keep: int = 2) -> None:
-    """A generation of two ranks' objects, all values equal to `value`."""
-    parts = [[("a", 0, 8)], [("a", 8, 4), ("b", 0, 5)]]
-    objects = []
-    for rank, index in enumerate(parts):
-        size = sum(count for *_, count in index)
-        arrays = {k: np.full(size, value, np.float32) for k in ("master", "exp_avg", "exp_avg_sq")}
-        objects.append(write_object(run, step, attempt, rank, Snapshot(index, arrays)))
-    body = {"step": step, "attempt": attempt, "parameters": SHAPES, "objects": objects}
-    body["record"] = []
-    commit(run, body, keep)
+    """A generation of two ranks' objects, all values equal to `value`, and a segment."""
+    entries = []
+    for rank, spans in enumerate([(Span("a", 0, 8),), (Span("a", 8, 4), Span("b", 0, 5))]):
+        size = sum(span.length for span in spans)
+        arrays = {k: np.full(size, value, np.float32) for k in KINDS}
+        entries.append(write_object(run, step, attempt, rank, Snapshot(spans, arrays)))
+    journal = Journal((), {}, (), START)
+    journal.add(StepLine(step, 1, 2, 0), START)
+    manifest = CheckpointManifest(
+        **vars(RUN),
+        sampler=START,
+        step=step,
+        attempt=attempt,
+        objects=tuple(entries),
+        journal=journal.write(run, attempt, step),
+    )
+    commit(run, manifest, keep)
 
 
 def newest_whole(run: str) -> float:
@@ -74,7 +92,7 @@ def count_or_crash(monkeypatch: pytest.MonkeyPatch, at: int | None) -> list[str]
             log.append(_name)
             return _real(*args, **kw)
 
-        monkeypatch.setattr(checkpoint.objects, name, wrapped)
+        monkeypatch.setattr(objects, name, wrapped)
     return log
 
 
@@ -102,7 +120,7 @@ def test_a_crash_at_any_operation_leaves_a_whole_generation(
         log = count_or_crash(patch, None)
         save(run, 1, 30, 30.0)
     assert newest_whole(run) == 30.0
-    assert log.count("write_bytes") == 3
+    assert log.count("write_bytes") == 4
     commit_point = len(log) - 1 - log[::-1].index("write_bytes")
     for at in range(len(log)):
         run = prepared(str(at))
@@ -115,10 +133,12 @@ def test_a_crash_at_any_operation_leaves_a_whole_generation(
         attempt = claim_attempt(run)
         save(run, attempt, 40, 40.0)
         assert newest_whole(run) == 40.0
-        names = objects.list_names(objects.join(run, "checkpoints", "objects"))
-        kept = [g for g in generations(run) if isinstance(g, Generation)]
+        kept = [g.manifest for g in generations(run) if isinstance(g, Generation)]
         assert len(kept) == 2
-        assert set(names) == {o["name"] for g in kept for o in g.manifest["objects"]}
+        names = objects.list_names(objects.join(run, "checkpoints", "objects"))
+        assert set(names) == {o.name for m in kept for o in m.objects}
+        names = objects.list_names(objects.join(run, "checkpoints", "record"))
+        assert set(names) == {s.name for m in kept for s in m.journal}
 
 
 def test_a_torn_or_altered_manifest_is_not_a_generation(tmp_path: Path) -> None:
@@ -138,15 +158,15 @@ def test_any_damage_to_an_object_is_found_and_named(tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     save(run, claim_attempt(run), 1, 1.0)
     generation = find_generation(run)
-    entry = generation.manifest["objects"][1]
-    path = Path(run) / "checkpoints" / "objects" / entry["name"]
+    entry = generation.manifest.objects[1]
+    path = Path(run) / "checkpoints" / "objects" / entry.name
     whole = path.read_bytes()
     for damaged in (whole[:-1], whole + b"x", whole[:60] + b"\0" + whole[61:], b""):
         path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=entry["name"]):
+        with pytest.raises(CheckpointError, match=entry.name):
             load_weights(generation)
     path.unlink()
-    with pytest.raises(CheckpointError, match=entry["name"]):
+    with pytest.raises(CheckpointError, match=entry.name):
         load_weights(generation)
 
 

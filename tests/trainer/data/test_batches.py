@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from dataclasses import fields
 from pathlib import Path
@@ -11,27 +10,31 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
 
 from model.batch import Batch
 from shards.format.answers import load_answers
 from shards.format.build import BuildSettings, build
 from shards.dataset import Dataset, DatasetSpec, open_dataset
 from shards.errors import DataError
-from shards.order.sampler import SamplerState, advance, plan, start_state, steps_ahead
-from shards.order.streams import SamplerSettings
+from shards.order.sampler import SamplerState
+from shards.order.settings import FamilyWeights, SamplerSettings
 from tests.conftest import small_records
+from trainer.config import LoaderSettings
 from trainer.data.batch import BatchSettings, make_batch
-from trainer.data.loader import LoaderSettings, RankSlice, MissingShard, load_steps
-from trainer.setup import data_streams
+from trainer.data.loader import RankSlice, load_steps
 
 GLOBAL_BATCH = 13
+SEED = 4
 MODES = {
-    "natural": SamplerSettings(seed=4, window=2),
-    "balanced": SamplerSettings("balanced", 4, 2, mismatch=0.4, question_share=0.7),
-    "alternating": SamplerSettings("alternating", 4, 2, families=(2.0, 1.0, 1.0)),
-    "weighted": SamplerSettings(seed=4, window=2, source_weights=(("vqa", 2.0),)),
-    "visits": SamplerSettings(seed=4, window=2, sentences_per_visit=2),
-    "short": SamplerSettings(seed=4, window=2, last_batch="short"),
+    "natural": SamplerSettings(window=2),
+    "balanced": SamplerSettings(mode="balanced", window=2, mismatch=0.4, question_share=0.7),
+    "alternating": SamplerSettings(
+        mode="alternating", window=2, families=FamilyWeights(masked=2, matching=1, qa=1)
+    ),
+    "weighted": SamplerSettings(window=2, source_weights={"vqa": 2.0}),
+    "visits": SamplerSettings(window=2, sentences_per_visit=2),
+    "short": SamplerSettings(window=2, last_batch="short"),
 }
 IN_PROCESS = LoaderSettings()
 NATURAL = MODES["natural"]
@@ -118,13 +121,12 @@ def run(
     global_batch: int = GLOBAL_BATCH,
 ) -> list[dict[str, object]]:
     """The pairs of all ranks and micro-batches, put together again in order."""
-    parts = data_streams(settings, data)
-    state = state or start_state(parts)
+    sampler = data.sampler(settings, SEED)
+    state = state or sampler.start()
     ranks = [
         load_steps(
             data,
-            settings,
-            parts,
+            sampler,
             drawn(data),
             RankSlice(rank, world, accumulation),
             state,
@@ -138,12 +140,16 @@ def run(
     try:
         for step in zip(*ranks, strict=True):
             begin = len(pairs)
-            for micro in step:
-                if isinstance(micro, MissingShard):
-                    raise DataError(micro.message)
-                for batch in micro:
+            for loaded in step:
+                if loaded.missing:
+                    raise DataError(loaded.missing.message)
+                for batch in loaded.batches:
                     first = len(pairs) - begin
-                    assert batch.slot.tolist() == list(range(first, first + batch.pairs))
+                    assert batch.offset.tolist() == list(range(first, first + batch.pairs))
+                    edges = data.dataset_pairs[batch.dataset.numpy()]
+                    assert (edges <= batch.pair_id.numpy()).all()
+                    edges = data.dataset_pairs[batch.dataset.numpy() + 1]
+                    assert (batch.pair_id.numpy() < edges).all()
                     pairs += describe(batch)
     finally:
         for steps in ranks:
@@ -154,19 +160,17 @@ def run(
 def _rank(queue: Any, rank: int, arguments: tuple[Any, ...]) -> None:
     places, cache, settings, world, accumulation, workers, state, total = arguments
     data = open_dataset(places, cache)
-    parts = data_streams(settings, data)
     steps = load_steps(
         data,
-        settings,
-        parts,
+        data.sampler(settings, SEED),
         drawn(data),
         RankSlice(rank, world, accumulation),
         state,
         GLOBAL_BATCH,
         total,
-        LoaderSettings(workers),
+        LoaderSettings(loader_workers=workers),
     )
-    queue.put((rank, [[p for b in micro for p in describe(b)] for micro in steps]))
+    queue.put((rank, [[p for b in s.batches for p in describe(b)] for s in steps]))
 
 
 def run_processes(
@@ -179,7 +183,7 @@ def run_processes(
     state: SamplerState | None = None,
 ) -> list[dict[str, object]]:
     """`run`, with a process for each rank."""
-    state = state or start_state(data_streams(settings, data))
+    state = state or data.sampler(settings, SEED).start()
     arguments = (data.specs, data.cache, settings, world, accumulation, workers, state, total)
     queue = CONTEXT.Queue()
     ranks = [CONTEXT.Process(target=_rank, args=(queue, r, arguments)) for r in range(world)]
@@ -219,7 +223,7 @@ def test_data_sets_mixed_by_weight_give_the_same_stream(mixed: Dataset) -> None:
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_any_number_of_loader_workers_gives_the_same_stream(data: Dataset, workers: int) -> None:
     expected = run(data, NATURAL, 1, 60)
-    assert run(data, NATURAL, 2, 60, loader=LoaderSettings(workers)) == expected
+    assert run(data, NATURAL, 2, 60, loader=LoaderSettings(loader_workers=workers)) == expected
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
@@ -227,7 +231,8 @@ def test_loader_workers_may_start_in_any_way(
     data: Dataset, start: Literal["fork", "spawn", "forkserver"]
 ) -> None:
     expected = run(data, NATURAL, 1, 60)
-    assert run(data, NATURAL, 1, 60, loader=LoaderSettings(2, start=start)) == expected
+    loader = LoaderSettings(loader_workers=2, loader_start=start)
+    assert run(data, NATURAL, 1, 60, loader=loader) == expected
 
 
 @pytest.mark.parametrize(
@@ -239,11 +244,17 @@ def test_real_processes_give_the_same_stream(data: Dataset, world: int, workers:
     assert run_processes(data, settings, world, 80, workers=workers) == expected
 
 
+def restored(state: SamplerState) -> SamplerState:
+    """As a checkpoint gives it back."""
+    stored = TypeAdapter(SamplerState)
+    return stored.validate_json(stored.dump_json(state), strict=True)
+
+
 def states(data: Dataset, settings: SamplerSettings, total: int) -> list[SamplerState]:
     """The state before each step, as a checkpoint gives it back."""
-    parts = data_streams(settings, data)
-    steps = steps_ahead(settings, parts, start_state(parts), GLOBAL_BATCH, total)
-    return [SamplerState.from_json(json.loads(json.dumps(s.to_json()))) for s, _ in steps]
+    sampler = data.sampler(settings, SEED)
+    steps = sampler.steps_ahead(sampler.start(), GLOBAL_BATCH, total)
+    return [restored(s.before) for s in steps]
 
 
 @every_mode
@@ -267,17 +278,17 @@ def test_resuming_at_every_step_in_new_processes_gives_the_same_tail(data: Datas
 def test_chains_of_world_sizes_give_the_same_stream(data: Dataset) -> None:
     for mode in ("natural", "balanced", "alternating"):
         settings = MODES[mode]
-        parts = data_streams(settings, data)
+        sampler = data.sampler(settings, SEED)
         total = 10 * GLOBAL_BATCH
         expected = run(data, settings, 1, total)
-        state, found = start_state(parts), []
+        state, found = sampler.start(), []
         for world in (8, 3, 5, 8, 1):
             found += run(data, settings, world, state.consumed + 2 * GLOBAL_BATCH, state=state)
             for _ in range(2):
-                state = advance(settings, parts, state, GLOBAL_BATCH)
+                state = sampler.step(state, GLOBAL_BATCH).after
             # Saved twice with no step between: what is restored is the same.
-            state = SamplerState.from_json(json.loads(json.dumps(state.to_json())))
-            state = SamplerState.from_json(json.loads(json.dumps(state.to_json())))
+            state = restored(state)
+            state = restored(state)
         assert found == expected
 
 
@@ -318,11 +329,9 @@ def test_every_epoch_holds_every_pair_once(data: Dataset) -> None:
 
 
 def one_batch(data: Dataset, count: int, mask: float, mismatch: float = 0.5) -> Batch:
-    settings = SamplerSettings(seed=11, mismatch=mismatch)
-    parts = data_streams(settings, data)
-    return make_batch(
-        data, parts, plan(settings, parts, start_state(parts), count), drawn(data, mask)
-    )
+    sampler = data.sampler(SamplerSettings(mismatch=mismatch), 11)
+    pairs = sampler.plan(sampler.step(sampler.start(), count))
+    return make_batch(data, sampler, pairs, drawn(data, mask))
 
 
 def test_a_mismatched_sentence_is_another_images_and_uniform(data: Dataset) -> None:
@@ -384,8 +393,7 @@ def test_packed_tokens_begin_and_end_with_the_marks(data: Dataset) -> None:
 
 
 def test_an_empty_slice_is_a_batch_of_no_pairs(data: Dataset) -> None:
-    settings = NATURAL
-    parts = data_streams(settings, data)
-    empty = plan(settings, parts, start_state(parts), 4, 2, 2)
-    batch = make_batch(data, parts, empty, drawn(data))
+    sampler = data.sampler(NATURAL, SEED)
+    empty = sampler.plan(sampler.step(sampler.start(), 4), 2, 2)
+    batch = make_batch(data, sampler, empty, drawn(data))
     assert len(batch.matched) == len(batch.tokens) == len(batch.answer_pair) == 0

@@ -12,11 +12,10 @@ import psutil
 import pytest
 
 from shards.dataset import open_dataset
-from shards.order.sampler import start_state
 from tests.trainer.data.test_batches import drawn
-from tests.shards.store.test_cache_limit import BATCH, ONE, PAIRS, SHARDS, put
-from trainer.data.loader import LoaderSettings, RankSlice, load_steps
-from trainer.setup import data_streams
+from tests.shards.store.test_cache_limit import BATCH, ONE, PAIRS, SEED, SHARDS, put
+from trainer.config import LoaderSettings
+from trainer.data.loader import RankSlice, load_steps
 
 MB = 2**20
 
@@ -28,10 +27,9 @@ def remote(s3: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def steps_of(url: str, folder: Path, limit: int | None, total: int, workers: int) -> Any:
     data = open_dataset(url, folder, limit)
-    streams = data_streams(ONE, data)
-    state, share = start_state(streams), RankSlice(0, 1, 1)
-    loader = LoaderSettings(workers)
-    return load_steps(data, ONE, streams, drawn(data), share, state, BATCH, total, loader)
+    sampler, part = data.sampler(ONE, SEED), RankSlice(0, 1, 1)
+    loader = LoaderSettings(loader_workers=workers)
+    return load_steps(data, sampler, drawn(data), part, sampler.start(), BATCH, total, loader)
 
 
 def _epochs(url: str, folder: Path, epochs: int, queue: Any) -> None:

@@ -13,11 +13,9 @@ import torch
 from model.batch import Batch
 from shards.format.build import BuildSettings, build
 from shards.dataset import Dataset, open_dataset
-from shards.order.sampler import plan, start_state
-from shards.order.streams import SamplerSettings
+from shards.order.settings import SamplerSettings
 from tests.conftest import small_records
 from trainer.data.batch import BatchSettings, make_batch
-from trainer.setup import data_streams
 from trainer.data.shared_batches import Packed, SharedBatches, make_in_slot
 
 
@@ -29,11 +27,10 @@ def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def maker(data: Dataset, count: int) -> Callable[..., Batch]:
-    settings = SamplerSettings(seed=4)
-    streams = data_streams(settings, data)
-    pairs = plan(settings, streams, start_state(streams), count)
+    sampler = data.sampler(SamplerSettings(), 4)
+    pairs = sampler.plan(sampler.step(sampler.start(), count))
     drawn = BatchSettings(4, 0.4, 0.4, 2, 3, 4, data.manifest.schema.vocab_size)
-    return lambda empty: make_batch(data, streams, pairs, drawn, empty)
+    return lambda empty: make_batch(data, sampler, pairs, drawn, empty)
 
 
 def assert_equal(one: Batch, other: Batch) -> None:

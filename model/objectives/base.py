@@ -1,0 +1,119 @@
+"""What an objective is, and what it works on: a batch after the trunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.batch import Batch
+from model.trunk import TrunkOutput
+
+Family = Literal["masked", "matching", "qa"]
+LabelScope = Literal["masked", "all"]
+FeatureLoss = Literal["l2", "smooth_l1"]
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Where the paper and the released code differ; the defaults are the paper's."""
+
+    label_scope: LabelScope = "masked"
+    """Objects that carry the label losses: the masked ones, or all that are not padding."""
+    feature_loss: FeatureLoss = "l2"
+    """Error of a regressed feature: squared, or smooth L1."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch after the trunk: what heads read. M pairs, O objects, T packed tokens, hidden size H.
+
+    What several objectives share is computed once a forward, when the first asks for it.
+    """
+
+    batch: Batch
+    trunk: TrunkOutput
+    token_row: Tensor
+    """i64[T] each packed token's row (its pair) in trunk.language."""
+    token_column: Tensor
+    """i64[T] its column there."""
+    transform: Callable[[Tensor], Tensor]
+    """The part that all visual heads share, (objects, H) -> (objects, H)."""
+    settings: LossSettings
+
+    @cached_property
+    def masked_objects(self) -> Tensor:
+        """(masked objects, H), after the shared part of the visual heads."""
+        return self.transform(self.trunk.vision.flatten(0, 1)[self.batch.object_position])
+
+    @cached_property
+    def label_position(self) -> Tensor:
+        """i64 flat indices into (M * O) of the objects that carry label losses."""
+        if self.settings.label_scope == "masked":
+            return self.batch.object_position
+        return real_objects(self.batch)
+
+    @cached_property
+    def labelled_objects(self) -> Tensor:
+        """(objects that carry label losses, H), after the shared part of the visual heads."""
+        if self.settings.label_scope == "masked":
+            return self.masked_objects
+        return self.transform(self.trunk.vision.flatten(0, 1)[self.label_position])
+
+
+def real_objects(batch: Batch) -> Tensor:
+    """i64 flat indices into (M * O) of the objects that are not padding."""
+    column = torch.arange(batch.features.shape[1], device=batch.num_objects.device)
+    real = column < batch.num_objects[batch.image_index, None]
+    return real.flatten().nonzero().squeeze(1)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an objective makes of its head's output."""
+
+    loss_sum: Tensor
+    """Scalar in fp32, whatever the model's type: the sum over the targets."""
+    prediction: Tensor | None = None
+    """i64 (targets,) the likeliest class of each; None where a target is no class."""
+    correct: Tensor | None = None
+    """Scalar: how many of the predictions are the target; None where there are none."""
+
+
+def classify(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Result:
+    """Cross-entropy of logits (targets, classes) to target i64 (targets,); `weight` multiplies
+    each target's loss."""
+    each = F.cross_entropy(logits.float(), target, reduction="none")
+    prediction = logits.detach().argmax(-1)
+    loss_sum = (each if weight is None else each * weight).sum()
+    return Result(loss_sum, prediction, (prediction == target).sum())
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One thing that the model is trained to predict.
+
+    Its loss is a sum over its targets. Whoever trains divides by their number in the whole global
+    batch (at least 1), which makes a loss independent of how pairs are spread, and finite where a
+    micro-batch has no target.
+    """
+
+    name: str
+    """Its key in the table, the configuration and the metrics."""
+    family: Family
+    """The steps of the sampler's mode `alternating` that serve it."""
+    head: str
+    """Its head: the dotted name of a module of LxmertForPreTraining."""
+    rows: Callable[[Encoded], Tensor]
+    """The head's input, (targets, H)."""
+    count: Callable[[Batch, LossSettings], int]
+    """Targets in a batch, known before any forward: as many as `rows` will have."""
+    loss: Callable[[Tensor, Encoded], Result]
+    """The head's output for `rows` -> loss and hits. ModelError where the batch lacks labels."""
+    needs: Literal["labels", "answers"] | None = None
+    """What a data set must have to give it targets, beside images and sentences."""

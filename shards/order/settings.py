@@ -1,0 +1,49 @@
+"""The settings of a sampler: the section `sampler` of a run's configuration."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class FamilyWeights(BaseModel):
+    """`alternating` only: how many of the steps serve each family of objectives."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    masked: float = Field(1.0, ge=0)
+    matching: float = Field(1.0, ge=0)
+    qa: float = Field(1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _some_step(self) -> FamilyWeights:
+        if not self.masked + self.matching + self.qa:
+            raise ValueError("no family has a weight: there would be no step")
+        return self
+
+
+class SamplerSettings(BaseModel):
+    """Every setting that changes the order, beside the run's seed; all are in the data state."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mode: Literal["natural", "balanced", "alternating"] = "natural"
+    """natural: pairs as they come; balanced: exact shares of questions and of mismatched pairs;
+    alternating: a step serves the masked objectives, matching or QA, as in UNITER
+    (shards/order/modes)."""
+    window: int = Field(0, ge=0)
+    """Shards per shuffle window; 0 = all, the exact global shuffle of the original."""
+    mismatch: float = Field(0.5, ge=0, le=1)
+    """The paper's probability that a pair gets another image's sentence. An exact share in
+    `balanced` and in the matching steps of `alternating`."""
+    question_share: float = Field(0.5, ge=0, le=1)
+    """`balanced` only: the exact share of question pairs."""
+    source_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """How often pairs of a source set come: {vqa: 2} twice as often as the others."""
+    families: FamilyWeights = FamilyWeights()
+    sentences_per_visit: int = Field(1, ge=1)
+    """Neighbouring pairs, most of one image, that come together: fewer features to read and send,
+    less of a shuffle (`lxscale shards plan` says how much)."""
+    last_batch: Literal["wrap", "short"] = "wrap"
+    """A batch at the end of an epoch goes on into the next one, or is short."""

@@ -1,0 +1,152 @@
+"""Samples of WebDataset tars that others wrote, read to a proven end.
+
+A sample is a run of members with one key, the part of their names before the first dot after the
+last slash; what follows is the suffix. Python's tarfile takes a header that is cut off, damaged or
+zeroed for the end of the archive: here, an end is where nothing but zeros follows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import braceexpand
+
+from shards.errors import DataError
+from shards.store import objects
+
+_LARGEST = 256 << 20  # bytes of a member; 1,000 boxes have 8 MB of features
+_BYTES = 1 << 20  # read at a time
+# As webdataset: `__meta__` and the like belong to no sample.
+_META = re.compile(r"__[^/]*__($|/)")
+_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
+
+
+class TarError(DataError):
+    """The tar is damaged from here on."""
+
+
+@dataclass
+class Sample:
+    """Members of one key."""
+
+    key: str
+    members: dict[str, bytes] = field(default_factory=dict)
+    """The contents of those that were asked for, by suffix."""
+
+    problem: str | None = None
+    """Why it cannot be used, where that is known."""
+
+
+def expand(patterns: Iterable[str]) -> list[str]:
+    """The tars of brace patterns (`{000..009}`): paths or s3:// URLs. Nothing is run: DataError for
+    `pipe:` and every other kind of place."""
+    found: list[str] = []
+    for pattern in patterns:
+        try:
+            found += braceexpand.braceexpand(pattern)
+        except ValueError as error:
+            raise DataError(f"{pattern} is no brace pattern: {error}") from None
+    for url in found:
+        remote = objects.local_path(url) is None
+        if url.startswith("pipe:") or (remote and not url.startswith("s3://")):
+            raise DataError(f"{url} is no place that tars are read from: give paths or s3:// URLs")
+    return found
+
+
+@contextlib.contextmanager
+def opened(url: str, room: Path | None = None) -> Iterator[IO[bytes]]:
+    """The tar's file; one in object storage is copied to a temporary file in `room` first."""
+    path = objects.local_path(url)
+    with contextlib.ExitStack() as stack:
+        try:
+            if path is None:
+                if room is not None:
+                    room.mkdir(parents=True, exist_ok=True)
+                f: IO[bytes] = stack.enter_context(tempfile.TemporaryFile(dir=room))
+                objects.download(url, f)
+                f.seek(0)
+            else:
+                f = stack.enter_context(open(path, "rb"))
+        except OSError as error:
+            raise DataError(
+                f"cannot read {url}: {error.strerror} ({error.filename or 'a temporary file'})"
+            ) from None
+        yield f
+
+
+def samples(f: IO[bytes], wanted: Callable[[str], bool]) -> Iterator[Sample]:
+    """The samples of an open tar in its order, with the members whose suffix is wanted.
+
+    Raises TarError at damage; the sample that was read then is not yielded, as it may have lost
+    members.
+    """
+    sample: Sample | None = None
+    for info, payload in _members(f, lambda name: wanted(_split(name)[1])):
+        key, suffix = _split(info.name)
+        if not key or _META.match(info.name):
+            continue
+        if sample is None or sample.key != key:
+            if sample is not None:
+                yield sample
+            sample = Sample(key)
+        if suffix in sample.members:
+            sample.problem = f"{suffix} is there twice"
+        elif payload is not None:
+            sample.members[suffix] = payload
+        elif wanted(suffix):
+            sample.problem = f"{suffix} has {info.size:,} bytes, or is no plain file"
+    if sample is not None:
+        yield sample
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and suffix of a member's name, empty where it has no suffix."""
+    match = _NAME.fullmatch(name.removeprefix("./"))
+    return (match[1], match[2].lower()) if match else ("", "")
+
+
+def _members(
+    f: IO[bytes], wanted: Callable[[str], bool]
+) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
+    """Files of a tar, each with its content if its name is wanted and it is a plain file of a
+    size that fits into memory."""
+    try:
+        tar = tarfile.open(fileobj=f, mode="r:")  # noqa: SIM115  it owns nothing
+        while info := tar.next():
+            tar.members = []  # type: ignore[attr-defined]  # else it keeps them all
+            if info.size < 0:
+                raise ValueError("a member of less than no bytes")
+            if info.isdir():
+                continue
+            payload = None
+            plain = info.isreg() and not info.issparse() and info.size <= _LARGEST
+            if plain and wanted(info.name):
+                file = tar.extractfile(info)
+                assert file is not None
+                payload = file.read()
+            yield info, payload
+        end = tar.offset
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, OSError) as error:
+        raise TarError(f"it is damaged, cut off, or no plain tar ({error})") from None
+    if problem := _after(f, end):
+        raise TarError(problem)
+
+
+def _after(f: IO[bytes], end: int) -> str | None:
+    """What is wrong with the end of an archive whose last member ends before `end`."""
+    f.seek(end)
+    rest = f.read(tarfile.BLOCKSIZE)
+    if len(rest) < tarfile.BLOCKSIZE:
+        return f"it is cut off: at byte {end:,} there is neither a member nor the end of a tar"
+    while rest:
+        if rest.strip(b"\0"):
+            return f"at byte {end:,} there is neither a member nor the end of a tar: it is damaged"
+        rest = f.read(_BYTES)
+    return None

@@ -1,0 +1,63 @@
+"""The command line itself: what it asks for, and what it costs to ask."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from cluster.cli.main import COMMANDS, main, parse
+from shards.sources import SOURCES
+from tests.conftest import subprocess_environment
+
+_SHARDS = ("verify", "info", "plan", "audit", "easy-vqa")
+_LINES = [
+    *([name] for name in COMMANDS),
+    *(["shards", name] for name in ("build", *_SHARDS)),
+    *(["shards", "build", name] for name in SOURCES),
+]
+
+
+@pytest.mark.parametrize("line", _LINES, ids=" ".join)
+def test_every_command_has_help(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*line, "--help"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: lxscale {' '.join(line)}")
+
+
+def test_the_list_of_commands_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom cluster.cli.main import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'ray', 'numpy', 'pydantic', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=subprocess_environment(), capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert all(f"    {name} " in done.stdout for name in COMMANDS)
+
+
+def test_what_a_source_needs_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in SOURCES:
+        with pytest.raises(SystemExit) as end:
+            parse(["shards", "build", name, "--out", "x"])
+        assert end.value.code == 2
+        assert "the following arguments are required" in capsys.readouterr().err
+
+
+def test_overrides_may_come_after_options() -> None:
+    for line in ("train a.yaml --ray-address x b.c=1", "train --ray-address x a.yaml b.c=1"):
+        assert parse(line.split()).overrides == ["b.c=1"]
+    assert parse(["demo", "--full", "b.c=1"]).overrides == ["b.c=1"]
+    for line in ("train a.yaml --ray-address x --wrong", "export a --out b c"):
+        with pytest.raises(SystemExit):
+            parse(line.split())
+
+
+def test_an_error_of_the_users_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["shards", "info", "/nowhere/at/all"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: no data set at /nowhere/at/all")

@@ -1,0 +1,283 @@
+"""A run and its verbs: start (with restore), load, step, save, validate, skip, finish.
+
+trainer/loop.py says in which order. Every rank calls each verb at the same steps.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch.distributed as dist
+
+from model.objectives import objectives_of
+from shards.dataset import Dataset
+from shards.errors import DataError
+from shards.order.sampler import Sampler, SamplerState, Step
+from trainer import setup
+from trainer.checkpoint.attempts import claim_attempt
+from trainer.checkpoint.generations import Generation
+from trainer.checkpoint.journal import Journal, StepLine
+from trainer.checkpoint.restore import check_data_state, parameter_shapes, restore, set_masters
+from trainer.checkpoint.saver import Saver
+from trainer.config import RunConfig
+from trainer.data.batch import BatchSettings
+from trainer.data.loader import Loaded, MissingShard, RankSlice, load_steps
+from trainer.evaluate import Evaluation, evaluate, evaluation_bytes, without_gradient
+from trainer.model import build_model
+from trainer.progress import Progress
+from trainer.ranks import from_rank_0
+from trainer.step.engine import build_engine, set_learning_rate
+from trainer.step.mixture import Mixture, plan_mixture
+from trainer.step.optimizer import learning_rate
+from trainer.step.sync import StepSync
+from trainer.step.train_step import dropout_seed, train_step
+
+log = logging.getLogger("lxscale")
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands. What is below `step` is of this attempt alone."""
+
+    sampler: SamplerState
+    step: int
+    """Finished optimizer steps."""
+    pairs: int = 0
+    seconds: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the last validation."""
+    validated: int = -1
+    """The step at which that was."""
+
+    @property
+    def consumed(self) -> int:
+        return self.sampler.consumed
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of, and does not change while it trains."""
+
+    config: RunConfig
+    """With the model's sizes that follow from the data set."""
+    url: str
+    attempt: int
+    part: RankSlice
+    data: Dataset
+    sampler: Sampler
+    mixture: Mixture
+    batch: BatchSettings
+    objectives: dict[str, float]
+    """Weights of those that are trained."""
+    validation: Dataset | None
+    engine: Any
+    length: setup.Length
+    saver: Saver
+    journal: Journal | None
+    """Rank 0's, as is the next."""
+    progress: Progress | None
+
+
+# --- start --------------------------------------------------------------------------------------
+
+
+def start(config: RunConfig) -> tuple[Run, TrainState]:
+    """Claim the run, build it, and go to its newest whole generation, or to the start."""
+    setup.check_timeouts(config)
+    url = setup.run_url(config)
+    attempt = from_rank_0(lambda: claim_attempt(url))
+    data = setup.open_training_data(config)
+    sampler = data.sampler(config.sampler, config.run.seed)
+    objectives = setup.resolve_objectives(config, data)
+    validation = setup.open_validation_data(config, data)
+    batch = setup.batch_settings(config, data)
+    config = config.model_copy(update={"model": setup.resolve_model(config, data)})
+    engine, shapes = _engine(config)
+    description = setup.describe(config, data, objectives, shapes)
+
+    generation = restore(engine, url, shapes)
+    state = _position(generation, config, description.data_state, sampler)
+    length = setup.run_length(config, data.manifest.pairs, state.step, state.consumed)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    journal, progress = None, None
+    if rank == 0:
+        setup.announce(config, url, attempt, world, state.step, length, data)
+        setup.write_run_files(config, url, data)
+        urls = tuple(s.url for s in data.specs)
+        segments = generation.manifest.journal if generation else ()
+        journal = Journal(urls, description.data_state, segments, state.sampler)
+        progress = Progress(config, attempt, state.step, length.steps)
+    saved_step = state.step if generation else None
+    saver = Saver(url, attempt, config.checkpoint.keep, description, journal, saved_step)
+    run = Run(
+        config=config,
+        url=url,
+        attempt=attempt,
+        part=RankSlice(rank, world, config.train.accumulation),
+        data=data,
+        sampler=sampler,
+        mixture=plan_mixture(sampler, data),
+        batch=batch,
+        objectives=objectives,
+        validation=validation,
+        engine=engine,
+        length=length,
+        saver=saver,
+        journal=journal,
+        progress=progress,
+    )
+    return run, state
+
+
+def _engine(config: RunConfig) -> tuple[Any, dict[str, list[int]]]:
+    """The engine with the initial weights, and the parameters' shapes."""
+    train = config.train
+    model = build_model(config.model, config.run.seed, train.init_from, train.init_fresh)
+    bf16 = config.train.precision == "bf16"
+    first = {n: p.detach().clone() for n, p in model.named_parameters()} if bf16 else {}
+    shapes = parameter_shapes(model)
+    engine = build_engine(model, config)
+    if bf16:
+        set_masters(engine, first)
+    return engine, shapes
+
+
+def _position(
+    generation: Generation | None, config: RunConfig, now: dict[str, Any], sampler: Sampler
+) -> TrainState:
+    """Where in the data the run stands, and how many steps it has done. now: its data state."""
+    fresh = sampler.start()
+    if generation is None:
+        return TrainState(fresh, 0)
+    saved = generation.manifest.data_state
+    check_data_state(saved, now, config.checkpoint.override_data_state)
+    state = generation.manifest.sampler
+    if any(saved.get(k) != v for k, v in now.items() if k.startswith(("sampler.", "data."))):
+        # Overridden: as if the run had used this sampler from its start.
+        for step in sampler.steps_ahead(fresh, config.train.global_batch, state.consumed):
+            fresh = step.after
+        return TrainState(fresh, generation.step)
+    if state.skipped and dist.get_rank() == 0:
+        log.warning("%s", _skip_report(state))
+    return TrainState(state, generation.step)
+
+
+# --- steps --------------------------------------------------------------------------------------
+
+
+def load(run: Run, state: TrainState) -> Generator[Loaded, None, None]:
+    """This rank's part of the steps to come; close it to end its workers and threads."""
+    batch = run.config.train.validation_batch
+    return load_steps(
+        run.data,
+        run.sampler,
+        run.batch,
+        run.part,
+        state.sampler,
+        run.config.train.global_batch,
+        run.length.total,
+        run.config.data,
+        evaluation_bytes(run.validation, batch) if run.validation else 0,
+    )
+
+
+def active_objectives(run: Run, step: Step) -> dict[str, float]:
+    """Weights of the objectives that a step serves."""
+    qa_from = run.config.objectives.qa_from_epoch * run.data.manifest.pairs
+    served = objectives_of(step.family)
+    return {
+        name: weight
+        for name, weight in run.objectives.items()
+        if name in served and (name != "qa" or step.before.consumed >= qa_from)
+    }
+
+
+def step(
+    run: Run, state: TrainState, loaded: Loaded, active: dict[str, float], sync: StepSync
+) -> tuple[TrainState, dict[str, float]]:
+    """Make one optimizer step of what was loaded; the state after it, and what to show of it."""
+    taken = loaded.step
+    rate = learning_rate(run.config.optimizer, state.consumed, taken.count, run.length.total)
+    set_learning_rate(run.engine, rate)
+    seed = dropout_seed(run.config.run.seed, state.step, run.part.rank)
+    losses = run.config.objectives.losses()
+    sums = train_step(run.engine, loaded.batches, active, sync.counts, losses, seed)
+    # The loader cannot know how many pairs earlier steps lacked.
+    passed_over = state.sampler.skipped_pairs + taken.count - sync.pairs
+    after = replace(taken.after, skipped_pairs=passed_over)
+    state = replace(state, sampler=after, step=state.step + 1, pairs=state.pairs + taken.count)
+    if run.journal:
+        skipped = tuple(after.skipped_shards)
+        line = StepLine(state.step, taken.count, run.part.world, sync.digest, skipped)
+        run.journal.add(line, after)
+    values = {f"loss/{name}": sums[name] / max(sync.counts[name], 1.0) for name in active}
+    values["loss"] = sum(active[name] * values[f"loss/{name}"] for name in active)
+    values["lr"] = rate
+    values["epoch"] = state.consumed / run.data.manifest.pairs
+    return state, values
+
+
+def skip(run: Run, state: TrainState, missing: list[MissingShard]) -> TrainState:
+    """Pass over shards that cannot be had, from this step on and on every rank; or, without
+    data.on_error=skip, end the run on every rank with the same error."""
+    if run.config.data.on_error == "fail":
+        raise DataError(missing[0].message)
+    fresh = {m.shard: m.message for m in missing}
+    skipped = (*state.sampler.skipped, *((shard, state.consumed) for shard in sorted(fresh)))
+    shards = run.data.manifest.shards
+    if len(skipped) == len(shards):
+        raise DataError(f"no shard of {run.data.url} can be had: {missing[0].message}")
+    if run.part.rank == 0:
+        for shard, message in sorted(fresh.items()):
+            name, pairs = run.data.shards.files[shard].url, shards[shard].pairs
+            log.error("skipping %s and its %d pairs from here on: %s", name, pairs, message)
+    return replace(state, sampler=replace(state.sampler, skipped=skipped))
+
+
+def _skip_report(state: SamplerState) -> str:
+    return (
+        f"data.on_error=skip: {len(state.skipped)} shards are passed over, "
+        f"{state.skipped_pairs} pairs so far"
+    )
+
+
+# --- saving, validation, the end ----------------------------------------------------------------
+
+
+def save(run: Run, state: TrainState) -> None:
+    """Write a generation of this step behind the training, unless there is one."""
+    run.saver.save(run.engine, state.step, state.sampler)
+
+
+def validate(run: Run, state: TrainState) -> TrainState:
+    """Measure the model on the validation set, where there is one."""
+    if run.validation is None:
+        return state
+    run.engine.eval()
+    task = Evaluation(
+        run.validation,
+        setup.batch_settings(run.config, run.validation),
+        frozenset(run.objectives),
+        run.config.train.validation_batch,
+    )
+    forward = without_gradient(run.engine, run.engine.device, run.config.objectives.losses())
+    metrics = evaluate(forward, task)
+    if run.progress:
+        run.progress.validation(state.step, metrics)
+    return replace(state, metrics=metrics, validated=state.step)
+
+
+def finish(run: Run, state: TrainState, stopped: bool) -> TrainState:
+    """Save, wait until that is committed, and validate unless the run was stopped early."""
+    save(run, state)
+    run.saver.wait(must_succeed=True)
+    if run.part.rank == 0 and state.sampler.skipped:
+        log.warning("%s", _skip_report(state.sampler))
+    if not stopped and state.validated != state.step:
+        state = validate(run, state)
+    if run.progress:
+        run.progress.close()
+    return state
