@@ -19,7 +19,8 @@ import pytest
 from shards.errors import DataError
 from shards.format.build import BuildSettings, build
 from shards.format.manifest import load_manifest
-from shards.format.record import Report, Sentence, labels_bytes, record_key
+from shards.format.members import LABELS
+from shards.format.record import Report, Sentence, record_key
 from shards.format.table import open_table
 from shards.format.tokenizer import load_tokenizer
 from shards.format.verify import verify
@@ -63,11 +64,11 @@ def test_what_is_written_is_what_was_given(tmp_path: Path, make_records: MakeRec
             def payload(offset: int, size: int, data: bytes = data) -> bytes:
                 return data[int(offset) :][: int(size)]
 
-            assert payload(table.features_offset[i], n * 16) == record.features.tobytes()
-            assert payload(table.boxes_offset[i], n * 16) == record.boxes.tobytes()
-            assert table.labels_offset is not None and record.labels is not None
-            assert payload(table.labels_offset[i], n * 16) == labels_bytes(record.labels)
-            document = json.loads(payload(table.record_offset[i], table.record_size[i]))
+            assert payload(table.offset["features"][i], n * 16) == record.features.tobytes()
+            assert payload(table.offset["boxes"][i], n * 16) == record.boxes.tobytes()
+            assert record.labels is not None
+            assert payload(table.offset["labels"][i], n * 16) == LABELS.payload(record)
+            document = json.loads(payload(table.offset["record"][i], table.record_size[i]))
             assert document["image"] == record.image
             begin, end = table.image_sentences[i : i + 2]
             assert end - begin == len(record.sentences)

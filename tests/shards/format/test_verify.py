@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from shards.errors import DataError
+from shards.format.arrays import map_arrays, save_arrays
 from shards.format.build import BuildSettings, build
 from shards.format.manifest import Manifest, load_manifest
-from shards.format.table import Table, map_arrays, open_table, save_arrays
+from shards.format.table import Table, open_table
 from shards.format.verify import verify
-from shards.store.cache import hash_file
+from shards.store.stored import hash_file
 from tests.conftest import MakeRecords
 
 TAR, TABLE = "shard-000001.tar", "shard-000001.table.safetensors"
@@ -119,7 +120,7 @@ def test_a_wrong_table_under_a_right_hash(
 def test_wrong_members_under_a_right_hash(
     data: Path, array: str, value: bytes, message: str
 ) -> None:
-    at = int(getattr(open_table(data / TABLE), array)[0])
+    at = int(map_arrays(data / TABLE)[array][0])
     content = bytearray((data / TAR).read_bytes())
     content[at : at + len(value)] = value
     (data / TAR).write_bytes(content)

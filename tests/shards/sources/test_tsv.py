@@ -208,7 +208,7 @@ def test_real_rows(shared_data: Path, tmp_path: Path) -> None:
     )
     records = list(read_tsv([tsv], [sentences], report=report))
     manifest = build(records, tmp_path / "data", settings, report=report)
-    assert manifest.schema.vocab_size == 30522 and manifest.num_answers == 9500
+    assert manifest.schema.vocab_size == 30522 and manifest.answers.count == 9500
     assert (manifest.images, manifest.pairs) == (10, 40)
     assert manifest.counts.sentences == {"coco_cap": 20, "gqa": 10, "vgqa": 10}
     assert manifest.question_sources == ("gqa", "vgqa") and manifest.schema.labels

@@ -16,6 +16,7 @@ import pytest
 from shards.errors import DataError
 from shards.store import cache, objects
 from shards.store.cache import local_file, write_once
+from shards.store.stored import StoredFile
 from tests.conftest import subprocess_environment
 from tests.object_store import FaultProxy, first
 
@@ -31,7 +32,7 @@ def remote(s3: str, tmp_path: Path) -> str:
 
 
 def fetch(url: str, folder: Path) -> Path:
-    return local_file(url, SHA256, len(CONTENT), folder)
+    return local_file(StoredFile(url, SHA256, len(CONTENT)), folder)
 
 
 def test_fetched_once_and_verified_once(
@@ -116,7 +117,9 @@ WORKER = """
 import sys
 from pathlib import Path
 from shards.store.cache import local_file
-path = local_file(sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))
+from shards.store.stored import StoredFile
+file = StoredFile(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+path = local_file(file, Path(sys.argv[4]))
 assert path.stat().st_size == int(sys.argv[3])
 """
 
@@ -164,7 +167,7 @@ def test_a_marker_belongs_to_one_expected_content(tmp_path: Path) -> None:
     path.write_bytes(CONTENT)
     fetch(str(path), tmp_path / "cache")
     with pytest.raises(DataError, match="is damaged"):
-        local_file(str(path), "0" * 64, len(CONTENT), tmp_path / "cache")
+        local_file(StoredFile(str(path), "0" * 64, len(CONTENT)), tmp_path / "cache")
 
 
 def test_write_once(tmp_path: Path) -> None:

@@ -365,8 +365,10 @@ WORKER = """
 import sys
 from pathlib import Path
 from shards.store.cache import CacheBudget, local_file
+from shards.store.stored import StoredFile
 url, sha256, size, folder, limit = sys.argv[1:]
-local_file(url, sha256, int(size), Path(folder), budget=CacheBudget(int(limit), lambda sha: 0.0))
+budget = CacheBudget(int(limit), lambda sha: 0.0)
+local_file(StoredFile(url, sha256, int(size)), Path(folder), budget=budget)
 """
 
 
@@ -405,14 +407,12 @@ def test_files_in_use_by_others_are_waited_for_and_then_named(remote: str, tmp_p
     data = limited(remote, tmp_path, 2)
     first, second, third = data.shards.files[:3]
     for file in (first, second):
-        cache.local_file(file.url, file.sha256, file.size, tmp_path)
+        cache.local_file(file, tmp_path)
     held = [locks.open_shared(tmp_path / "files" / f.sha256) for f in (first, second)]
     room = cache.CacheBudget(data.shards.limit, lambda sha: float("inf"))
 
     def get() -> Path:
-        return cache.local_file(
-            third.url, third.sha256, third.size, tmp_path, budget=room, retry=Retry(deadline=2)
-        )
+        return cache.local_file(third, tmp_path, budget=room, retry=Retry(deadline=2))
 
     with pytest.raises(DataError, match=r"is full: its limit of .* data\.cache_limit_gb"):
         get()
@@ -558,11 +558,11 @@ def test_threads_and_files_go_with_the_loader(
     threads, files = process.num_threads(), process.num_fds()
     for i in range(40):
         once(1 + i % 30)
-        assert fetching() <= 2 * LoaderSettings().threads  # the last one's may still end
+        assert fetching() <= 2 * LoaderSettings().fetch_threads  # the last one's may still end
     wait_until(lambda: fetching() == 0)
     assert process.num_threads() <= threads
     # s3fs keeps connections to the store open, not more than downloads at once.
-    assert process.num_fds() <= files + LoaderSettings().threads
+    assert process.num_fds() <= files + LoaderSettings().fetch_threads
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
