@@ -6,6 +6,7 @@ Both go to stderr: what a command is asked for is on stdout alone.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -32,12 +33,15 @@ def shown_progress(quiet: bool = False) -> Iterator[Progress]:
 def _bars(open_bars: contextlib.ExitStack) -> Progress:
     """Draws a bar with rate and time left for each stage, one below the other."""
     bars: dict[str, tqdm] = {}
+    columns, lines = os.get_terminal_size(sys.stderr.fileno())
+    # Where a terminal does not know its size, tqdm would draw nothing.
+    size = {"ncols": columns or 80, "nrows": lines or 24}
 
     def show(what: str, done: int, total: int | None) -> None:
         bar = bars.get(what)
         if bar is None:
             bar = bars[what] = open_bars.enter_context(
-                tqdm(desc=what, unit="", unit_scale=True, dynamic_ncols=True, position=len(bars))
+                tqdm(desc=what, unit="", unit_scale=True, position=len(bars), **size)
             )
         bar.total = total
         bar.update(done - bar.n)

@@ -1,22 +1,14 @@
-"""A data set: what it is made of, and how it is built, checked and opened.
+"""What a data set consists of, and what makes, checks and reads it.
 
-In the order data passes, from the record that a source yields to the index that training maps:
-
-    record.py      an image and its sentences; what a source leaves out, reported
-    manifest.py    the list of everything in a data set; its fingerprint; written last
-    members.py     one table of a record's members, from which all of the following work
-    check.py       whether a record keeps to its data set's schema
-    tar.py         tars whose bytes depend on their content alone
-    tokenizer.py   WordPiece vocabularies: trained, read, applied
-    pretrained.py  the vocabulary of a Hugging Face tokenizer
-    answers.py     the normal form of answers, and the joint answer table
-    sentences.py   sentences as numbers, as a table holds them
-    arrays.py      named arrays in a file, mapped without a copy
-    table.py       a shard's table: offsets of its members, and its sentences
-    staging.py     a folder for a build, and how it is published
-    build.py       records -> tars, tables, vocabulary, answers, manifest
-    verify.py      every byte against its hash, every member against its table
-    index.py       the tables of all shards, merged for training
-
-A new member of a record is a row of `members.MEMBERS` and a field of `record.ImageRecord`.
+record.py         the image record: what sources yield
+check.py          whether a record keeps to the schema
+members.py        the table of a record's members in its tar
+tar.py            plain tars, byte for byte the same
+tokenizer.py, answers.py   words and answers as numbers; pretrained.py: vocabularies of others
+sentences.py      a shard's sentences as arrays
+table.py          a shard's table: where members are, sentences as numbers; arrays.py: its file
+manifest.py       all shards with hashes, and the fingerprint: the commit point
+build.py          records to all of these; staging.py: nothing appears before it is whole
+verify.py         every byte and member against table and manifest
+index.py          the tables of all shards, merged: what the hot path looks things up in
 """

@@ -1,81 +1,87 @@
-"""What a person sees of long work."""
+"""What a person sees of long work: bars on a terminal, some lines elsewhere, nothing when quiet."""
 
 from __future__ import annotations
 
+import os
+import pty
+import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
 from cluster.cli import progress
 from cluster.cli.progress import shown_progress
-from shards.format.build import BuildSettings, build
-from shards.format.verify import verify
-from tests.conftest import MakeRecords
+from tests.conftest import subprocess_environment
+
+WORK = """
+from cluster.cli.progress import shown_progress
+with shown_progress() as show:
+    for i in range(1, 51):
+        show("images read", i, 50)
+        show("images written", i, None)
+    show("images written", 50, 50)
+print("the result")
+"""
 
 
-class _Clock:
-    now = 100.0
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    yield now
 
-    def monotonic(self) -> float:
-        return self.now
 
-
-def test_lines_come_every_five_seconds_and_at_the_end_of_a_stage(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_line_now_and_then_and_one_at_the_end_of_a_stage(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock = _Clock()
-    monkeypatch.setattr(progress, "time", clock)
     with shown_progress() as show:
-        for second in range(12):
-            clock.now = 100.0 + second
-            show("bytes read", 1000 * second, 20_000)
-            show("images written", second, None)
-        show("images written", 12, 12)
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    lines = captured.err.splitlines()
-    assert [line.split(",")[0].split(":")[0] for line in lines] == [
-        *["bytes read", "images written"] * 2,
-        "images written",
+        for done in range(101):
+            clock[0] = done * 0.1
+            show("tars read", done, 1000)
+            show("images read", done, 100)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines() == [
+        "tars read: 50 of 1,000, 10/s, 01:35 left",
+        "images read: 50 of 100, 10/s, 00:05 left",
+        "tars read: 100 of 1,000, 10/s, 01:30 left",
+        "images read: 100 of 100, 10/s",
     ]
-    assert lines[0] == "bytes read: 5,000 of 20,000, 1,000/s, 00:15 left"
-    assert lines[-1].startswith("images written: 12 of 12")
 
 
-def test_a_terminal_gets_bars(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_slow_work_has_seconds_and_an_unknown_end_none(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with shown_progress() as show:
-        for i in range(5):
-            show("shards verified", i + 1, 5)
-    captured = capsys.readouterr()
-    assert captured.out == "" and "shards verified: 100%" in captured.err
-    assert "5.00/5.00" in captured.err
+        show("shards verified", 0, None)
+        clock[0] = 30.0
+        show("shards verified", 2, None)
+    assert capsys.readouterr().err == "shards verified: 2, 15 s each\n"
 
 
-def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
     with shown_progress(quiet=True) as show:
-        show("images written", 1, 1)
+        show("images read", 1, 1)
     assert capsys.readouterr() == ("", "")
 
 
-def test_every_stage_of_a_build_and_of_a_check_ends(
-    tmp_path: Path, make_records: MakeRecords
-) -> None:
-    calls: dict[str, list[tuple[int, int | None]]] = {}
-
-    def show(what: str, done: int, total: int | None) -> None:
-        calls.setdefault(what, []).append((done, total))
-
-    settings = BuildSettings("x", "y", vocab_size=200, images_per_shard=4)
-    build(make_records(9), tmp_path, settings, progress=show)
-    assert verify(tmp_path, show) == []
-    assert {what: seen[-1] for what, seen in calls.items()} == {
-        "images written": (9, 9),
-        "vocabulary trained": (1, 1),
-        "tables written": (3, 3),
-        "files published": (9, 9),
-        "shards verified": (3, 3),
-    }
+def test_bars_are_for_terminals(tmp_path: object) -> None:
+    ours, theirs = pty.openpty()
+    done = subprocess.Popen(
+        [sys.executable, "-c", WORK],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env=subprocess_environment(COLUMNS="80"),
+        text=True,
+    )
+    os.close(theirs)
+    drawn = b""
+    try:
+        while chunk := os.read(ours, 1 << 16):
+            drawn += chunk
+    except OSError:  # the terminal's other end is closed
+        pass
+    assert done.communicate()[0] == "the result\n" and done.returncode == 0
+    text = drawn.decode()
+    assert "images read: 100%" in text and "50.0/50.0" in text and "images written" in text
