@@ -152,9 +152,6 @@ class Dataset:
         count, objects = features.shape[:2]
         held = m.image_objects[images].astype(np.int64)
         tars = self._tars(shards)
-        # The caller's memory is not cleared first, as most of it is written anyway.
-        for row in np.flatnonzero(held < objects).tolist():
-            features[row, held[row] :] = 0
         found: dict[str, tuple[NDArray, ...]] = {}
         for member in members_of(schema):
             if member is RECORD:
@@ -163,7 +160,7 @@ class Dataset:
             if member is FEATURES:
                 _copy_rows(tars, at, held * size, features)
                 continue
-            raw = np.zeros((count, objects * size), dtype=np.uint8)
+            raw = np.empty((count, objects * size), dtype=np.uint8)
             _copy_rows(tars, at, held * size, raw)
             found[member.name] = _columns(member, schema, raw, held, objects)
         return found[BOXES.name][0], found.get(LABELS.name)
@@ -202,16 +199,19 @@ class Dataset:
 
 def _copy_rows(tars: list[memoryview], at: I64, size: I64, out: NDArray) -> None:
     """Copy `size[i]` bytes at `at[i]` of `tars[i]` to the start of row i of `out`, which is
-    contiguous. The rest of the row stays as it is."""
+    contiguous, and fill the rest of the row with zeros."""
     row = out[0].nbytes if len(out) else 0
-    to = np.arange(len(out)) * row
-    # Bounds are plain integers, worked out for all rows at once, and slices are of memoryviews:
-    # arrays would cost more for each row than copying a small member does.
-    target = out.reshape(-1).view(np.uint8).data
-    begins, ends = at.tolist(), (at + size).tolist()
-    rows = zip(tars, begins, ends, to.tolist(), (to + size).tolist(), strict=True)
-    for tar, begin, end, to_begin, to_end in rows:
-        target[to_begin:to_end] = tar[begin:end]
+    flat = out.reshape(-1).view(np.uint8)
+    # Offsets become plain integers all at once, and bytes go from memoryview to memoryview: for a
+    # small member, indexing arrays row by row would cost more than the copy. Filling is the other
+    # way round, and seldom: most data sets have the same number of objects in every image.
+    target = flat.data
+    to = 0
+    for tar, begin, n in zip(tars, at.tolist(), size.tolist(), strict=True):
+        target[to : to + n] = tar[begin : begin + n]
+        if n < row:
+            flat[to + n : to + row] = 0
+        to += row
 
 
 def _columns(
@@ -229,9 +229,10 @@ def _columns(
         if even or len(member.columns) == 1:
             values = elements[:, first * objects : (first + width) * objects]
         else:
-            # Columns lie close together: in each row the second begins where `held` objects end.
+            # Columns lie close together: in each row the next one begins where `held` objects end.
             i = np.arange(objects * width)
-            values = np.take_along_axis(elements, first * held[:, None] + i, axis=1)
+            begin = np.arange(len(raw)) * elements.shape[1] + first * held
+            values = np.take(elements, begin[:, None] + i)
             values = np.where(i < width * held[:, None], values, 0)
         values = values.reshape(len(raw), objects, *shape)
         wide = np.int64 if values.dtype.kind == "i" else values.dtype

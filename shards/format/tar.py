@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import tarfile
 from pathlib import Path
 
@@ -31,11 +30,9 @@ class TarWriter:
         return offset
 
     def finish(self) -> str:
-        """End the archive, make it durable; returns its sha256 (hex)."""
+        """End the archive; returns its sha256 (hex)."""
         self._write(bytes(2 * tarfile.BLOCKSIZE))
         self._write(bytes(-self.size % tarfile.RECORDSIZE))
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
         return self._digest.hexdigest()
 

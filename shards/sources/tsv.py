@@ -65,6 +65,7 @@ def read_tsv(
     for path in files:
         for number, line in _rows(path):
             done += len(line)
+            progress("bytes read", done, total)
             where = f"{path}, line {number}"
             try:
                 cells = line.rstrip(b"\r\n").split(b"\t")
@@ -79,7 +80,6 @@ def read_tsv(
                 report.add("images without sentences", cells[0].decode("utf-8", "replace"))
                 continue
             yield record
-            progress("bytes read", done, total)
     missing = store.without_features(seen)
     if missing:
         names = ", ".join(missing[:5])

@@ -249,3 +249,22 @@ def test_keys_are_safe_distinct_and_bounded() -> None:
     assert len(set(keys)) == len(keys)
     assert all(len(k) <= 80 and not set(k) & set("./\\ ") for k in keys)
     tarfile.TarInfo(f"{keys[4]}.features.f16").tobuf(tarfile.USTAR_FORMAT)  # no error
+
+
+def test_every_stage_of_a_build_and_of_a_check_ends(
+    tmp_path: Path, make_records: MakeRecords
+) -> None:
+    last: dict[str, tuple[int, int | None]] = {}
+
+    def show(what: str, done: int, total: int | None) -> None:
+        last[what] = (done, total)
+
+    build(make_records(9), tmp_path, SETTINGS, progress=show)
+    assert verify(tmp_path, show) == []
+    assert last == {
+        "images written": (9, 9),
+        "vocabulary trained": (1, 1),
+        "tables written": (3, 3),
+        "files published": (9, 9),
+        "shards verified": (3, 3),
+    }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,3 +185,37 @@ def test_the_manifest_round_trips_and_refuses_damage(data: Path) -> None:
         refused(message)
     path.unlink()
     refused("no data set at .*lxscale shards build")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.pop("name"), r"manifest\.name: field required"),
+        (lambda d: d.update(extra=1), r"manifest\.extra: unexpected"),
+        (lambda d: d["schema"].update(extra=1), r"manifest\.schema\.extra: unexpected"),
+        (lambda d: d["schema"].pop("labels"), r"manifest\.schema\.labels: field required"),
+        (lambda d: d["schema"].update(labels=1), r"manifest\.schema\.labels is 1: "),
+        (lambda d: d["schema"].update(max_objects=True), r"max_objects is True: .*integer"),
+        (lambda d: d["schema"].update(max_objects=36.0), r"max_objects is 36\.0: .*integer"),
+        (lambda d: d["shards"][1].update(size="7"), r"manifest\.shards\[1\]\.size is '7': "),
+        (lambda d: d["shards"][1].update(size=-1), r"manifest\.shards\[1\]\.size is -1: "),
+        (
+            lambda d: d["shards"][0]["pairs_per_source"].update(vqa=-4),
+            r"manifest\.shards\[0\]\.pairs_per_source\.vqa is -4: ",
+        ),
+        (lambda d: d.update(sources="vqa"), r"manifest\.sources is 'vqa': "),
+        (lambda d: d.update(schema=[]), r"manifest\.schema is \[\]: "),
+    ],
+)
+def test_a_manifest_is_read_as_it_was_written_or_not_at_all(
+    data: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    path = data / "manifest.json"
+    document = json.loads(path.read_bytes())
+    del document["fingerprint"]
+    change(document)
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    document["fingerprint"] = hashlib.sha256(canonical.encode()).hexdigest()
+    path.write_text(json.dumps(document))
+    with pytest.raises(DataError, match=rf"{path} is not usable: .*{message}"):
+        load_manifest(str(data))

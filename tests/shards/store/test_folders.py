@@ -1,0 +1,76 @@
+"""Files that are whole or not there, and folders that die with their process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shards.store.atomic import written_whole
+from shards.store.folders import owned_folder, sweep
+from tests.conftest import subprocess_environment
+
+
+def test_a_file_changes_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "x"
+    with written_whole(path) as temporary:
+        temporary.write_text("one")
+        assert not path.exists()
+    with pytest.raises(RuntimeError), written_whole(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    with written_whole(path) as temporary:
+        temporary.write_text("damaged")
+        temporary.unlink()
+    assert path.read_text() == "one"
+    stale = path.with_name(".x.0badf00d.tmp")
+    stale.write_text("of a dead process, or of a living one")
+    with written_whole(path) as temporary:
+        temporary.write_text("two")
+    assert path.read_text() == "two" and stale.exists()
+    with written_whole(path, alone=True) as temporary:
+        assert not stale.exists()
+    assert [p.name for p in path.parent.iterdir()] == ["x"]
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from shards.store.folders import owned_folder
+with owned_folder(Path(sys.argv[1]), "kind-") as folder:
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_goes_with_its_process_however_that_ends(tmp_path: Path) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        env=subprocess_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout
+    held = Path(child.stdout.readline().strip())
+    for name in ("kind-without-lock", "other"):
+        (tmp_path / name).mkdir()
+    with owned_folder(tmp_path, "kind-") as own:
+        assert held.exists() and own != held  # that of a living process is left alone
+        child.kill()
+        child.wait()
+        sweep(tmp_path, "kind-", keep=lambda folder: folder == held)
+        assert held.exists()
+        sweep(tmp_path, "kind-")
+        assert not held.exists() and own.exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"kind-without-lock", "other"}
+
+
+def test_a_renamed_folder_outlives_its_block(tmp_path: Path) -> None:
+    with owned_folder(tmp_path / "new", "kind-") as folder:
+        (folder / "log").touch()
+        folder.rename(tmp_path / "kept")
+    assert (tmp_path / "kept" / "log").exists()
+    assert not list((tmp_path / "new").iterdir())
