@@ -57,8 +57,8 @@ class SharedBatches:
             self._memory.madvise(mmap.MADV_HUGEPAGE)
         else:
             weakref.finalize(self, os.close, fd)
-        # One byte a slot says whether it is in use: set by the process that fills it, cleared by the
-        # one that has read it. It needs no lock, as only one worker fills the slots of a group.
+        # One byte a slot says whether it is in use: set by the process that fills it, cleared by
+        # the one that has read it. No lock is needed, as one worker fills the slots of a group.
         self._busy = np.frombuffer(self._memory, np.uint8, groups * count)
 
     def __getstate__(self) -> Any:
@@ -126,7 +126,7 @@ def make_in_slot(
     used = 0
 
     def empty(shape: tuple[int, ...]) -> torch.Tensor:
-        # Features, nearly all of a batch, are gathered where they will be read: they are not copied.
+        # Features, nearly all of a batch, are gathered where they will be read: no copy.
         nonlocal used
         used = 2 * int(np.prod(shape))
         if used > len(memory):

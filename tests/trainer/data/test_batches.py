@@ -13,10 +13,10 @@ import torch
 from pydantic import TypeAdapter
 
 from model.batch import Batch
-from shards.format.answers import load_answers
-from shards.format.build import BuildSettings, build
 from shards.dataset import Dataset, DatasetSpec, open_dataset
 from shards.errors import DataError
+from shards.format.answers import load_answers
+from shards.format.build import BuildSettings, build
 from shards.order.sampler import SamplerState
 from shards.order.settings import FamilyWeights, SamplerSettings
 from tests.conftest import small_records

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from shards.dataset import open_dataset
-from tests.trainer.data.test_batches import drawn
 from tests.shards.store.test_cache_limit import BATCH, ONE, PAIRS, SEED, SHARDS, put
+from tests.trainer.data.test_batches import drawn
 from trainer.config import LoaderSettings
 from trainer.data.loader import RankSlice, load_steps
 

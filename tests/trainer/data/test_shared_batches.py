@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from model.batch import Batch
-from shards.format.build import BuildSettings, build
 from shards.dataset import Dataset, open_dataset
+from shards.format.build import BuildSettings, build
 from shards.order.settings import SamplerSettings
 from tests.conftest import small_records
 from trainer.data.batch import BatchSettings, make_batch
