@@ -70,7 +70,7 @@ def test_twenty_epochs_leave_nothing_behind(remote: str, tmp_path: Path) -> None
         assert memory[-1] - memory[0] < 3 * MB
         # Batches under way, connections and locks come and go; over 17 epochs a leak adds up.
         assert sum(threads[-5:]) <= sum(threads[:5]) + 5
-        assert sum(files[-5:]) <= sum(files[:5]) + 5 * LoaderSettings().threads
+        assert sum(files[-5:]) <= sum(files[:5]) + 5 * LoaderSettings().fetch_threads
     process.join()
 
 
