@@ -33,7 +33,7 @@ def test_the_first_batch_fetches_its_window_and_no_more(
 
     def counted(*arguments: object) -> object:
         plans.append(1)
-        return real(*arguments)  # type: ignore[arg-type]
+        return real(*arguments)
 
     monkeypatch.setattr(Sampler, "plan", counted)
     steps = load_steps(

@@ -72,6 +72,6 @@ def test_a_record_of_another_shape_is_named(tmp_path: Path, make_records: MakeRe
         ({"boxes": record.boxes[:, :3]}, rf"boxes of shape \({n}, 3\)"),
     ):
         with pytest.raises(DataError, match=f"{record.image}.* has {message}"):
-            check_record(dataclasses.replace(record, **changes), schema)  # type: ignore[arg-type]
+            check_record(dataclasses.replace(record, **changes), schema)
     with pytest.raises(DataError, match="labels where others have none"):
         check_record(record, dataclasses.replace(schema, labels=False))

@@ -180,7 +180,7 @@ def test_the_manifest_round_trips_and_refuses_damage(data: Path) -> None:
         ),
         ({"shards": manifest.shards[:1]}, "not the sums"),
     ):
-        changed: Manifest = dataclasses.replace(manifest, **changes)  # type: ignore[arg-type]
+        changed: Manifest = dataclasses.replace(manifest, **changes)
         path.write_bytes(changed.to_json())
         refused(message)
     path.unlink()

@@ -217,7 +217,7 @@ def test_data_sets_mixed_by_weight_give_the_same_stream(mixed: Dataset) -> None:
         # Sentences of another image are of the pair's own data set.
         edge = int(mixed.dataset_pairs[1])
         for p in expected:
-            assert (p["pair"] < edge) == (p["sentence"] < edge)  # type: ignore[operator]
+            assert (p["pair"] < edge) == (p["sentence"] < edge)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
