@@ -163,8 +163,8 @@ class TrainSection(Section):
     validation_batch: int = Field(256, ge=1)
     init_from: str | None = None
     """Initial weights; by default from scratch. A Hugging Face folder of an LXMERT, or a released
-    .pth: every weight; a Hugging Face folder of a BERT: embeddings and language encoder. Read where
-    the run has no checkpoint yet, and not needed later."""
+    .pth: every weight; a Hugging Face folder of an LxmertModel: all but the heads; one of a BERT:
+    embeddings and language encoder. Read where the run has no checkpoint yet, not needed later."""
     init_fresh: tuple[str, ...] = ()
     """Parts of the model that keep their random weights although `init_from` is given, by the
     beginning of their parameters' names ("answer_head", "lxmert.embeddings.word_embeddings"). The
