@@ -11,7 +11,7 @@ class ModelConfig(BaseModel):
     With 9,500 answers it has 228,051,752 parameters.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     vocab_size: int = Field(30522, ge=1)
     num_answers: int = Field(9500, ge=1)

@@ -1,7 +1,8 @@
 """Weights and sizes from and to Hugging Face's Lxmert and the released LXMERT files.
 
 All share their parameter names but for prefixes: Hugging Face's trunk is `lxmert.`, the released
-one `bert.`, which `module.` may precede; the answer head of both is `answer_head.`.
+one `bert.`, which `module.` may precede; the answer head of both is `answer_head.`. A trunk saved
+without heads has no prefix.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ _HF_NAMES = {
 }
 # What every model here has, and another model's configuration may not.
 _FIXED = {"hidden_act": "gelu", "position_embedding_type": "absolute"}
+# What the names in a trunk without heads begin with.
+_TRUNK = ("embeddings.", "encoder.", "pooler.")
 # One parameter under two names: files may have either.
 _EMBEDDING = "lxmert.embeddings.word_embeddings.weight"
 _TIED = "cls.predictions.decoder.weight"
@@ -111,7 +114,9 @@ def read_lxmert(
     tied = weights.pop(_TIED, None)
     if tied is None or is_part(_TIED, fresh) or is_part(_EMBEDDING, fresh):
         return weights
-    if _EMBEDDING in weights and not torch.equal(tied, weights[_EMBEDDING]):
+    # NaN, which is not even equal to itself, is for the caller to see.
+    embedding = weights.get(_EMBEDDING, tied)
+    if not torch.equal(tied.nan_to_num(), embedding.nan_to_num()):
         raise ModelError(
             f"{path}: {_TIED} differs from {_EMBEDDING}; an LXMERT ties them: use another file"
         )
@@ -120,7 +125,7 @@ def read_lxmert(
 
 def _our_name(name: str) -> str | None:
     name = name.removeprefix("module.")
-    if name.startswith("bert."):
+    if name.startswith(("bert.", *_TRUNK)):
         name = "lxmert." + name.removeprefix("bert.")
     # A buffer of old versions.
     return None if name == "lxmert.embeddings.position_ids" else name
@@ -150,11 +155,40 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
     Nothing is unpickled but tensors. Raises ModelError naming the file when it cannot be read.
     """
-    path = Path(path)
-    if path.is_dir():
-        # Older folders have the weights as a pickle, of which only tensors are read.
-        names = ("model.safetensors", "pytorch_model.bin")
-        path = next((path / n for n in names if (path / n).is_file()), path / names[0])
+    weights: dict[str, Tensor] = {}
+    for file in _files_of(Path(path)):
+        weights |= _read_file(file)
+    return weights
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The files that hold the weights of a folder: one, or those that an index names."""
+    if not path.is_dir():
+        return [path]
+    # Older folders have the weights as a pickle, of which only tensors are read.
+    names = ("model.safetensors", "pytorch_model.bin")
+    for name in names:
+        if (path / name).is_file():
+            return [path / name]
+        if (path / f"{name}.index.json").is_file():
+            return _indexed(path / f"{name}.index.json")
+    return [path / names[0]]
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files beside an index, {"weight_map": {name of a weight: file}}, that it names."""
+    try:
+        files = set(json.loads(index.read_text())["weight_map"].values())
+        if not files or any(Path(file).name != file for file in files):
+            raise ValueError("its files must lie beside it")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(
+            f"{index} does not say which files hold the weights ({error}): copy it again"
+        ) from None
+    return [index.parent / file for file in sorted(files)]
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             weights = safetensors.torch.load_file(path)
@@ -165,8 +199,16 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             f"{path} does not exist: name a Hugging Face folder or a .pth file"
         ) from None
     except Exception as error:  # the readers raise whatever the bytes lead them to
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"{path} is not a file of weights: {first}") from None
+        why = str(error)
+        if isinstance(error, OSError):
+            why = f"{error.strerror}"
+        elif path.suffix != ".safetensors":
+            # torch's own words tell the user to unpickle it all the same.
+            why = (
+                "it is damaged, or holds more than tensors, which is not unpickled; name a file "
+                "that was saved of a model's state_dict"
+            )
+        raise ModelError(f"{path} is not a file of weights: {why}") from None
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise ModelError(f"{path} is not a dictionary of tensors: name a file of weights")
     return weights

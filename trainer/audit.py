@@ -8,6 +8,7 @@ manifest.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -65,14 +66,16 @@ def audit(
     step, steps = 0, 0
     worlds: list[int] = []
     total = generation.step
-    context: Any = None
-    for head, lines in read_segments(generation.run_url, generation.manifest.journal):
-        if context != (head.data, head.data_state):
-            context = (head.data, head.data_state)
+    journal = generation.manifest.journal
+    order: dict[str, Any] | None = None
+    newest = [head for head, _ in read_segments(generation.run_url, journal[-1:])]
+    for head, lines in read_segments(generation.run_url, journal):
+        if order != _order_of(head):
+            order = _order_of(head)
             if replay is not None:
                 out.lines.append(f"from step {step + 1}: another data state, by override")
                 _count_open_epochs(replay, out)
-            replay, state = _replay(head, data, cache), None
+            replay, state = _replay(head, data or _places(head, *newest), cache), None
         assert replay is not None
         if state is None and not step and head.start.consumed:
             out.problems.append(f"the journal begins at {head.start.consumed} pairs, not at 0")
@@ -109,7 +112,19 @@ def audit(
     return out
 
 
-def _replay(head: SegmentHead, places: list[str] | None, cache: str | None) -> _Replay:
+def _order_of(head: SegmentHead) -> dict[str, Any]:
+    """What of the data state decides which pairs come when: all but what is masked of them."""
+    return {k: v for k, v in head.data_state.items() if not k.startswith("objectives.")}
+
+
+def _places(head: SegmentHead, newest: SegmentHead) -> tuple[str, ...]:
+    """Where a segment's data sets are: where the run had them last, as they may have been moved, or
+    where the segment had them if the last are others."""
+    same = newest.data_state["manifest"] == head.data_state["manifest"]
+    return newest.data if same else head.data
+
+
+def _replay(head: SegmentHead, urls: Sequence[str], cache: str | None) -> _Replay:
     state = head.data_state
     if state["order"] != VERSION:
         raise ConfigError(
@@ -117,7 +132,6 @@ def _replay(head: SegmentHead, places: list[str] | None, cache: str | None) -> _
             "audit it with the version that trained it"
         )
     weights = state["data.weights"]
-    urls = places or head.data
     if len(urls) != len(weights):
         raise ConfigError(f"the run used {len(weights)} data sets: give --data as many URLs")
     data = open_dataset([DatasetSpec(u, w) for u, w in zip(urls, weights, strict=True)], cache)

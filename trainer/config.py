@@ -6,11 +6,23 @@ tree is stored with the run and in every checkpoint.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
 
 from model.config import ModelConfig
 from model.objectives import OBJECTIVES
@@ -24,7 +36,7 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -32,13 +44,23 @@ class RunSection(Section):
 
     name: str = "lxmert"
     """The same name resumes the run from its newest whole checkpoint."""
-    storage: str = "runs"
+    storage: str = Field("runs", min_length=1)
     """A folder or an s3:// URL that every worker can write."""
     tensorboard: str | None = None
     """Folder for TensorBoard events, written by rank 0; by default storage/name/tensorboard, or
     runs/name/tensorboard where the storage is remote (event files grow, objects cannot)."""
     seed: int = 9595
     """Of the initial weights, the order, the masks and dropout."""
+
+    @field_validator("name")
+    @classmethod
+    def _below_the_storage(cls, name: str) -> str:
+        if not name.isprintable() or any(p.strip() in ("", ".", "..") for p in name.split("/")):
+            raise ValueError(
+                f"{json.dumps(name)} is no folder under run.storage: give a name, or several with "
+                "/ between them, none of them empty, . or .."
+            )
+        return name
 
 
 class DatasetSection(Section):
@@ -64,8 +86,27 @@ class LoaderSettings(Section):
     """Downloads at once, ahead of need, per training worker."""
 
 
+# Tags of the forms of data.train; what begins so is not shown in the key of an error.
+_FORM = "form:"
+
+
+def _form(train: Any) -> str | None:
+    """Which form data.train has, so that errors are of that one alone; None: neither."""
+    if isinstance(train, str):
+        return f"{_FORM}one"
+    return f"{_FORM}list" if isinstance(train, list | tuple) else None
+
+
 class DataSection(LoaderSettings):
-    train: str | tuple[DatasetSection, ...]
+    train: Annotated[
+        Annotated[str, Tag(f"{_FORM}one")]
+        | Annotated[tuple[DatasetSection, ...], Tag(f"{_FORM}list")],
+        Discriminator(
+            _form,
+            custom_error_type="form",
+            custom_error_message="a folder or s3:// URL is expected, or a list of {url, weight}",
+        ),
+    ]
     """Folder or s3:// URL of a data set built by `lxscale shards build`; or a list of {url,
     weight}, to mix several. Each goes through its own epochs."""
     validation: str | None = None
@@ -131,11 +172,14 @@ class ObjectiveSection(WeightsSection):
         return LossSettings(self.label_scope, self.feature_loss)
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerSection(Section):
     name: Literal["adamw", "bert_adam"] = "adamw"
     """bert_adam: the original's Adam, without bias correction."""
     lr: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(1e-6, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     no_decay: tuple[str, ...] = ()
@@ -163,7 +207,8 @@ class TrainSection(Section):
     validation_batch: int = Field(256, ge=1)
     init_from: str | None = None
     """Initial weights; by default from scratch. A Hugging Face folder of an LXMERT, or a released
-    .pth: every weight; a Hugging Face folder of a BERT: embeddings and language encoder."""
+    .pth: every weight; a Hugging Face folder of an LxmertModel: all but the heads; one of a BERT:
+    embeddings and language encoder. Read where the run has no checkpoint yet, not needed later."""
     init_fresh: tuple[str, ...] = ()
     """Parts of the model that keep their random weights although `init_from` is given, by the
     beginning of their parameters' names ("answer_head", "lxmert.embeddings.word_embeddings"). The
@@ -235,29 +280,48 @@ def parse_config(tree: dict[str, Any], origin: str) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        lines = []
-        for e in error.errors():
-            key = ".".join(str(part) for part in e["loc"]) or "(top level)"
-            if e["type"] == "extra_forbidden":
-                lines.append(f"{key}: no such key")
-            else:
-                lines.append(f"{key}: {e['msg']}")
-        raise ConfigError(f"{origin}: " + "; ".join(lines)) from None
+        wrong = "; ".join(_in_words(e) for e in error.errors())
+        raise ConfigError(f"{origin}: {wrong}") from None
+
+
+def _in_words(error: ErrorDetails) -> str:
+    """One wrong key, what is expected there, and what there is if that can be shown."""
+    parts = [str(part) for part in error["loc"]]
+    key = ".".join(p for p in parts if not p.startswith(_FORM)) or "(top level)"
+    kind, value = error["type"], error["input"]
+    if kind == "extra_forbidden":
+        return f"{key}: no such key"
+    if kind == "missing":
+        return f"{key}: must be given"
+    if kind == "value_error":  # of a validator here, which says it all
+        return f"{key}: {error['msg'].removeprefix('Value error, ')}"
+    expected = {
+        "tuple_type": f"a list is expected, as in [{value if isinstance(value, str) else 'a, b'}]",
+        "model_type": "keys are expected, as in {key: value}",
+        "dict_type": "keys are expected, as in {key: value}",
+    }.get(kind, error["msg"].replace("Input should", "should"))
+    shown = value is None or isinstance(value, str | bool | int | float)
+    return f"{key}: {expected}" + (f" (it is {json.dumps(value)})" if shown else "")
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """Read a YAML file and apply overrides of the form `section.key=value` (value as YAML)."""
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        data = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    try:
+        tree = _parse_yaml(data.decode("utf-8-sig")) or {}
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path} is not UTF-8 text (line {line}): save it as UTF-8") from None
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of sections at the top level")
     for override in overrides:
-        key, eq, text = override.partition("=")
+        key, eq, value = override.partition("=")
         if not eq or not key:
             raise ConfigError(f"override {override!r}: write it as section.key=value")
         node = tree
@@ -267,8 +331,15 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             if not isinstance(node, dict):
                 raise ConfigError(f"override {override!r}: {parent} is not a section")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            node[last] = _parse_yaml(value)
+        except ValueError as error:
             raise ConfigError(f"override {override!r}: {error}") from None
-        node[last] = value
     return parse_config(tree, str(path))
+
+
+def _parse_yaml(text: str) -> Any:
+    """ValueError where it is not YAML, or has a value that cannot be, as a date of month 13."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None

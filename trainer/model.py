@@ -58,7 +58,8 @@ def load_initial_weights(
     rows: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Load the weights of another model: of an LXMERT (a Hugging Face folder, a .safetensors or a
-    released .pth) all that this model has, of a BERT (a Hugging Face folder) what it can give.
+    released .pth) all that this model has, of one without heads (a Hugging Face folder of an
+    LxmertModel) the trunk, of a BERT (a Hugging Face folder) what it can give.
 
     fresh: parts of the model, by the beginning of their parameters' names, that stay as they are;
     the file may lack them or have them in other sizes. rows: for a parameter, the row of the file's
@@ -81,9 +82,12 @@ def load_initial_weights(
     ready = {}
     for name in sorted(taken.keys() | given.keys() | rows.keys()):
         if name not in given:
+            hint = "is it an LXMERT with its pre-training heads?"
+            if not any("x_layers." in n for n in weights):
+                hint = "if it is a BERT, name its Hugging Face folder, with its config.json."
             raise ModelError(
-                f"{path} has no {name}: is it an LXMERT with its pre-training heads? What the file "
-                "need not have is named in train.init_fresh"
+                f"{path} has no {name}: {hint} What the file need not have is named in "
+                "train.init_fresh"
             )
         if name not in taken:
             raise ModelError(f"{path} has {name}, which an LXMERT of this configuration has not")
@@ -107,7 +111,8 @@ def _read(
             f"{Path(path) / 'config.json'} is not the configuration of an LXMERT or a BERT: "
             f"its model_type is {kind}"
         )
-    return read_lxmert(path, tree, config, fresh), None
+    trunk = tree.get("architectures") == ["LxmertModel"]
+    return read_lxmert(path, tree, config, fresh), ("lxmert",) if trunk else None
 
 
 def _fitted(
@@ -116,6 +121,12 @@ def _fitted(
     """The value that a parameter takes; ModelError where the file's does not fit."""
     if not theirs.is_floating_point():
         raise ModelError(f"{path}: {name} is {theirs.dtype}: weights are floats")
+    theirs = theirs.to(ours.dtype)
+    if not theirs.isfinite().all():
+        raise ModelError(
+            f"{path}: {name} has values that are not finite: use another file, or leave the part "
+            "fresh (train.init_fresh)"
+        )
     if rows is None:
         if theirs.shape != ours.shape:
             raise ModelError(
@@ -129,5 +140,5 @@ def _fitted(
             f"{len(rows)} rows cannot be taken from there"
         )
     out = ours.detach().clone()
-    out[rows >= 0] = theirs[rows[rows >= 0]].to(out.dtype)
+    out[rows >= 0] = theirs[rows[rows >= 0]]
     return out

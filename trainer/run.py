@@ -18,7 +18,7 @@ from shards.errors import DataError
 from shards.order.sampler import Sampler, SamplerState, Step
 from trainer import setup
 from trainer.checkpoint.attempts import claim_attempt
-from trainer.checkpoint.generations import Generation
+from trainer.checkpoint.generations import Generation, generations
 from trainer.checkpoint.journal import Journal, StepLine
 from trainer.checkpoint.restore import check_data_state, parameter_shapes, restore, set_masters
 from trainer.checkpoint.saver import Saver
@@ -95,10 +95,12 @@ def start(config: RunConfig) -> tuple[Run, TrainState]:
     validation = setup.open_validation_data(config, data)
     batch = setup.batch_settings(config, data)
     config = config.model_copy(update={"model": setup.resolve_model(config, data)})
-    engine, shapes = _engine(config)
+    # Rank 0 lists: all must try the same generations, whatever is committed or pruned meanwhile.
+    found = from_rank_0(lambda: list(generations(url)))
+    engine, shapes = _engine(config, new=not found)
     description = setup.describe(config, data, objectives, shapes)
 
-    generation = restore(engine, url, shapes)
+    generation = restore(engine, found, url, shapes)
     state = _position(generation, config, description.data_state, sampler)
     length = setup.run_length(config, data.manifest.pairs, state.step, state.consumed)
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -132,10 +134,12 @@ def start(config: RunConfig) -> tuple[Run, TrainState]:
     return run, state
 
 
-def _engine(config: RunConfig) -> tuple[Any, dict[str, list[int]]]:
-    """The engine with the initial weights, and the parameters' shapes."""
+def _engine(config: RunConfig, new: bool) -> tuple[Any, dict[str, list[int]]]:
+    """The engine with the initial weights, and the parameters' shapes. new: the run has no
+    checkpoint; one that has needs no initial weights, which may be gone by then."""
     train = config.train
-    model = build_model(config.model, config.run.seed, train.init_from, train.init_fresh)
+    source = (train.init_from, train.init_fresh) if new else (None, ())
+    model = build_model(config.model, config.run.seed, *source)
     bf16 = config.train.precision == "bf16"
     first = {n: p.detach().clone() for n, p in model.named_parameters()} if bf16 else {}
     shapes = parameter_shapes(model)

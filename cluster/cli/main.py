@@ -47,9 +47,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if name in argv:
             importlib.import_module(module).add_arguments(command)
     arguments, rest = parser.parse_known_args(argv)
-    # argparse gives a list of positionals no more once an option stood between.
-    if "overrides" in arguments and not any(r.startswith("-") for r in rest):
-        arguments.overrides += rest
+    # argparse gives a list of positionals no more once an option stood between, nor what follows
+    # on a "--", after which there are no options.
+    end = rest.index("--") if "--" in rest else len(rest)
+    if "overrides" in arguments and not any(r.startswith("-") for r in rest[:end]):
+        arguments.overrides += rest[:end] + rest[end + 1 :]
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return arguments

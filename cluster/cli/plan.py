@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from pydantic import ValidationError
 
 from shards.dataset import Dataset
 from shards.errors import DataError
@@ -30,9 +31,13 @@ def plan_report(
 
     Needs the tables only, no tar; a few numbers for each pair are in memory at one time.
     """
-    for name, values in (("--window", windows), ("--sentences-per-visit", visits)):
-        if min(values) < (0 if name == "--window" else 1):
-            raise DataError(f"{name} {min(values)} makes no sense: see --help")
+    for key, values in (("window", windows), ("sentences_per_visit", visits)):
+        for value in values:
+            try:
+                SamplerSettings.model_validate({key: value})
+            except ValidationError:
+                option = f"--{key.replace('_', '-')}"
+                raise DataError(f"{option} {value} makes no sense: see --help") from None
     if batch < 1:
         raise DataError(f"--batch {batch} makes no sense: give the pairs of a step")
     manifest = data.manifest

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class FamilyWeights(BaseModel):
     """`alternating` only: how many of the steps serve each family of objectives."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     masked: float = Field(1.0, ge=0)
     matching: float = Field(1.0, ge=0)
@@ -26,7 +26,7 @@ class FamilyWeights(BaseModel):
 class SamplerSettings(BaseModel):
     """Every setting that changes the order, beside the run's seed; all are in the data state."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     mode: Literal["natural", "balanced", "alternating"] = "natural"
     """natural: pairs as they come; balanced: exact shares of questions and of mismatched pairs;
@@ -42,7 +42,7 @@ class SamplerSettings(BaseModel):
     source_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
     """How often pairs of a source set come: {vqa: 2} twice as often as the others."""
     families: FamilyWeights = FamilyWeights()
-    sentences_per_visit: int = Field(1, ge=1)
+    sentences_per_visit: int = Field(1, ge=1, lt=2**31)
     """Neighbouring pairs, most of one image, that come together: fewer features to read and send,
     less of a shuffle (`lxscale shards plan` says how much)."""
     last_batch: Literal["wrap", "short"] = "wrap"

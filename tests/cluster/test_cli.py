@@ -52,7 +52,16 @@ def test_overrides_may_come_after_options() -> None:
     for line in ("train a.yaml --ray-address x b.c=1", "train --ray-address x a.yaml b.c=1"):
         assert parse(line.split()).overrides == ["b.c=1"]
     assert parse(["demo", "--full", "b.c=1"]).overrides == ["b.c=1"]
-    for line in ("train a.yaml --ray-address x --wrong", "export a --out b c"):
+    for line in ("train a.yaml -- b.c=1", "train a.yaml --ray-address x -- b.c=1"):
+        assert parse(line.split()).overrides == ["b.c=1"]
+    line = "train a.yaml d=1 --ray-address x e=2 -- b.c=1 f=-3"
+    assert parse(line.split()).overrides == ["d=1", "e=2", "b.c=1", "f=-3"]
+    for line in (
+        "train a.yaml --ray-address x --wrong",
+        "train a.yaml --wrong -- b.c=1",
+        "export a --out b c",
+        "export a --out b -- c",
+    ):
         with pytest.raises(SystemExit):
             parse(line.split())
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from model.errors import ModelError
@@ -25,6 +30,50 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ModelError, match=r"config\.json"):
             read_config(tmp_path)
+
+
+def test_torchs_advice_is_not_passed_on(tmp_path: Path) -> None:
+    """To unpickle all the same is what nobody should do."""
+    path = tmp_path / "w.bin"
+    torch.save({"a": torch.zeros(2), "args": argparse.Namespace(lr=1)}, path)
+    whole = path.read_bytes()
+    pointer = b"version https://git-lfs.github.com/spec/v1\n"
+    for data in (whole, whole[:300], pickle.dumps({"a": Path("b")}, 2), pointer, b"hello", b""):
+        path.write_bytes(data)
+        with pytest.raises(ModelError, match=r"w\.bin is not a file of weights: .*state_dict") as e:
+            read_tensors(path)
+        assert "weights_only" not in str(e.value) and "trust" not in str(e.value)
+
+
+def sharded(folder: Path, kind: str) -> Path:
+    """A folder with two tensors, in a file each."""
+    write: Any = torch.save if kind.endswith(".bin") else safetensors.torch.save_file
+    files = [f"{i}-of-2.{kind.rsplit('.', 1)[1]}" for i in (1, 2)]
+    for i, (name, file) in enumerate(zip("ab", files, strict=True)):
+        write({name: torch.full((2,), float(i))}, folder / file)
+    weight_map = dict(zip("ab", files, strict=True))
+    (folder / f"{kind}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_in_several_files_are_read(tmp_path: Path, kind: str) -> None:
+    found = read_tensors(sharded(tmp_path, kind))
+    assert {k: w.tolist() for k, w in found.items()} == {"a": [0.0, 0.0], "b": [1.0, 1.0]}
+    file = next(tmp_path.glob("2-of-2.*"))
+    file.unlink()
+    with pytest.raises(ModelError, match=f"{file.name} does not exist"):
+        read_tensors(tmp_path)
+    for text in (
+        "{}",
+        "[]",
+        "hello",
+        '{"weight_map": {"a": "../w.bin"}}',
+        '{"weight_map": {"a": 1}}',
+    ):
+        (tmp_path / f"{kind}.index.json").write_text(text)
+        with pytest.raises(ModelError, match=r"index\.json"):
+            read_tensors(tmp_path)
 
 
 def test_a_pickle_that_runs_code_is_not_run(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +70,43 @@ def test_every_mode_is_proved(folder: Path, sampler: dict[str, Any]) -> None:
     run = trained(folder, name, (1,), train={"steps": 14}, sampler=sampler)
     found = audit(str(run), cache=str(folder / "cache"))
     assert found.problems == [] and any("whole epochs" in line for line in found.lines)
+
+
+def test_a_data_set_that_was_moved_is_the_same(folder: Path, tmp_path: Path) -> None:
+    """Within an epoch, twice, and the places before are gone."""
+    shutil.copytree(folder / "set", tmp_path / "set-0")
+    for i, end in enumerate((3, 7, None)):
+        tree = config_tree(tmp_path / f"set-{i}", tmp_path, "run", model=OFF, train={"steps": 14})
+        assert not run_ranks(1, [(tree, end, False)])
+        shutil.move(tmp_path / f"set-{i}", tmp_path / f"set-{i + 1}")
+    places = [str(tmp_path / "set-3")]
+    found = audit(str(tmp_path / "run"), places, str(tmp_path / "cache"))
+    assert found.problems == []
+    (stream,) = (line for line in found.lines if line.startswith("stream all"))
+    pairs = json.loads((tmp_path / "set-3" / "manifest.json").read_text())["counts"]["pairs"]
+    assert f"{14 * 13 // pairs} whole epochs" in stream
+    assert not any("another data state" in line for line in found.lines)
+    # Without --data they are looked for where the run had them last.
+    shutil.move(tmp_path / "set-3", tmp_path / "set-2")
+    assert audit(str(tmp_path / "run"), cache=str(tmp_path / "cache")).lines == found.lines
+
+
+def test_another_order_by_override_is_said(folder: Path, tmp_path: Path) -> None:
+    def tree(**sections: Any) -> dict[str, Any]:
+        override = {"override_data_state": True}
+        return config_tree(
+            folder / "set", tmp_path, "run", model=OFF, checkpoint=override, **sections
+        )
+
+    cache = str(tmp_path / "cache")
+    assert not run_ranks(1, [(tree(), 3, False)])
+    # What is masked is no part of the order.
+    assert not run_ranks(1, [(tree(objectives={"token_mask": 0.2}), 4, False)])
+    found = audit(str(tmp_path / "run"), cache=cache)
+    assert found.problems == [] and "another data state" not in "".join(found.lines)
+    assert not run_ranks(1, [(tree(sampler={"window": 1}), None, False)])
+    found = audit(str(tmp_path / "run"), cache=cache)
+    assert any("from step 8: another data state, by override" in line for line in found.lines)
 
 
 def changed(run: Path, tmp_path: Path, change: Callable[[list[dict[str, Any]]], None]) -> str:

@@ -11,7 +11,7 @@ import pytest
 from model.objectives import OBJECTIVES
 from trainer.config import ConfigError, load_config, parse_config, weights_section
 from trainer.data.loader import bounds
-from trainer.setup import run_length
+from trainer.setup import run_length, run_url
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 MINIMAL = "data: {train: d}\ntrain: {steps: 5}\n"
@@ -51,6 +51,40 @@ def test_the_base_recipe_is_the_papers() -> None:
         ("nonsense", r"write it as section\.key=value"),
         ("run.name.first=x", r"name is not a section"),
         ("run.name=[", r"override 'run\.name=\['"),
+        ("run.name=2020-99-99", r"override 'run\.name=2020-99-99'"),
+        # In plain words: what is expected, and what there is.
+        (
+            "data.train=3",
+            r"data\.train: a folder or s3:// URL .* list of \{url, weight\}.*\(it is 3\)$",
+        ),
+        ("data.train=[3]", r"data\.train\.0: .*\{key: value.*\(it is 3\)$"),
+        ("data.train=[{url: a, wait: 3}]", r"yaml: data\.train\.0\.wait: no such key$"),
+        ("data.train=[{weight: 3}]", r"yaml: data\.train\.0\.url: must be given$"),
+        ("data.train=[]", r"data: data\.train lists no data set"),
+        ("train.init_fresh=answer_head", r"train\.init_fresh: a list .*\[answer_head\]"),
+        ("optimizer.no_decay=bias", r"optimizer\.no_decay: a list .*\[bias\]"),
+        ("optimizer=null", r"optimizer: .*\{key: value.*\(it is null\)$"),
+        ("sampler.source_weights=3", r"sampler\.source_weights: .*\{key: value.*\(it is 3\)$"),
+        ("checkpoint.every=x", r'checkpoint\.every: .*integer.*\(it is "x"\)$'),
+        # No number, or none that can be worked with.
+        ("objectives.qa=.inf", r"objectives\.qa: .*finite"),
+        ("objectives.qa=.nan", r"objectives\.qa: .*finite"),
+        ("optimizer.lr=.inf", r"optimizer\.lr: .*finite"),
+        ("optimizer.clip_norm=.inf", r"optimizer\.clip_norm: .*finite"),
+        ("optimizer.betas=[0.9, .nan]", r"optimizer\.betas\.1: .*finite"),
+        ("optimizer.betas=[0.9, 1]", r"optimizer\.betas\.1: .*less than 1"),
+        ("optimizer.betas=[-0.1, 0.9]", r"optimizer\.betas\.0: .*greater than or equal to 0"),
+        ("data.train=[{url: a, weight: .inf}]", r"data\.train\.0\.weight: .*finite"),
+        ("data.cache_limit_gb=.inf", r"data\.cache_limit_gb: .*finite"),
+        ("sampler.families.qa=.inf", r"sampler\.families\.qa: .*finite"),
+        ("sampler.source_weights={vqa: .inf}", r"sampler\.source_weights\.vqa: .*finite"),
+        (f"sampler.sentences_per_visit={2**63}", r"sampler\.sentences_per_visit: .*less than"),
+        ("model.initializer_range=.inf", r"model\.initializer_range: .*finite"),
+        ("run.storage=''", r"run\.storage: .*at least 1"),
+        *(
+            (f"run.name={name}", r"run\.name: .*folder under run\.storage.*")
+            for name in ("''", "' '", ".", "..", "../x", "a/../../b", "/a", "a/", '"a\\0"')
+        ),
     ],
 )
 def test_a_wrong_override_is_named(tmp_path: Path, override: str, message: str) -> None:
@@ -82,14 +116,32 @@ def test_every_objective_has_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     assert section.model_dump() == {**weights, "another": 2.0}
 
 
-@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "train: {steps: 5}\n"])
-def test_a_wrong_file_is_named(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [b"a: [", b"- 1\n- 2\n", b"train: {steps: 5}\n", b"run: {name: 2020-99-99}\n", b"1: 2\n"],
+)
+def test_a_wrong_file_is_named(tmp_path: Path, text: bytes) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(text)
+    path.write_bytes(text)
     with pytest.raises(ConfigError, match=r"run\.yaml"):
         load_config(path)
     with pytest.raises(ConfigError, match=r"absent\.yaml"):
         load_config(tmp_path / "absent.yaml")
+
+
+def test_a_file_is_utf_8(tmp_path: Path) -> None:
+    path, text = tmp_path / "run.yaml", "run: {name: größer}\n" + MINIMAL
+    for coding in ("utf-8", "utf-8-sig"):
+        path.write_text(text, encoding=coding)
+        assert load_config(path).run.name == "größer"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(ConfigError, match=r"run\.yaml is not UTF-8.*line 1"):
+        load_config(path)
+
+
+def test_a_run_may_lie_deeper_under_its_storage() -> None:
+    tree = {"run": {"name": "a/b"}, "data": {"train": "d"}, "train": {"steps": 1}}
+    assert run_url(parse_config(tree, "test")) == "runs/a/b"
 
 
 def test_the_length_of_a_run_counts_pairs_not_rounds() -> None:

@@ -60,12 +60,15 @@ def test_hugging_face_loads_what_we_write(tmp_path: Path) -> None:
     close(ours.pooled, hidden.pooled_output)
 
 
-def test_what_hugging_face_saves_comes_back_equal(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", ["5GB", "20KB"])
+def test_what_hugging_face_saves_comes_back_equal(tmp_path: Path, size: str) -> None:
+    """In one file or in several."""
     model = make_model()
     (tmp_path / "ours").mkdir()
     write_model(tmp_path / "ours", model)
     theirs = transformers.LxmertForPreTraining.from_pretrained(tmp_path / "ours")
-    theirs.save_pretrained(tmp_path / "theirs")
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=size)
+    assert (len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1) == (size == "20KB")
     tree = json.loads((tmp_path / "theirs" / "config.json").read_text())
     assert config_to_huggingface(CONFIG).items() <= tree.items()
     equal(build_model(CONFIG, 9, tmp_path / "theirs"), model)
@@ -138,6 +141,32 @@ def test_a_configuration_that_does_not_fit_is_named(
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ModelError, match=rf"config\.json: .*{message}"):
         build_model(CONFIG, 0, tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, wrong: float) -> None:
+    for name in (f"{ANSWERS}.bias", EMBEDDING):
+        weights = {k: v.detach().clone() for k, v in make_model().state_dict().items()}
+        weights[name].view(-1)[-1] = wrong
+        if name == EMBEDDING:
+            weights[DECODER] = weights[name]
+        path = saved(tmp_path / "w.safetensors", weights)
+        with pytest.raises(ModelError, match=rf"w\.safetensors: {name} has .*not finite"):
+            build_model(CONFIG, 9, path)
+        # What is not taken does not matter.
+        if name != EMBEDDING:
+            build_model(CONFIG, 9, path, fresh=["answer_head"])
+
+
+def test_a_trunk_alone_gives_the_trunk(tmp_path: Path) -> None:
+    """As AutoModel's save_pretrained writes what we export: names without a prefix."""
+    model = make_model()
+    write_model(tmp_path, model)
+    transformers.AutoModel.from_pretrained(tmp_path).save_pretrained(tmp_path / "trunk")
+    found, random = build_model(CONFIG, 9, tmp_path / "trunk"), build_model(CONFIG, 9)
+    for name, p in found.named_parameters():
+        expected = model if name.startswith("lxmert.") else random
+        assert torch.equal(p, expected.get_parameter(name)), name
 
 
 # --- a part of them -----------------------------------------------------------------------------
@@ -252,6 +281,15 @@ def test_an_old_bert_loads(tmp_path: Path) -> None:
     old["bert.embeddings.position_ids"] = torch.arange(16)
     torch.save(old, tmp_path / "pytorch_model.bin")
     from_bert(build_model(CONFIG, 9, tmp_path), theirs)
+
+
+@pytest.mark.parametrize("kind", [transformers.BertModel, transformers.BertForPreTraining])
+def test_a_bert_without_its_configuration_is_named(tmp_path: Path, kind: Any) -> None:
+    bert(kind).save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(ModelError, match=r"BERT.*config\.json"):
+            build_model(CONFIG, 9, path)
 
 
 @pytest.mark.parametrize(

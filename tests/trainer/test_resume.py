@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.conftest import small_records
 from tests.ranks import config_tree, run_ranks, step_record
 from trainer.checkpoint.format import KINDS, Span
 from trainer.checkpoint.generations import Generation, find_generation, read_fragments
+from trainer.export import export_huggingface
 
 CASES = [(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
 
@@ -123,6 +125,27 @@ def test_a_finished_run_has_nothing_left_to_do(data: Path, tmp_path: Path) -> No
     tree = config_tree(data, tmp_path, "run")
     assert not run_ranks(1, [(tree, None, False), (tree, None, False)])
     assert len(list((tmp_path / "run" / "checkpoints").glob("*.json"))) == 3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_initial_weights_may_be_gone_once_there_is_a_checkpoint(
+    data: Path, tmp_path: Path, precision: str
+) -> None:
+    first, weights = config_tree(data, tmp_path, "first"), tmp_path / "weights"
+    assert not run_ranks(1, [(first, 1, False)])
+    export_huggingface(str(tmp_path / "first"), weights)
+
+    def tree(name: str) -> dict[str, Any]:
+        train = {"init_from": str(weights), "precision": precision}
+        return config_tree(data, tmp_path, name, train=train)
+
+    assert not run_ranks(2, [(tree("whole"), None, False), (tree("run"), 3, False)])
+    shutil.rmtree(weights)
+    assert not run_ranks(2, [(tree("run"), None, False)])
+    assert_bitwise(tmp_path / "whole", tmp_path / "run")
+    # A run without a checkpoint needs them as ever.
+    (error,) = run_ranks(1, [(tree("another"), None, False)])
+    assert error.startswith("ModelError") and "weights" in error
 
 
 def test_a_damaged_generation_is_passed_over_and_none_whole_is_an_error(

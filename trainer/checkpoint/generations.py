@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -106,8 +107,11 @@ def find_generation(path: str) -> Generation:
     Raises CheckpointError when there is none, or the one that is named is damaged.
     """
     if path.endswith(".json"):
-        run_url, inside, name = path.rpartition("/checkpoints/")
-        if not inside:
+        # A relative path may begin below the run's folder.
+        local = objects.local_path(path)
+        folder, _, name = (os.path.abspath(local) if local else path).rpartition("/")
+        run_url = folder.removesuffix("/checkpoints")
+        if run_url == folder:
             raise CheckpointError(f"{path} is not in a run's folder")
         return _read_generation(run_url, name)
     problems = []

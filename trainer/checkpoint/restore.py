@@ -6,6 +6,7 @@ What must agree for that is checked here, too: the model's shapes and the data s
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,26 +14,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.checkpoint.errors import CheckpointError
-from trainer.checkpoint.generations import Generation, generations, read_fragments
+from trainer.checkpoint.generations import Generation, read_fragments
 from trainer.checkpoint.zero_state import list_fragments, refresh_weights, write
 from trainer.config import ConfigError
 
 log = logging.getLogger("lxscale")
 
 
-def restore(engine: Any, run_url: str, shapes: dict[str, list[int]]) -> Generation | None:
+def restore(
+    engine: Any, found: Sequence[Generation | str], run_url: str, shapes: dict[str, list[int]]
+) -> Generation | None:
     """Load the newest whole generation into the engine; None when the run has none yet.
 
-    A damaged generation is passed over with a warning. Raises CheckpointError when generations
-    exist but none is whole, or when they belong to another model.
+    found: the run's generations, newest first, the same on every rank. A damaged one is passed over
+    with a warning. Raises CheckpointError when there are some but none is whole, or when they
+    belong to another model.
     """
-    # Rank 0 lists: all must try the same generations, whatever is committed or pruned meanwhile.
-    found: list[list[Generation | str]] = [[]]
-    if dist.get_rank() == 0:
-        found = [list(generations(run_url))]
-    dist.broadcast_object_list(found, src=0)
     problems = []
-    for candidate in found[0]:
+    for candidate in found:
         if isinstance(candidate, Generation):
             problem = _load(engine, candidate, shapes)
             if not problem:

@@ -156,6 +156,7 @@ def test_the_planner_prints_what_a_choice_costs(
     images = {(row[0], row[1]): float(row[2]) for row in table[2:]}
     assert images["all", "3"] < images["all", "1"] and images["2", "3"] < images["2", "1"]
     assert images["2", "1"] <= 10  # of two shards
-    for wrong in (["--batch", "0"], ["--window", "-1"], ["--sentences-per-visit", "0"]):
+    visits = (["--sentences-per-visit", visit] for visit in ("0", str(2**63)))
+    for wrong in (["--batch", "0"], ["--window", "-1"], *visits):
         assert main([*run, *wrong]) == 2
         assert f"{wrong[0]} {wrong[1]} makes no sense" in capsys.readouterr().err

@@ -198,6 +198,29 @@ def test_a_missing_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
         find_generation("stray.json")
 
 
+def test_a_manifest_may_be_named_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "runs" / "run"
+    save(str(run), claim_attempt(str(run)), 1, 1.0)
+    name = find_generation(str(run)).name
+    for place, given in (
+        (tmp_path, f"runs/run/checkpoints/{name}"),
+        (run, f"checkpoints/{name}"),
+        (run, f"./checkpoints/{name}"),
+        (run / "checkpoints", name),
+        (run / "checkpoints" / "objects", f"../{name}"),
+        (tmp_path, f"file://{run}/checkpoints/{name}"),
+    ):
+        monkeypatch.chdir(place)
+        generation = find_generation(given)
+        assert generation.step == 1 and load_weights(generation)
+    (tmp_path / "checkpoints" / "other").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "checkpoints" / "other")
+    with pytest.raises(CheckpointError, match=r"stray\.json is not in a run's folder"):
+        find_generation("stray.json")
+
+
 def test_keeping_removes_the_oldest_with_their_objects(tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     attempt = claim_attempt(run)
