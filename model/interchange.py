@@ -201,7 +201,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # the readers raise whatever the bytes lead them to
         why = str(error)
         if isinstance(error, OSError):
-            why = f"{error.strerror}"
+            why = error.strerror or why
         elif path.suffix != ".safetensors":
             # torch's own words tell the user to unpickle it all the same.
             why = (
