@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from cluster.cli import audit
-from cluster.cli.common import add_cache, verdict
+from cluster.cli.common import add_cache, out_place, verdict
 from cluster.cli.plan import plan_report
 from cluster.cli.progress import shown_progress
 from shards.dataset import DatasetSpec, open_dataset
@@ -49,7 +49,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
 
 def _add_build_arguments(parser: argparse.ArgumentParser, extractor: str) -> None:
     add = parser.add_argument
-    add("--out", required=True, metavar="URL", help="folder or s3:// prefix")
+    add("--out", type=out_place, required=True, metavar="URL", help="folder or s3:// prefix")
     add("--answers", type=Path, metavar="JSON", help="answer table (default: from the data)")
     add("--min-answer-count", type=int, default=1, help="sentences that an answer needs for it")
     vocab = parser.add_mutually_exclusive_group().add_argument
@@ -70,9 +70,8 @@ def _add_build_arguments(parser: argparse.ArgumentParser, extractor: str) -> Non
 
 def _build(source: Source, args: argparse.Namespace) -> int:
     report = Report()
-    out = args.out.rstrip("/")
     settings = BuildSettings(
-        name=args.name or out.rpartition("/")[2] or "data",
+        name=args.name or args.out.rpartition("/")[2],
         extractor=args.extractor,
         vocab=pretrained_vocab(args.tokenizer) if args.tokenizer else args.vocab,
         vocab_size=args.vocab_size,
@@ -86,10 +85,10 @@ def _build(source: Source, args: argparse.Namespace) -> int:
     )
     with shown_progress(args.quiet) as progress:
         records = source.read(args, report, progress)
-        build(records, out, settings, staging=args.staging, report=report, progress=progress)
+        build(records, args.out, settings, staging=args.staging, report=report, progress=progress)
     for line in report.lines():
         print(f"left out: {line}", file=sys.stderr, flush=True)
-    print(info(out))
+    print(info(args.out))
     return 0
 
 

@@ -105,18 +105,14 @@ def build(
         raise DataError(
             f"there is a data set at {out}: choose another place, or replace it with --overwrite"
         )
-    try:
-        with staging_folder(out, staging) as folder:
-            job = _Job(folder, settings, report or Report(), progress)
-            shards, schema = _write_tars(job, records)
-            manifest = _write_rest(job, shards, schema, list(tokens or _train(job, shards)))
-            (folder / MANIFEST).write_bytes(manifest.to_json())
-            if not settings.overwrite and objects.exists(manifest_url):
-                raise DataError(f"another build has finished at {out} meanwhile: this one stops")
-            publish(folder, out, [*_files(manifest), MANIFEST], SHARD_FILE, progress)
-    except OSError as error:
-        place = error.filename or out
-        raise DataError(f"cannot write {place}: {error.strerror or error}") from error
+    with staging_folder(out, staging) as folder:
+        job = _Job(folder, settings, report or Report(), progress)
+        shards, schema = _write_tars(job, records)
+        manifest = _write_rest(job, shards, schema, list(tokens or _train(job, shards)))
+        (folder / MANIFEST).write_bytes(manifest.to_json())
+        if not settings.overwrite and objects.exists(manifest_url):
+            raise DataError(f"another build has finished at {out} meanwhile: this one stops")
+        publish(folder, out, [*_files(manifest), MANIFEST], SHARD_FILE, progress)
     return manifest
 
 

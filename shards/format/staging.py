@@ -6,24 +6,33 @@ import contextlib
 import os
 import re
 import tempfile
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from pathlib import Path
 
+from shards.errors import DataError
 from shards.progress import Progress
 from shards.store import objects
 from shards.store.atomic import flush
 from shards.store.folders import owned_folder
 
 
-def staging_folder(out: str, staging: str | Path | None = None) -> AbstractContextManager[Path]:
+@contextlib.contextmanager
+def staging_folder(out: str, staging: str | Path | None = None) -> Iterator[Path]:
     """A folder for a build to `out`, removed at the end of the block, or by a later build if this
-    one is killed.
+    one is killed. An OSError in the block becomes a DataError that names the place.
 
     For a local `out` it lies inside, so that publishing is renaming. Else it lies in `staging` or
     the temporary folder.
     """
     parent = objects.local_path(out) or Path(staging or tempfile.gettempdir())
-    return owned_folder(parent, ".building-")
+    try:
+        with owned_folder(parent, ".building-") as folder:
+            yield folder
+    except OSError as error:
+        raise DataError(
+            f"cannot write {error.filename or parent}: {error.strerror or error}: give a folder "
+            "with room that you may write to"
+        ) from error
 
 
 def publish(
@@ -35,11 +44,18 @@ def publish(
     `owned` but are not in `names` go too. When it fails, what it has brought is removed again.
     """
     commit = names[-1]
+    target = objects.local_path(out)
+    if target is not None:
+        for name in names:
+            if (target / name).is_dir():
+                raise DataError(
+                    f"{target / name} is a folder where a file is to be written: remove it, or "
+                    "choose another place"
+                )
     objects.delete(objects.join(out, commit))
     for name in objects.list_names(out):
         if owned.fullmatch(name) and name not in names:
             objects.delete(objects.join(out, name))
-    target = objects.local_path(out)
     done: list[str] = []
     try:
         for name in names:

@@ -57,6 +57,24 @@ def test_overrides_may_come_after_options() -> None:
             parse(line.split())
 
 
+@pytest.mark.parametrize(
+    "out", ["", " ", "/", "//", "s3:", "s3://", "s3:///x", "s3:/b/x", "file:///"]
+)
+@pytest.mark.parametrize("command", ["shards build images --images x --sentences y", "export x"])
+def test_an_output_that_is_no_place_is_refused(
+    command: str, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse([*command.split(), "--out", out])
+    assert end.value.code == 2
+    assert f"argument --out: {out!r}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_output_may_end_in_slashes() -> None:
+    for out, place in (("a/b//", "a/b"), ("/a", "/a"), ("s3://b/", "s3://b"), (".", ".")):
+        assert parse(["export", "x", "--out", out]).out == place
+
+
 def test_an_error_of_the_users_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["shards", "info", "/nowhere/at/all"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
