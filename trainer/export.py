@@ -87,7 +87,8 @@ def export_huggingface(path: str, out: str | Path) -> Generation:
         write_model(folder, model)
         write_tokenizer(folder, vocab, _max_tokens(config))
         names = {p.name for p in folder.iterdir()} - {"lock", _CONFIG}
-        publish(folder, str(out), [*sorted(names), _CONFIG], _NOTHING, no_progress)
+        files = [*sorted(names), _CONFIG]
+        publish(folder, str(out), files, _NOTHING, no_progress, overwrite=True)
     return generation
 
 

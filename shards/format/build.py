@@ -100,8 +100,7 @@ def build(
     tokens = settings.vocab
     if isinstance(tokens, Path):
         tokens = load_vocab(tokens)
-    manifest_url = objects.join(out, MANIFEST)
-    if not settings.overwrite and objects.exists(manifest_url):
+    if not settings.overwrite and objects.exists(objects.join(out, MANIFEST)):
         raise DataError(
             f"there is a data set at {out}: choose another place, or replace it with --overwrite"
         )
@@ -110,9 +109,8 @@ def build(
         shards, schema = _write_tars(job, records)
         manifest = _write_rest(job, shards, schema, list(tokens or _train(job, shards)))
         (folder / MANIFEST).write_bytes(manifest.to_json())
-        if not settings.overwrite and objects.exists(manifest_url):
-            raise DataError(f"another build has finished at {out} meanwhile: this one stops")
-        publish(folder, out, [*_files(manifest), MANIFEST], SHARD_FILE, progress)
+        files = [*_files(manifest), MANIFEST]
+        publish(folder, out, files, SHARD_FILE, progress, settings.overwrite)
     return manifest
 
 

@@ -14,6 +14,9 @@ from shards.progress import Progress
 from shards.store import objects
 from shards.store.atomic import flush
 from shards.store.folders import owned_folder
+from shards.store.locks import alone
+
+_LOCK = ".publishing"  # a file in a local output while one process publishes there
 
 
 @contextlib.contextmanager
@@ -36,22 +39,42 @@ def staging_folder(out: str, staging: str | Path | None = None) -> Iterator[Path
 
 
 def publish(
-    folder: Path, out: str, names: list[str], owned: re.Pattern[str], progress: Progress
+    folder: Path,
+    out: str,
+    names: list[str],
+    owned: re.Pattern[str],
+    progress: Progress,
+    overwrite: bool,
 ) -> None:
     """Bring the staged files to `out`; the last of `names` is the commit point.
 
-    An earlier commit point is removed before anything else changes, and files whose names match
-    `owned` but are not in `names` go too. When it fails, what it has brought is removed again.
+    An earlier commit point is removed before anything else changes (without `overwrite`, it is an
+    error, and all stays as it is), and files whose names match `owned` but are not in `names` go
+    too. When it fails, what it has brought is removed again.
+
+    At a local `out` this is done by one process at a time. On object storage two that publish at
+    once to one place are not told apart.
     """
-    commit = names[-1]
     target = objects.local_path(out)
-    if target is not None:
+    with alone(target / _LOCK) if target else contextlib.nullcontext():
+        if not overwrite and objects.exists(objects.join(out, names[-1])):
+            raise DataError(
+                f"another build has finished at {out} meanwhile: this one stops; choose another "
+                "place, or replace it with --overwrite"
+            )
         for name in names:
-            if (target / name).is_dir():
+            if target and (target / name).is_dir():
                 raise DataError(
                     f"{target / name} is a folder where a file is to be written: remove it, or "
                     "choose another place"
                 )
+        _publish(folder, out, names, owned, progress)
+
+
+def _publish(
+    folder: Path, out: str, names: list[str], owned: re.Pattern[str], progress: Progress
+) -> None:
+    commit, target = names[-1], objects.local_path(out)
     objects.delete(objects.join(out, commit))
     for name in objects.list_names(out):
         if owned.fullmatch(name) and name not in names:
