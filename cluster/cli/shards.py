@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from functools import partial
 from pathlib import Path
 
 from cluster.cli import audit
 from cluster.cli.common import add_cache, out_place, verdict
 from cluster.cli.plan import plan_report
-from cluster.cli.progress import shown_progress
+from cluster.cli.progress import say, shown_progress
 from shards.dataset import DatasetSpec, open_dataset
 from shards.format.answers import load_answers
 from shards.format.build import BuildSettings, build
@@ -83,11 +82,19 @@ def _build(source: Source, args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         skip_bad=args.skip_bad,
     )
-    with shown_progress(args.quiet) as progress:
-        records = source.read(args, report, progress)
-        build(records, args.out, settings, staging=args.staging, report=report, progress=progress)
-    for line in report.lines():
-        print(f"left out: {line}", file=sys.stderr, flush=True)
+    try:
+        with shown_progress(args.quiet) as progress:
+            build(
+                source.read(args, report, progress),
+                args.out,
+                settings,
+                staging=args.staging,
+                report=report,
+                progress=progress,
+            )
+    finally:  # of a build that fails, too: what was left out may be why
+        for line in report.lines():
+            say(f"left out: {line}")
     print(info(args.out))
     return 0
 
