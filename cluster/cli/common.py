@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 
 CHECKPOINT = "a run's folder or URL, or a checkpoint's manifest"
@@ -16,6 +17,24 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     """Arguments of commands that run workers."""
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--ray-address", help="join this Ray cluster (default: a local one)")
+
+
+def positive(text: str) -> float:
+    """The type of a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return value
+
+
+def at_least_one(text: str) -> int:
+    """The type of a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
 
 
 def out_place(text: str) -> str:

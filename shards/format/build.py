@@ -117,13 +117,17 @@ def build(
 def _check_settings(settings: BuildSettings) -> None:
     if settings.max_tokens < 3:
         raise DataError(f"max_tokens is {settings.max_tokens}: there is no room for a word")
-    if min(settings.shard_bytes, settings.images_per_shard or 1) < 1:
-        raise DataError("shard_bytes and images_per_shard have to be at least 1")
-    for name in (settings.name, settings.extractor):
+    for name, value in (
+        ("shard_bytes", settings.shard_bytes),
+        ("images_per_shard", settings.images_per_shard),
+    ):
+        if value is not None and value < 1:
+            raise DataError(f"{name} is {value}: give at least 1")
+    for given in (settings.name, settings.extractor):
         try:
-            name.encode()
+            given.encode()
         except UnicodeEncodeError:
-            raise DataError(f"the name {name!a:.80} is not valid Unicode: give another") from None
+            raise DataError(f"the name {given!a:.80} is not valid Unicode: give another") from None
 
 
 def _files(manifest: Manifest) -> list[str]:
@@ -230,10 +234,10 @@ def _checked(
             check_record(record, schema)
             key, text = record_key(record.image), _json(record)
             if key in keys:
-                raise DataError(f"image {record.image!r:.120} comes twice")
+                raise DataError(f"image {record.image!r:.120} comes twice: name its sources once")
         except DataError as error:
             if not job.settings.skip_bad:
-                raise
+                raise DataError(f"{error}; or leave such records out with --skip-bad") from None
             job.report.add("bad image records", str(error))
             continue
         keys.add(key)

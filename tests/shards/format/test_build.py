@@ -151,7 +151,8 @@ def test_an_existing_data_set_is_replaced_only_on_request(
         ({"features": np.zeros((3, 8), np.float16)}, r"features of shape \(3, 8\)"),
         ({"sentences": ()}, "no sentence"),
         ({"sentences": (Sentence("\ud800", "vqa"),)}, "not valid Unicode"),
-        ({"image": "pictures/image 0.png"}, "comes twice"),
+        ({"image": "pictures/image 0.png"}, "comes twice.*--skip-bad"),
+        ({"boxes": np.zeros((0, 4), np.float32)}, "0 objects.*--skip-bad"),
         ({"width": 0}, "a size of 0"),
     ],
 )
@@ -276,6 +277,13 @@ def test_of_two_builds_at_once_none_mixes_with_the_other(
     manifest = load_manifest(str(tmp_path))
     due = {n for s in manifest.shards for n in (s.name, s.table)}
     assert set(contents(tmp_path)) == due | {"manifest.json", "vocab.txt", "answers.json"}
+
+
+@pytest.mark.parametrize("name", ["shard_bytes", "images_per_shard"])
+def test_shards_of_nothing_are_refused(tmp_path: Path, name: str) -> None:
+    for value in (0, -1):
+        with pytest.raises(DataError, match=f"{name} is {value}: give at least 1"):
+            build([], tmp_path / "out", replace(SETTINGS, **{name: value}))
 
 
 def test_no_record_is_an_error(tmp_path: Path) -> None:
