@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,13 @@ def evaluate_checkpoint(
     return metrics
 
 
-def export_huggingface(path: str, out: Path) -> Generation:
-    """Write a checkpoint's model and its tokenizer as a folder that transformers' `AutoModel`,
-    `AutoTokenizer` and `LxmertForPreTraining` load.
+def export_huggingface(path: str, out: str | Path) -> Generation:
+    """Write a checkpoint's model and its tokenizer to `out` (a folder or s3:// prefix), such that
+    transformers' `AutoModel`, `AutoTokenizer` and `LxmertForPreTraining` load it.
 
     An export that fails leaves no file in it that is not whole, and no model. Raises
-    CheckpointError when the run's vocabulary is not the one that the checkpoint was trained with.
+    CheckpointError when the run's vocabulary is not the one that the checkpoint was trained with,
+    DataError naming the place when that cannot be written.
     """
     model, config, generation = load_checkpoint(path)
     vocab = _vocabulary(generation)
@@ -85,7 +87,8 @@ def export_huggingface(path: str, out: Path) -> Generation:
         write_model(folder, model)
         write_tokenizer(folder, vocab, _max_tokens(config))
         names = {p.name for p in folder.iterdir()} - {"lock", _CONFIG}
-        publish(folder, str(out), [*sorted(names), _CONFIG], _NOTHING, no_progress)
+        files = [*sorted(names), _CONFIG]
+        publish(folder, str(out), files, _NOTHING, no_progress, overwrite=True)
     return generation
 
 
@@ -117,7 +120,13 @@ def write_model(folder: Path, model: LxmertForPreTraining) -> None:
     config = json.dumps(config_to_huggingface(model.config), indent=2) + "\n"
     (folder / _CONFIG).write_text(config)
     weights = weights_to_huggingface(model)
-    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "model.safetensors"
+    try:
+        safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:  # what the library makes of a full disk
+        raise OSError(str(error)) from error
+    # The library makes files that others may not read (0600).
+    shutil.copymode(folder / _CONFIG, path)
 
 
 def write_tokenizer(folder: Path, vocab: bytes, max_tokens: int) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from cluster.cli.common import CHECKPOINT
+from cluster.cli.common import CHECKPOINT, out_place
 from trainer.export import export_huggingface
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help=CHECKPOINT)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--out", type=out_place, required=True, metavar="URL", help="folder or s3://"
+    )
     parser.set_defaults(func=_export)
 
 

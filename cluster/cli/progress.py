@@ -1,6 +1,7 @@
 """What a person sees of long work: on a terminal a bar for each stage, elsewhere some lines.
 
-Both go to stderr: what a command is asked for is on stdout alone.
+Both go to stderr: what a command is asked for is on stdout alone. Work goes on unseen where stderr
+is closed or full.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -21,13 +23,28 @@ _EVERY_S = 5.0  # between two lines of a stage
 @contextlib.contextmanager
 def shown_progress(quiet: bool = False) -> Iterator[Progress]:
     """Yields the callback to give to the work, for as long as that lasts."""
-    if quiet:
+    if quiet or sys.stderr is None or sys.stderr.closed:
         yield no_progress
     elif sys.stderr.isatty():
         with contextlib.ExitStack() as bars:
             yield _bars(bars)
     else:
         yield _lines()
+
+
+def say(line: str) -> None:
+    """A line on stderr, where that can be written."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except (OSError, ValueError):  # full, its reader gone; closed
+        silence(sys.stderr)
+
+
+def silence(stream: TextIO) -> None:
+    """What is written to a stream goes nowhere, with what its buffer still has: that would fail
+    once more at the end of the process, and change its exit status."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _bars(open_bars: contextlib.ExitStack) -> Progress:
@@ -61,7 +78,7 @@ def _lines() -> Progress:
         start = began.setdefault(what, now)
         if done == total or now - told.setdefault(what, start) >= _EVERY_S:
             told[what] = now
-            print(_line(what, done, total, now - start), file=sys.stderr, flush=True)
+            say(_line(what, done, total, now - start))
 
     return show
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from functools import partial
 from pathlib import Path
 
 from cluster.cli import audit
-from cluster.cli.common import add_cache, verdict
+from cluster.cli.common import add_cache, at_least_one, out_place, positive, verdict
 from cluster.cli.plan import plan_report
-from cluster.cli.progress import shown_progress
+from cluster.cli.progress import say, shown_progress
 from shards.dataset import DatasetSpec, open_dataset
 from shards.format.answers import load_answers
 from shards.format.build import BuildSettings, build
@@ -49,7 +48,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
 
 def _add_build_arguments(parser: argparse.ArgumentParser, extractor: str) -> None:
     add = parser.add_argument
-    add("--out", required=True, metavar="URL", help="folder or s3:// prefix")
+    add("--out", type=out_place, required=True, metavar="URL", help="folder or s3:// prefix")
     add("--answers", type=Path, metavar="JSON", help="answer table (default: from the data)")
     add("--min-answer-count", type=int, default=1, help="sentences that an answer needs for it")
     vocab = parser.add_mutually_exclusive_group().add_argument
@@ -58,10 +57,10 @@ def _add_build_arguments(parser: argparse.ArgumentParser, extractor: str) -> Non
     add("--vocab-size", type=int, default=30522, help="most tokens of a trained one")
     add("--name", help="name of the data set (default: the last part of --out)")
     add("--extractor", default=extractor, help="what made the features (default: %(default)s)")
-    add("--feature-dim", type=int, default=2048)
+    add("--feature-dim", type=at_least_one, default=2048)
     add("--max-tokens", type=int, default=20, help="with [CLS] and [SEP] (default: %(default)s)")
-    add("--shard-mb", type=float, default=128, help="size of a shard (default: %(default)s MiB)")
-    add("--images-per-shard", type=int)
+    add("--shard-mb", type=positive, default=128, help="size of a shard (default: %(default)s MiB)")
+    add("--images-per-shard", type=at_least_one, help="a shard ends at so many, too")
     add("--staging", type=Path, metavar="DIR", help="room for a build to object storage")
     add("--skip-bad", action="store_true", help="leave bad records out and report them")
     add("--overwrite", action="store_true", help="replace a data set at --out")
@@ -70,11 +69,10 @@ def _add_build_arguments(parser: argparse.ArgumentParser, extractor: str) -> Non
 
 def _build(source: Source, args: argparse.Namespace) -> int:
     report = Report()
-    out = args.out.rstrip("/")
     settings = BuildSettings(
-        name=args.name or out.rpartition("/")[2] or "data",
+        name=args.name or args.out.rpartition("/")[2],
         extractor=args.extractor,
-        vocab=pretrained_vocab(args.tokenizer) if args.tokenizer else args.vocab,
+        vocab=args.vocab if args.tokenizer is None else pretrained_vocab(args.tokenizer),
         vocab_size=args.vocab_size,
         answers=load_answers(args.answers) if args.answers else None,
         min_answer_count=args.min_answer_count,
@@ -84,12 +82,20 @@ def _build(source: Source, args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         skip_bad=args.skip_bad,
     )
-    with shown_progress(args.quiet) as progress:
-        records = source.read(args, report, progress)
-        build(records, out, settings, staging=args.staging, report=report, progress=progress)
-    for line in report.lines():
-        print(f"left out: {line}", file=sys.stderr, flush=True)
-    print(info(out))
+    try:
+        with shown_progress(args.quiet) as progress:
+            build(
+                source.read(args, report, progress),
+                args.out,
+                settings,
+                staging=args.staging,
+                report=report,
+                progress=progress,
+            )
+    finally:  # of a build that fails, too: what was left out may be why
+        for line in report.lines():
+            say(f"left out: {line}")
+    print(info(args.out))
     return 0
 
 
@@ -126,7 +132,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add("--sentences-per-visit", nargs="+", type=int, default=[1, 2, 4, 8], metavar="K")
     add("--batch", type=int, default=256, help="pairs of a step")
     add("--steps-ahead", type=int, default=8, help="loader workers x prefetch")
-    add("--cache-limit-gb", type=float, help="GiB of the node's cache")
+    add("--cache-limit-gb", type=positive, help="GiB of the node's cache")
     add_cache(parser)
     parser.set_defaults(func=_plan)
 

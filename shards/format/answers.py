@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from shards.errors import DataError
+from shards.json_files import read_list
 
 # The normal form of LXMERT's joint answer table (LXMERT paper, section 3.1, and released code).
 _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -59,15 +59,8 @@ def load_answers(path: str | Path) -> list[str]:
 
     Raises DataError naming the file and entry for anything else and for repeated answers.
     """
-    try:
-        document = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise DataError(f"cannot read the answer table {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise DataError(f"the answer table {path} is not JSON: {error}") from None
-    if not isinstance(document, list):
-        raise DataError(f"the answer table {path} is not a list")
-    table = [entry.get("ans") if isinstance(entry, dict) else entry for entry in document]
+    entries = read_list(path, "answer table")
+    table = [entry.get("ans") if isinstance(entry, dict) else entry for entry in entries]
     seen: dict[str, int] = {}
     for i, answer in enumerate(table):
         if not isinstance(answer, str):

@@ -100,36 +100,34 @@ def build(
     tokens = settings.vocab
     if isinstance(tokens, Path):
         tokens = load_vocab(tokens)
-    manifest_url = objects.join(out, MANIFEST)
-    if not settings.overwrite and objects.exists(manifest_url):
+    if not settings.overwrite and objects.exists(objects.join(out, MANIFEST)):
         raise DataError(
             f"there is a data set at {out}: choose another place, or replace it with --overwrite"
         )
-    try:
-        with staging_folder(out, staging) as folder:
-            job = _Job(folder, settings, report or Report(), progress)
-            shards, schema = _write_tars(job, records)
-            manifest = _write_rest(job, shards, schema, list(tokens or _train(job, shards)))
-            (folder / MANIFEST).write_bytes(manifest.to_json())
-            if not settings.overwrite and objects.exists(manifest_url):
-                raise DataError(f"another build has finished at {out} meanwhile: this one stops")
-            publish(folder, out, [*_files(manifest), MANIFEST], SHARD_FILE, progress)
-    except OSError as error:
-        place = error.filename or out
-        raise DataError(f"cannot write {place}: {error.strerror or error}") from error
+    with staging_folder(out, staging) as folder:
+        job = _Job(folder, settings, report or Report(), progress)
+        shards, schema = _write_tars(job, records)
+        manifest = _write_rest(job, shards, schema, list(tokens or _train(job, shards)))
+        (folder / MANIFEST).write_bytes(manifest.to_json())
+        files = [*_files(manifest), MANIFEST]
+        publish(folder, out, files, SHARD_FILE, progress, settings.overwrite)
     return manifest
 
 
 def _check_settings(settings: BuildSettings) -> None:
     if settings.max_tokens < 3:
         raise DataError(f"max_tokens is {settings.max_tokens}: there is no room for a word")
-    if min(settings.shard_bytes, settings.images_per_shard or 1) < 1:
-        raise DataError("shard_bytes and images_per_shard have to be at least 1")
-    for name in (settings.name, settings.extractor):
+    for name, value in (
+        ("shard_bytes", settings.shard_bytes),
+        ("images_per_shard", settings.images_per_shard),
+    ):
+        if value is not None and value < 1:
+            raise DataError(f"{name} is {value}: give at least 1")
+    for given in (settings.name, settings.extractor):
         try:
-            name.encode()
+            given.encode()
         except UnicodeEncodeError:
-            raise DataError(f"the name {name!a:.80} is not valid Unicode: give another") from None
+            raise DataError(f"the name {given!a:.80} is not valid Unicode: give another") from None
 
 
 def _files(manifest: Manifest) -> list[str]:
@@ -236,10 +234,10 @@ def _checked(
             check_record(record, schema)
             key, text = record_key(record.image), _json(record)
             if key in keys:
-                raise DataError(f"image {record.image!r:.120} comes twice")
+                raise DataError(f"image {record.image!r:.120} comes twice: name its sources once")
         except DataError as error:
             if not job.settings.skip_bad:
-                raise
+                raise DataError(f"{error}; or leave such records out with --skip-bad") from None
             job.report.add("bad image records", str(error))
             continue
         keys.add(key)

@@ -105,7 +105,10 @@ def _load(name: str) -> Any:
         return _from(transformers, name, only_local=True)
     except Exception as error:
         if local:
-            raise DataError(f"cannot load the tokenizer in {name}: {_first_line(error)}") from None
+            raise DataError(
+                f"cannot load the tokenizer in {name} ({_first_line(error)}): give a folder that "
+                "save_pretrained wrote, or a vocab.txt with --vocab"
+            ) from None
         log.debug("%s is not in the hub's cache: %s", name, error)
     try:
         # One request first: transformers' own tries of a hub that is not there take a minute.

@@ -16,6 +16,7 @@ from typing import Any
 
 from shards.errors import DataError
 from shards.format.record import Report, Sentence, check_answers
+from shards.json_files import read_list
 
 # Names of sets there → ours; other names are kept.
 SOURCE_NAMES = {"mscoco": "coco_cap", "vg": "vg_cap", "visual7w": "vgqa"}
@@ -48,15 +49,7 @@ class SentenceStore:
         return [image for image in self._by_image if image not in seen]
 
     def _read(self, path: Path, report: Report) -> None:
-        try:
-            document = json.loads(path.read_bytes())
-        except OSError as error:
-            raise DataError(f"cannot read the sentences {path}: {error.strerror}") from None
-        except ValueError as error:
-            raise DataError(f"the sentences {path} are not JSON: {error}") from None
-        if not isinstance(document, list):
-            raise DataError(f"the sentences {path} are not a list of images")
-        for i, entry in enumerate(document):
+        for i, entry in enumerate(read_list(path, "file of sentences")):
             image = entry.get("img_id") if isinstance(entry, dict) else None
             if not isinstance(image, str) or not isinstance(entry.get("sentf"), dict):
                 raise DataError(f'{path}: entry {i} is not an object with "img_id" and "sentf"')

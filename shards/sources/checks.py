@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+_FEW = 8  # pixels of an image in which boxes may be as small as one pixel
 _TOLERANCE = 1.0  # pixels that a box may reach out of its image; it is clamped
 
 
@@ -61,6 +62,10 @@ def fractions(boxes: NDArray, width: int, height: int, pixels: bool = True) -> N
         i = int(np.argwhere(~good)[0][0])
         shape = f"the {width} × {height} image" if pixels else "0..1"
         raise ValueError(f"box {i} is {boxes[i].tolist()}, outside of {shape}")
+    if pixels and max(width, height) > _FEW and (boxes <= 1).all():
+        raise ValueError(
+            f"all boxes lie in 0..1: they are fractions, not pixels of the {width} × {height} image"
+        )
     out = np.clip(boxes / size, 0.0, 1.0).astype(np.float32)
     turned = (out[:, 0] > out[:, 2]) | (out[:, 1] > out[:, 3])
     if turned.any():

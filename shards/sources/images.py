@@ -16,7 +16,6 @@ good enough for simple pictures, demonstrations and tests: everything after them
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from argparse import ArgumentParser, Namespace
 from collections import deque
@@ -31,8 +30,9 @@ from PIL import Image
 
 from shards.errors import DataError
 from shards.format.record import ImageRecord, Report, Sentence, check_sentence
+from shards.json_files import read_list
 from shards.progress import Progress, no_progress
-from shards.sources.source import Source
+from shards.sources.source import Source, given_name
 
 EXTRACTOR = "grid-colour-hog-2"  # change the number with anything that changes a feature
 
@@ -138,17 +138,9 @@ def read_entries(
     Raises DataError naming file and entry for anything that is not of the format above, for
     pictures named twice, and for names that lead out of the folder.
     """
-    try:
-        document = json.loads(Path(sentences).read_bytes())
-    except OSError as error:
-        raise DataError(f"cannot read the sentences {sentences}: {error.strerror}") from None
-    except ValueError as error:
-        raise DataError(f"the sentences {sentences} are not JSON: {error}") from None
-    if not isinstance(document, list):
-        raise DataError(f"{sentences} is not a list of images")
     entries: list[ImageEntry] = []
     seen: dict[str, int] = {}
-    for i, item in enumerate(document):
+    for i, item in enumerate(read_list(sentences, "file of sentences")):
         where = f"{sentences}: entry {i}"
         if not isinstance(item, dict) or not isinstance(item.get("image"), str):
             raise DataError(f'{where} is not an object with an "image"')
@@ -281,7 +273,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     add("--images", required=True, type=Path, metavar="DIR")
     add("--sentences", required=True, type=Path, metavar="JSON")
     add("--boxes", type=int, default=36, help=f"boxes a picture: {sorted(LAYOUTS)}")
-    add("--source", default="images", help="set of sentences that name none")
+    add("--source", type=given_name, default="images", help="set of sentences that name none")
     add("--workers", type=int, help="processes (default: one per core)")
 
 

@@ -42,6 +42,12 @@ def value_at(place: str, members: Mapping[str, bytes]) -> Any:
         raise PartError(suffix, f"it cannot be read ({error})") from None
 
 
+def lowered(place: str) -> str:
+    """A place with its suffix in lower case, as those of members are read."""
+    suffix, colon, name = place.partition(":")
+    return f"{suffix.lower()}{colon}{name}"
+
+
 def check_place(place: str) -> None:
     """DataError for a place at which nothing can be read."""
     suffix, _, name = place.partition(":")

@@ -8,6 +8,7 @@ zeroed for the end of the archive: here, an end is where nothing but zeros follo
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import tarfile
 import tempfile
@@ -23,6 +24,17 @@ from shards.store import objects
 
 _LARGEST = 256 << 20  # bytes of a member; 1,000 boxes have 8 MB of features
 _BYTES = 1 << 20  # read at a time
+_MOST = 1_000_000  # tars of a pattern
+# First bytes of compressed files, and what unpacks them.
+_COMPRESSED = {
+    b"\x1f\x8b": "gunzip",
+    b"BZh": "bunzip2",
+    b"\xfd7zXZ\0": "unxz",
+    b"\x28\xb5\x2f\xfd": "unzstd",
+}
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(-?\d+|[A-Za-z])\.\.(-?\d+|[A-Za-z])(?:\.\.-?(\d+))?")
+_COUNTED = re.compile(r"\0(\d+)\0")
 # As webdataset: `__meta__` and the like belong to no sample.
 _META = re.compile(r"__[^/]*__($|/)")
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
@@ -46,12 +58,19 @@ class Sample:
 
 def expand(patterns: Iterable[str]) -> list[str]:
     """The tars of brace patterns (`{000..009}`): paths or s3:// URLs. Nothing is run: DataError for
-    `pipe:` and every other kind of place."""
+    `pipe:` and every other kind of place, and for patterns of far too many."""
     found: list[str] = []
     for pattern in patterns:
         try:
+            if (count := _count(pattern)) > _MOST:
+                raise DataError(
+                    f"{pattern} stands for {count:,} tars, and {_MOST:,} are the limit: check its "
+                    "ranges"
+                )
             found += braceexpand.braceexpand(pattern)
         except ValueError as error:
+            if isinstance(error, DataError):
+                raise
             raise DataError(f"{pattern} is no brace pattern: {error}") from None
     for url in found:
         remote = objects.local_path(url) is None
@@ -60,9 +79,33 @@ def expand(patterns: Iterable[str]) -> list[str]:
     return found
 
 
+def _count(pattern: str) -> int:
+    """How many names a brace pattern stands for, at most; none is made. From the innermost braces
+    outwards, each is replaced by its count between zero characters."""
+
+    def product(text: str) -> int:
+        return math.prod(int(count) for count in _COUNTED.findall(text))
+
+    def counted(braces: re.Match[str]) -> str:
+        if limits := _RANGE.fullmatch(braces[1]):
+            first, last = (int(t) if t[-1].isdigit() else ord(t) for t in limits.group(1, 2))
+            count = abs(last - first) // (int(limits[3] or 1) or 1) + 1
+        else:
+            count = sum(product(part) for part in braces[1].split(","))
+        return f"\0{count}\0"
+
+    text = re.sub(r"\\.", "", pattern)  # what is escaped is no brace and no comma
+    while (outer := _BRACES.sub(counted, text)) != text:
+        text = outer
+    return product(text)
+
+
 @contextlib.contextmanager
 def opened(url: str, room: Path | None = None) -> Iterator[IO[bytes]]:
-    """The tar's file; one in object storage is copied to a temporary file in `room` first."""
+    """The tar's file; one in object storage is copied to a temporary file in `room` first.
+
+    DataError for what can be no tar: a device, a pipe, a folder, a compressed file.
+    """
     path = objects.local_path(url)
     with contextlib.ExitStack() as stack:
         try:
@@ -72,12 +115,19 @@ def opened(url: str, room: Path | None = None) -> Iterator[IO[bytes]]:
                 f: IO[bytes] = stack.enter_context(tempfile.TemporaryFile(dir=room))
                 objects.download(url, f)
                 f.seek(0)
+            elif path.exists() and not path.is_file():
+                raise DataError(f"{url} is no plain file: give the paths of tars")
             else:
                 f = stack.enter_context(open(path, "rb"))
+            start = f.read(max(map(len, _COMPRESSED)))
+            f.seek(0)
         except OSError as error:
             raise DataError(
                 f"cannot read {url}: {error.strerror} ({error.filename or 'a temporary file'})"
             ) from None
+        for magic, program in _COMPRESSED.items():
+            if start.startswith(magic):
+                raise DataError(f"{url} is compressed, no plain tar: unpack it first ({program})")
         yield f
 
 

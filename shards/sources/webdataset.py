@@ -20,8 +20,8 @@ from shards.format.record import ImageRecord, Labels, Report, Sentence, check_se
 from shards.progress import Progress, no_progress
 from shards.sources import checks, tars
 from shards.sources.checks import Expected, PartError, checked
-from shards.sources.members import LABEL_COLUMNS, check_place, value_at
-from shards.sources.source import Source
+from shards.sources.members import LABEL_COLUMNS, check_place, lowered, value_at
+from shards.sources.source import Source, given_name
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Layout:
     expected: Expected = field(default_factory=Expected)
 
     def places_of(self, part: str) -> tuple[str, ...]:
-        return (self.places[part],) if part in self.places else PARTS[part].places
+        return (lowered(self.places[part]),) if part in self.places else PARTS[part].places
 
     def suffixes(self) -> set[str]:
         """Of all members that may be needed."""
@@ -103,13 +103,14 @@ def read_webdataset(
     """
     layout, report = layout or Layout(), report if report is not None else Report()
     for place in layout.places.values():
-        check_place(place)
+        check_place(lowered(place))
     names = tars.expand(urls)
+    seen: dict[str, str] = {}
     for done, url in enumerate(names):
         progress("tars read", done, len(names))
         with tars.opened(url, room) as f:
             try:
-                yield from _records(f, url, layout, skip_bad, report)
+                yield from _records(f, url, layout, skip_bad, report, seen)
             except tars.TarError as error:
                 if not skip_bad:
                     raise DataError(
@@ -120,19 +121,30 @@ def read_webdataset(
 
 
 def _records(
-    f: IO[bytes], url: str, layout: Layout, skip_bad: bool, report: Report
+    f: IO[bytes],
+    url: str,
+    layout: Layout,
+    skip_bad: bool,
+    report: Report,
+    seen: dict[str, str],
 ) -> Iterator[ImageRecord]:
-    """The records of one tar; TarError at damage."""
+    """The records of one tar; TarError at damage. seen: the tar of every image so far."""
     for sample in tars.samples(f, layout.suffixes().__contains__):
         where = f"{url}, {sample.key}"
         try:
             record = _record(sample, layout, where, report)
+            if record and (other := seen.get(record.image)):
+                raise DataError(
+                    f"{where}: image {record.image!r:.120} is in {other} already; give each image "
+                    "once, or leave further ones out with --skip-bad"
+                )
         except DataError as error:
             if not skip_bad:
                 raise
             report.add("bad samples", str(error))
             continue
         if record:
+            seen[record.image] = url
             yield record
         else:
             report.add("images without sentences", where)
@@ -162,7 +174,7 @@ def _decode(sample: tars.Sample, layout: Layout, sentences: tuple[Sentence, ...]
     width, height = (_positive(sample, layout, part) for part in ("width", "height"))
     place, raw = _needed(sample, layout, "boxes")
     boxes = _rows(place, raw, "boxes", 4)
-    fractions = checked(place, checks.fractions, boxes, width, height, layout.pixels)
+    fractions = checked(place, _fractions, boxes, width, height, layout.pixels)
     place, raw = _needed(sample, layout, "features")
     dim = layout.expected.feature_dim
     features = _rows(place, raw, "features", dim)
@@ -181,6 +193,13 @@ def _decode(sample: tars.Sample, layout: Layout, sentences: tuple[Sentence, ...]
         labels=_labels(sample, layout, len(boxes)) if layout.labels else None,
         split=_name(sample, layout, "split"),
     )
+
+
+def _fractions(boxes: NDArray, width: int, height: int, pixels: bool) -> NDArray[np.float32]:
+    try:
+        return checks.fractions(boxes, width, height, pixels)
+    except ValueError as error:
+        raise ValueError(f"{error}; see --boxes-in") from None
 
 
 def _name(sample: tars.Sample, layout: Layout, part: str) -> str | None:
@@ -260,9 +279,11 @@ def _rows(suffix: str, value: Any, part: str, width: int) -> NDArray:
         raise PartError(suffix, f"{part} are no array ({error})") from None
     if array.dtype.kind not in "iuf":
         raise PartError(suffix, f"{part} are of type {array.dtype}, not numbers")
+    if not array.size:
+        raise PartError(suffix, f"the image has no objects: its {part} are empty")
     flat = width == 1 or suffix.rpartition(".")[2] in ("f16", "f32")
     fits = array.size % width == 0 if flat else array.ndim == 2 and array.shape[1] == width
-    if not array.size or not fits:
+    if not fits:
         hint = "; see --feature-dim" if part == "features" else ""
         raise PartError(
             suffix, f"{part} have shape {array.shape} where (objects, {width}) is due{hint}"
@@ -284,7 +305,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="fractions: 0..1 of width and height (default: %(default)s)",
     )  # fmt: skip
     add("--no-labels", action="store_true", help="leave labels of objects out")
-    add("--source", default="webdataset", help="set of sentences that name none")
+    add("--source", type=given_name, default="webdataset", help="set of sentences that name none")
 
 
 def _read(args: Namespace, report: Report, progress: Progress) -> Iterator[ImageRecord]:

@@ -52,6 +52,30 @@ def locked(folder: Path, name: str, wait: bool = True) -> Iterator[IO[str]]:
             unlock(f)
 
 
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold the lock that is the file `path`, waiting for it; nothing of it is left afterwards."""
+    while True:
+        with open(path, "a") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            if not _is_at(f, path):
+                continue  # its holder has removed it: another process may hold a new one
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+                unlock(f)
+            return
+
+
+def _is_at(f: IO[Any], path: Path) -> bool:
+    """Whether an open file is still the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(f.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 def note(lock: IO[str], began: float, problem: str) -> None:
     """Write a failed try into the lock's file, for processes that wait for the lock."""
     with contextlib.suppress(OSError):  # no space for it: they try for themselves then

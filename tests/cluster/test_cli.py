@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 
@@ -64,6 +65,50 @@ def test_overrides_may_come_after_options() -> None:
     ):
         with pytest.raises(SystemExit):
             parse(line.split())
+
+
+@pytest.mark.parametrize(
+    "out", ["", " ", "/", "//", "s3:", "s3://", "s3:///x", "s3:/b/x", "file:///"]
+)
+@pytest.mark.parametrize("command", ["shards build images --images x --sentences y", "export x"])
+def test_an_output_that_is_no_place_is_refused(
+    command: str, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse([*command.split(), "--out", out])
+    assert end.value.code == 2
+    assert f"argument --out: {out!r}" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(f"--shard-mb {value}" for value in ("nan", "inf", "0", "-1", "x")),
+        *(f"--images-per-shard {value}" for value in ("0", "-1", "1.5")),
+        "--feature-dim 0",
+        "--source ''",
+    ],
+)
+@pytest.mark.parametrize("source", ["images --images x --sentences y", "webdataset --tars x"])
+def test_a_value_of_no_sense_is_refused_with_its_option(
+    source: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse(["shards", "build", *source.split(), "--out", "x", *shlex.split(option)])
+    assert end.value.code == 2
+    assert f"argument {option.split()[0]}: " in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "0", "-1"])
+def test_a_cache_of_no_size_is_refused(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["shards", "plan", "x", "--cache-limit-gb", value])
+    assert "argument --cache-limit-gb: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_output_may_end_in_slashes() -> None:
+    for out, place in (("a/b//", "a/b"), ("/a", "/a"), ("s3://b/", "s3://b"), (".", ".")):
+        assert parse(["export", "x", "--out", out]).out == place
 
 
 def test_an_error_of_the_users_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

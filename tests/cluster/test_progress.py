@@ -7,12 +7,15 @@ import pty
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from cluster.cli import progress
 from cluster.cli.progress import shown_progress
-from tests.conftest import subprocess_environment
+from shards.format.build import BuildSettings, build
+from shards.format.verify import verify
+from tests.conftest import MakeRecords, subprocess_environment
 
 WORK = """
 from cluster.cli.progress import shown_progress
@@ -64,6 +67,55 @@ def test_quiet_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
     with shown_progress(quiet=True) as show:
         show("images read", 1, 1)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("redirected", "status"),
+    [
+        ("2>&-", 0),
+        ("2>/dev/full", 0),
+        ("2> >(head -0)", 0),
+        (">&-", 0),
+        (">&- 2>&-", 0),
+        ("| head -0", 0),
+        (">/dev/full", 2),
+    ],
+)
+def test_a_build_goes_on_whoever_looks_on(
+    tmp_path: Path, make_records: MakeRecords, redirected: str, status: int
+) -> None:
+    build(make_records(9), tmp_path / "given", BuildSettings("own", "test"))
+    out = tmp_path / "out"
+    command = (
+        f"{sys.executable} -m cluster.cli shards build webdataset --feature-dim 8 --out {out} "
+        f"--tars {tmp_path}/given/shard-000000.tar {redirected}; exit ${{PIPESTATUS[0]}}"
+    )
+    environment = subprocess_environment(PYTHONUNBUFFERED="")
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert ("error: cannot write to stdout: No space left" in done.stderr) == (status == 2)
+    assert verify(out) == []
+
+
+def test_an_error_that_cannot_be_printed_is_in_the_status() -> None:
+    command = f"{sys.executable} -m cluster.cli shards info /nowhere/at/all 2>/dev/full"
+    done = subprocess.run(["bash", "-c", command], env=subprocess_environment())
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_command_ends_with_its_reader(unbuffered: str) -> None:
+    code = (
+        "import sys\nfrom cluster.cli import main as cli\n"
+        "def long(_):\n    while True:\n        print('a line')\n"
+        "cli.parse = lambda _: type('Arguments', (), {'func': long})\n"
+        "sys.exit(cli.main([]))"
+    )
+    command = f'{sys.executable} -c "$CODE" | head -1; exit ${{PIPESTATUS[0]}}'
+    environment = subprocess_environment(CODE=code, PYTHONUNBUFFERED=unbuffered)
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "a line\n", "")
 
 
 def test_bars_are_for_terminals(tmp_path: object) -> None:

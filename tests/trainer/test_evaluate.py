@@ -18,6 +18,7 @@ from shards.dataset import open_dataset
 from shards.errors import DataError
 from shards.format.build import BuildSettings, build
 from shards.format.tokenizer import encode_batch, load_tokenizer
+from shards.store import objects
 from tests.conftest import small_records, subprocess_environment
 from tests.ranks import config_tree, run_ranks
 from trainer.checkpoint.errors import CheckpointError
@@ -211,7 +212,7 @@ def test_an_export_that_fails_leaves_no_half(
     run, out = str(trained / "run"), tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr("trainer.export.write_tokenizer", broken)
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(DataError, match=f"cannot write {out}: no space left"):
             export_huggingface(run, out)
         assert not list(out.glob("*"))
     export_huggingface(run, out)
@@ -219,11 +220,65 @@ def test_an_export_that_fails_leaves_no_half(
     assert files.keys() >= {"config.json", "model.safetensors", "tokenizer.json", "vocab.txt"}
     with monkeypatch.context() as patch:
         patch.setattr("trainer.export.write_tokenizer", broken)
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(DataError, match=f"cannot write {out}: no space left"):
             export_huggingface(run, out)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == files
     export_huggingface(run, out)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == files
+
+
+FULL = """
+import resource, signal, sys
+from cluster.cli.main import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+sys.exit(main(["export", *sys.argv[1:]]))
+"""
+
+
+def test_an_export_that_cannot_be_written_is_one_error(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = str(trained / "run"), tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, run, "--out", str(out)],
+        env=subprocess_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"error: cannot write {out}: " in done.stderr and "room" in done.stderr
+    assert not list(out.iterdir())
+    (tmp_path / "file").touch()
+    assert main(["export", run, "--out", str(tmp_path / "file")]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: cannot write {tmp_path / 'file'}: File exists")
+    export_huggingface(run, out)
+    before = {p.name for p in out.iterdir()}
+    (out / "vocab.txt").unlink()
+    (out / "vocab.txt").mkdir()
+    assert main(["export", run, "--out", str(out)]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: {out / 'vocab.txt'} is a folder") and "remove it" in error
+    assert {p.name for p in out.iterdir()} == before  # the earlier export is as it was
+    (out / "vocab.txt").rmdir()
+    (out / "config.json").unlink()
+    (out / "config.json").mkdir()
+    assert main(["export", run, "--out", str(out)]) == 2
+    assert f"error: {out / 'config.json'} is a folder" in capsys.readouterr().err
+
+
+def test_an_export_is_for_all_that_the_umask_allows(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    due = (tmp_path / "other").stat().st_mode
+    assert {p.stat().st_mode for p in exported.iterdir()} == {due}
+
+
+def test_an_export_to_s3_has_the_same_bytes(exported: Path, trained: Path, s3: str) -> None:
+    assert main(["export", str(trained / "run"), "--out", f"{s3}/hf/"]) == 0
+    assert objects.list_names(f"{s3}/hf") == sorted(p.name for p in exported.iterdir())
+    for path in exported.iterdir():
+        assert objects.read_bytes(f"{s3}/hf/{path.name}") == path.read_bytes()
 
 
 def test_without_its_data_an_export_knows_the_models_length(trained: Path, tmp_path: Path) -> None:

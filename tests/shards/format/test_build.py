@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -150,7 +151,8 @@ def test_an_existing_data_set_is_replaced_only_on_request(
         ({"features": np.zeros((3, 8), np.float16)}, r"features of shape \(3, 8\)"),
         ({"sentences": ()}, "no sentence"),
         ({"sentences": (Sentence("\ud800", "vqa"),)}, "not valid Unicode"),
-        ({"image": "pictures/image 0.png"}, "comes twice"),
+        ({"image": "pictures/image 0.png"}, "comes twice.*--skip-bad"),
+        ({"boxes": np.zeros((0, 4), np.float32)}, "0 objects.*--skip-bad"),
         ({"width": 0}, "a size of 0"),
     ],
 )
@@ -235,6 +237,53 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
         child.returncode == 1 and errors.startswith("cannot write ") and "Traceback" not in errors
     )
     assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_of_two_builds_at_once_none_mixes_with_the_other(
+    tmp_path: Path, make_records: MakeRecords, overwrite: bool
+) -> None:
+    settings = replace(SETTINGS, overwrite=overwrite)
+    ready, ended = threading.Event(), []
+
+    def second() -> None:
+        def show(what: str, done: int, total: int | None) -> None:
+            if what == "tables written" and done == total:
+                ready.set()
+
+        try:
+            build(make_records(5, seed=1), tmp_path, settings, progress=show)
+            ended.append("built")
+        except DataError as error:
+            ended.append(str(error))
+
+    other = threading.Thread(target=second)
+
+    def show(what: str, done: int, total: int | None) -> None:
+        if what == "files published" and done == 1:
+            other.start()
+            assert ready.wait(30)
+            other.join(0.5)
+
+    (tmp_path / ".publishing").touch()  # as a process that was killed leaves it
+    first = build(make_records(9), tmp_path, settings, progress=show)
+    other.join()
+    if overwrite:
+        assert ended == ["built"] and load_manifest(str(tmp_path)).images == 5
+    else:
+        assert "another build has finished at" in ended[0] and "--overwrite" in ended[0]
+        assert load_manifest(str(tmp_path)) == first
+    assert verify(tmp_path) == []
+    manifest = load_manifest(str(tmp_path))
+    due = {n for s in manifest.shards for n in (s.name, s.table)}
+    assert set(contents(tmp_path)) == due | {"manifest.json", "vocab.txt", "answers.json"}
+
+
+@pytest.mark.parametrize("name", ["shard_bytes", "images_per_shard"])
+def test_shards_of_nothing_are_refused(tmp_path: Path, name: str) -> None:
+    for value in (0, -1):
+        with pytest.raises(DataError, match=f"{name} is {value}: give at least 1"):
+            build([], tmp_path / "out", replace(SETTINGS, **{name: value}))
 
 
 def test_no_record_is_an_error(tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ BAD_ROWS: list[tuple[dict[str, str], str]] = [
     ({"features": HUGE}, "column features: object 0 has 1000000.0"),
     ({"boxes": b64([[0, 0, 202, 50]] * 3, "<f4")}, "column boxes: box 0 is .* outside of"),
     ({"boxes": b64([[0, np.nan, 1, 1]] * 3, "<f4")}, "column boxes: box 0"),
+    ({"boxes": b64([[0, 0, 0.5, 1]] * 3, "<f4")}, "column boxes: all boxes lie in 0..1"),
     ({"boxes": b64([[20, 0, 10, 1]] * 3, "<f4")}, "column boxes: .* not x1 y1 x2 y2"),
     ({"objects_id": b64([1600] * 3, "<i8")}, "column objects_id: ids run from 1600"),
     ({"attrs_conf": b64([np.nan] * 3, "<f4")}, "column attrs_conf: a confidence"),
@@ -222,3 +223,9 @@ def test_real_rows(shared_data: Path, tmp_path: Path) -> None:
     for record in records:
         assert record.features.shape == (36, 2048) and record.features.min() == 0
         assert 0.2 < (record.features == 0).mean() < 0.45 and record.features.max() < 40
+
+
+def test_a_suffix_may_be_in_upper_case(source: Source) -> None:
+    source.write([make_row("a")])
+    source.tsv = source.tsv.rename(source.tsv.with_suffix(".TSV"))
+    assert [r.image for r in source.read()] == ["a"]

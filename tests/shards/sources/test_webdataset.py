@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import braceexpand
 import numpy as np
 import pytest
 import webdataset
@@ -20,6 +24,7 @@ from shards.format.build import BuildSettings, build
 from shards.format.manifest import load_manifest
 from shards.format.record import ImageRecord, Report
 from shards.format.verify import verify
+from shards.sources import tars
 from shards.sources.checks import Expected
 from shards.sources.webdataset import Layout, read_webdataset
 from shards.store import objects
@@ -109,6 +114,8 @@ WAYS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"json": b'"a red bus"', "size__json": meta()}, {
         "sentences": "json", "width": "size.json:width", "height": "size.json:height"
     }),
+    ({"features__npy": None, "ROI__NPY": npy(FEATURES)}, {"features": "ROI.NPY"}),
+    ({"features__npy": None, "ROI__npz": npz(X=FEATURES, y=[1])}, {"features": "Roi.NPZ:X"}),
     ({"jpg": b"not looked at", "cls": b"3"}, {}),
 ]  # fmt: skip
 
@@ -144,8 +151,13 @@ def test_boxes_in_pixels(tmp_path: Path) -> None:
     pixels = BOXES * [200, 100, 200, 100]
     tar = write(tmp_path / "a.tar", [sample(boxes__npy=npy(pixels.astype(np.int64)))])
     assert_good(read(tar, pixels=True)[0])
-    with pytest.raises(DataError, match=r"a.tar, a, boxes.npy: box 0 .* outside of 0..1"):
+    with pytest.raises(DataError, match=r"a.tar, a, boxes.npy: box 0 .* outside of 0..1.*--boxes"):
         read(tar)
+    tar = write(tmp_path / "b.tar", [sample()])
+    with pytest.raises(DataError, match=r"b.tar, a, boxes.npy: all boxes lie in 0..1.*--boxes-in"):
+        read(tar, pixels=True)
+    tiny = sample(json=meta(width=2, height=2))  # here a box may be a pixel
+    assert read(write(tmp_path / "c.tar", [tiny]), pixels=True)[0].boxes.max() == 0.5
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -172,7 +184,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"features__npy": None, "features__f16": b"x" * 13}, "b, features.f16: it cannot be read"),
     ({"features__npy": None, "npz": npz(features=FEATURES)[:-40]}, "b, npz: it cannot be read"),
     ({"boxes__npy": npy(BOXES[:, :3])}, "b, boxes.npy: boxes have shape"),
-    ({"boxes__npy": npy(BOXES[:0])}, "b, boxes.npy: boxes have shape"),
+    ({"boxes__npy": npy(BOXES[:0])}, "b, boxes.npy: the image has no objects.*--skip-bad"),
+    ({"boxes__npy": None, "boxes__f32": b""}, "b, boxes.f32: the image has no objects"),
+    ({"json": meta(image="a")}, "b: image 'a' is in .*a.tar already.*--skip-bad"),
     ({"boxes__npy": npy(BOXES[:, ::-1])}, "b, boxes.npy: box 0 .* not x1 y1 x2 y2"),
     ({"boxes__npy": npy(BOXES + np.nan)}, "b, boxes.npy: box 0"),
     ({"json": meta(object_id=[1, 2, 3])}, "b: no object_conf"),
@@ -229,6 +243,42 @@ def test_places_and_urls_that_make_no_sense(tmp_path: Path) -> None:
     assert not ran.exists()
     with pytest.raises(DataError, match=r"cannot read .*none.tar"):
         read(tmp_path / "none.tar")
+
+
+def test_patterns_of_too_many_tars(tmp_path: Path) -> None:
+    for pattern, count in (
+        ("{0..999999999}.tar", "1,000,000,000"),
+        ("{0..9999999999..3}.tar", "3,333,333,334"),
+        ("{{0..999}{0..999}{0..999},x}/{1,2}.tar", "2,000,000,002"),
+        ("{a..z}{a..z}{a..z}{a..z}{a..z}.tar", "11,881,376"),
+    ):
+        with pytest.raises(DataError, match=f"stands for {count} tars"):
+            tars.expand([pattern])
+    for pattern in (
+        "a.tar",
+        "{000..009}.tar",
+        "{9..0..3}{a,b{c..e},}.tar",
+        "{x{0..3}}",
+        r"\{0..999999999\}",
+        "{a/{0..1999},b/{0..1999}}/{}.tar",
+    ):
+        assert len(tars.expand([pattern])) == tars._count(pattern) == _expanded(pattern)
+
+
+def _expanded(pattern: str) -> int:
+    return len(list(braceexpand.braceexpand(pattern)))
+
+
+def test_what_can_be_no_tar_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for place in ("/dev/zero", tmp_path / "pipe", tmp_path):
+        with pytest.raises(DataError, match=f"^{place} is no plain file"):
+            read(place)
+    whole = small_tar(tmp_path / "a.tar")
+    for module, program in ((gzip, "gunzip"), (bz2, "bunzip2"), (lzma, "unxz")):
+        (tmp_path / "a.tar.z").write_bytes(module.compress(whole))
+        with pytest.raises(DataError, match=rf"a.tar.z is compressed.*{program}"):
+            read(tmp_path / "a.tar.z", skip_bad=True)
 
 
 # --- tars ---------------------------------------------------------------------------------------
@@ -309,13 +359,12 @@ def test_names_as_webdataset_groups_them(tmp_path: Path) -> None:
 
 
 def test_many_tars_cost_no_descriptors(tmp_path: Path) -> None:
-    one = write(tmp_path / "000.tar", [sample()])
-    for i in range(1, 200):
-        os.link(one, tmp_path / f"{i:03}.tar")
+    for i in range(200):
+        write(tmp_path / f"{i:03}.tar", [sample(json=meta(image=str(i)))])
     opened: list[int] = []
     layout = Layout(expected=Expected(feature_dim=DIM))
-    for record in read_webdataset([f"{tmp_path}/{{000..199}}.tar"], layout):
-        assert_good(record)
+    for i, record in enumerate(read_webdataset([f"{tmp_path}/{{000..199}}.tar"], layout)):
+        assert_good(record, str(i))
         opened.append(len(os.listdir("/proc/self/fd")))
     assert len(opened) == 200 and max(opened) == opened[0]
 
@@ -373,3 +422,18 @@ def test_the_commands_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert build_it("--features", "roi.npz:x") == 0
     manifest = load_manifest(str(tmp_path / "out"))
     assert (manifest.images, manifest.counts.sentences) == (2, {"coco_cap": 4})
+
+
+def test_what_was_left_out_is_said_when_nothing_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tar = write(tmp_path / "a.tar", [sample(json=b"{"), sample(json=meta(sentences=[]))])
+    arguments = [
+        *("shards", "build", "webdataset", "--tars", str(tar), "--out", str(tmp_path / "out")),
+        *("--feature-dim", str(DIM), "--skip-bad", "--quiet"),
+    ]
+    assert main(arguments) == 2
+    bad, empty, error = capsys.readouterr().err.splitlines()
+    assert bad.startswith(f"left out: bad samples: 1 (first: {tar}, a, json: it cannot be read")
+    assert empty == f"left out: images without sentences: 1 (first: {tar}, b)"
+    assert error.startswith("error: there is no image record")
