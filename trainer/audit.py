@@ -68,14 +68,14 @@ def audit(
     total = generation.step
     journal = generation.manifest.journal
     order: dict[str, Any] | None = None
-    newest = [head for head, _ in read_segments(generation.run_url, journal[-1:])]
+    newest = next((head for head, _ in read_segments(generation.run_url, journal[-1:])), None)
     for head, lines in read_segments(generation.run_url, journal):
         if order != _order_of(head):
             order = _order_of(head)
             if replay is not None:
                 out.lines.append(f"from step {step + 1}: another data state, by override")
                 _count_open_epochs(replay, out)
-            replay, state = _replay(head, data or _places(head, *newest), cache), None
+            replay, state = _replay(head, data or _places(head, newest or head), cache), None
         assert replay is not None
         if state is None and not step and head.start.consumed:
             out.problems.append(f"the journal begins at {head.start.consumed} pairs, not at 0")

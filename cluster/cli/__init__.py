@@ -9,4 +9,6 @@ evaluate    `evaluate`: the metrics of a checkpoint
 export      `export`: a checkpoint for Hugging Face
 demo        `demo`: all of it on easy-VQA
 common      arguments and output that several commands share
+progress    bars and lines for long work
+streams     stdout and stderr that are closed, full or read by nobody
 """

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
-import select
 import sys
+
+from cluster.cli.streams import open_closed_streams, reader_has_gone, say, silence, stdout_problem
 
 # The module of each command offers `add_arguments(parser)`, which sets `func`: called with the
 # parsed arguments, it returns the exit status. A module is imported when its command is asked for:
@@ -23,9 +23,8 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Exit status: 0 done, 1 problems found, 2 a user's error, 130 stopped, 141
     ended because nobody reads its output any more (`| head`)."""
-    _open_closed_streams()
+    open_closed_streams()
     arguments = parse(sys.argv[1:] if argv is None else argv)
-    from cluster.cli.progress import say, silence
     from cluster.errors import USER_ERRORS
     from trainer.progress import setup_logging
 
@@ -40,38 +39,14 @@ def main(argv: list[str] | None = None) -> int:
         say("aborted")
         status = 130
     except BrokenPipeError:
-        if not _reader_has_gone():
+        if not reader_has_gone():
             raise  # of another pipe
-    if problem := _stdout_problem():
+    if problem := stdout_problem():
         silence(sys.stdout)
         if not isinstance(problem, BrokenPipeError):
             say(f"error: cannot write to stdout: {problem.strerror}")
             status = status or 2
     return status
-
-
-def _open_closed_streams() -> None:
-    """Open what the shell has closed (`>&-`): else the next file has its number, and what libraries
-    print gets into that."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-
-
-def _reader_has_gone() -> bool:
-    """Whether stdout is a pipe that nobody reads."""
-    poll = select.poll()
-    poll.register(sys.stdout, 0)  # asks for nothing, so it is told of errors alone
-    return bool(poll.poll(0))
-
-
-def _stdout_problem() -> OSError | None:
-    """Why stdout cannot be written, if so."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        return error
-    return None
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -11,10 +11,10 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from typing import TextIO
 
 from tqdm import tqdm
 
+from cluster.cli.streams import say
 from shards.progress import Progress, no_progress
 
 _EVERY_S = 5.0  # between two lines of a stage
@@ -30,21 +30,6 @@ def shown_progress(quiet: bool = False) -> Iterator[Progress]:
             yield _bars(bars)
     else:
         yield _lines()
-
-
-def say(line: str) -> None:
-    """A line on stderr, where that can be written."""
-    try:
-        print(line, file=sys.stderr, flush=True)
-    except (OSError, ValueError):  # full, its reader gone; closed
-        silence(sys.stderr)
-
-
-def silence(stream: TextIO) -> None:
-    """What is written to a stream goes nowhere, with what its buffer still has: that would fail
-    once more at the end of the process, and change its exit status."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _bars(open_bars: contextlib.ExitStack) -> Progress:

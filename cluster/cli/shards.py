@@ -9,7 +9,8 @@ from pathlib import Path
 from cluster.cli import audit
 from cluster.cli.common import add_cache, at_least_one, out_place, positive, verdict
 from cluster.cli.plan import plan_report
-from cluster.cli.progress import say, shown_progress
+from cluster.cli.progress import shown_progress
+from cluster.cli.streams import say
 from shards.dataset import DatasetSpec, open_dataset
 from shards.format.answers import load_answers
 from shards.format.build import BuildSettings, build
