@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.dataset import Dataset, DatasetSpec, open_dataset
+from shards.errors import DataError
 from shards.order.permutation import VERSION
 from shards.order.sampler import Sampler, SamplerState
 from shards.order.settings import SamplerSettings
@@ -134,7 +135,11 @@ def _replay(head: SegmentHead, urls: Sequence[str], cache: str | None) -> _Repla
     weights = state["data.weights"]
     if len(urls) != len(weights):
         raise ConfigError(f"the run used {len(weights)} data sets: give --data as many URLs")
-    data = open_dataset([DatasetSpec(u, w) for u, w in zip(urls, weights, strict=True)], cache)
+    specs = [DatasetSpec(u, w) for u, w in zip(urls, weights, strict=True)]
+    try:
+        data = open_dataset(specs, cache)
+    except DataError as error:
+        raise DataError(f"{error}; if it has been moved, name its place with --data") from None
     if data.manifest.fingerprint != state["manifest"]:
         raise ConfigError(
             f"{data.url} is not the data set of the run: its fingerprint is "

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -30,6 +31,8 @@ from model.objectives.base import FeatureLoss, LabelScope, LossSettings
 from shards.dataset import DatasetSpec
 from shards.order.settings import SamplerSettings
 
+_LONGEST = 255  # bytes of a file's name, on Linux
+
 
 class ConfigError(ValueError):
     """The configuration, or what it asks of this data set or checkpoint, is wrong."""
@@ -39,14 +42,23 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def _place(text: str) -> str:
+    if not text.strip() or "\0" in text:
+        raise ValueError(f"{json.dumps(text)} is no path or URL")
+    return text
+
+
+Place = Annotated[str, AfterValidator(_place)]
+
+
 class RunSection(Section):
     """Where the run lives. Everything it writes is under storage/name."""
 
     name: str = "lxmert"
     """The same name resumes the run from its newest whole checkpoint."""
-    storage: str = Field("runs", min_length=1)
+    storage: Place = "runs"
     """A folder or an s3:// URL that every worker can write."""
-    tensorboard: str | None = None
+    tensorboard: Place | None = None
     """Folder for TensorBoard events, written by rank 0; by default storage/name/tensorboard, or
     runs/name/tensorboard where the storage is remote (event files grow, objects cannot)."""
     seed: int = 9595
@@ -55,10 +67,12 @@ class RunSection(Section):
     @field_validator("name")
     @classmethod
     def _below_the_storage(cls, name: str) -> str:
-        if not name.isprintable() or any(p.strip() in ("", ".", "..") for p in name.split("/")):
+        parts = name.split("/")
+        odd = any(p.strip() in ("", ".", "..") or len(p.encode()) > _LONGEST for p in parts)
+        if odd or not name.isprintable():
             raise ValueError(
                 f"{json.dumps(name)} is no folder under run.storage: give a name, or several with "
-                "/ between them, none of them empty, . or .."
+                f"/ between them, none of them empty, ., .. or of more than {_LONGEST} bytes"
             )
         return name
 
@@ -66,7 +80,7 @@ class RunSection(Section):
 class DatasetSection(Section):
     """One of several data sets that are mixed."""
 
-    url: str
+    url: Place
     weight: float | None = Field(None, ge=0)
     """Its share of the pairs, against the others' weights; give all of them one or none. Without,
     the sets come in proportion to their pairs."""
@@ -99,7 +113,7 @@ def _form(train: Any) -> str | None:
 
 class DataSection(LoaderSettings):
     train: Annotated[
-        Annotated[str, Tag(f"{_FORM}one")]
+        Annotated[Place, Tag(f"{_FORM}one")]
         | Annotated[tuple[DatasetSection, ...], Tag(f"{_FORM}list")],
         Discriminator(
             _form,
@@ -109,8 +123,8 @@ class DataSection(LoaderSettings):
     ]
     """Folder or s3:// URL of a data set built by `lxscale shards build`; or a list of {url,
     weight}, to mix several. Each goes through its own epochs."""
-    validation: str | None = None
-    cache: str | None = None
+    validation: Place | None = None
+    cache: Place | None = None
     """Node cache of remote shards and of merged tables; by default LXSCALE_CACHE or
     ~/.cache/lxscale."""
     cache_limit_gb: float | None = Field(None, gt=0)
@@ -205,7 +219,7 @@ class TrainSection(Section):
     validate_every: int = Field(0, ge=0)
     """Steps between validations; 0 = only at the end."""
     validation_batch: int = Field(256, ge=1)
-    init_from: str | None = None
+    init_from: Place | None = None
     """Initial weights; by default from scratch. A Hugging Face folder of an LXMERT, or a released
     .pth: every weight; a Hugging Face folder of an LxmertModel: all but the heads; one of a BERT:
     embeddings and language encoder. Read where the run has no checkpoint yet, not needed later."""
@@ -341,5 +355,7 @@ def _parse_yaml(text: str) -> Any:
     """ValueError where it is not YAML, or has a value that cannot be, as a date of month 13."""
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, AttributeError) as error:  # the latter of a tag on a wrong value
         raise ValueError(str(error)) from None
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None

@@ -79,7 +79,7 @@ def export_huggingface(path: str, out: str | Path) -> Generation:
 
     An export that fails leaves no file in it that is not whole, and no model. Raises
     CheckpointError when the run's vocabulary is not the one that the checkpoint was trained with,
-    DataError naming the place when that cannot be written.
+    DataError naming the place when that cannot be written, or has something but an earlier export.
     """
     model, config, generation = load_checkpoint(path)
     vocab = _vocabulary(generation)
@@ -88,8 +88,26 @@ def export_huggingface(path: str, out: str | Path) -> Generation:
         write_tokenizer(folder, vocab, _max_tokens(config))
         names = {p.name for p in folder.iterdir()} - {"lock", _CONFIG}
         files = [*sorted(names), _CONFIG]
+        _check_place(str(out), files)
         publish(folder, str(out), files, _NOTHING, no_progress, overwrite=True)
     return generation
+
+
+def _check_place(out: str, files: list[str]) -> None:
+    """DataError where there is something that is no earlier export: it would be lost, or be read as
+    a part of this one (as tokenizers read files that ours has not)."""
+    present = objects.list_names(out)
+    others = [n for n in present if n not in files and not n.startswith(".")]
+    if others:
+        raise DataError(f"{out} has {others[0]}, which is no part of an export: name a new folder")
+    if _CONFIG not in present:
+        return
+    try:
+        tree = json.loads(objects.read_bytes(objects.join(out, _CONFIG)))
+    except ValueError:
+        tree = None
+    if not isinstance(tree, dict) or tree.get("model_type") != "lxmert":
+        raise DataError(f"{out} has the {_CONFIG} of something else: name a new folder")
 
 
 def _vocabulary(generation: Generation) -> bytes:

@@ -41,6 +41,9 @@ def out_place(text: str) -> str:
     """The type of --out: a folder or an s3:// prefix, without slashes at its end."""
     if text.startswith("s3:") and not re.match(r"s3://[^/]", text):
         raise argparse.ArgumentTypeError(f"{text!r} names no bucket: give s3://bucket/prefix")
+    scheme = re.match(r"(\w[\w+.-]*)://", text)
+    if (scheme and scheme[1] not in ("s3", "file")) or re.match(r"file://[^/]", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no folder, no s3:// and no file:/// URL")
     place = text.removeprefix("file://").strip()
     if not place.strip("/"):
         what = "is the root of all files" if place else "is empty"

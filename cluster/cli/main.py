@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import sys
 
@@ -38,9 +39,14 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("aborted")
         status = 130
-    except BrokenPipeError:
-        if not reader_has_gone():
-            raise  # of another pipe
+    except OSError as error:
+        # Of stdout; what else is written has errors of its own, with the file's name.
+        if error.errno == errno.ENOSPC and error.filename is None:
+            say(f"error: cannot write to stdout: {error.strerror}")
+            status = 2
+        elif not (isinstance(error, BrokenPipeError) and reader_has_gone()):
+            raise  # of another pipe, or unforeseen
+        silence(sys.stdout)
     if problem := stdout_problem():
         silence(sys.stdout)
         if not isinstance(problem, BrokenPipeError):

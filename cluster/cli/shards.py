@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from functools import partial
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def _add_build_arguments(parser: argparse.ArgumentParser, extractor: str) -> Non
 def _build(source: Source, args: argparse.Namespace) -> int:
     report = Report()
     settings = BuildSettings(
-        name=args.name or args.out.rpartition("/")[2],
+        name=args.name or os.path.basename(os.path.abspath(args.out)),
         extractor=args.extractor,
         vocab=args.vocab if args.tokenizer is None else pretrained_vocab(args.tokenizer),
         vocab_size=args.vocab_size,

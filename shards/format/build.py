@@ -25,16 +25,16 @@ from shards.format.manifest import MANIFEST, Counts, FileInfo, Manifest, Schema,
 from shards.format.members import RECORD, Member, members_of
 from shards.format.record import QA_SOURCES, ImageRecord, Report, record_json, record_key
 from shards.format.sentences import Document, SentenceEncoder
-from shards.format.staging import publish, staging_folder
+from shards.format.staging import check_free, publish, staging_folder
 from shards.format.table import member_columns
 from shards.format.tar import TarWriter
 from shards.format.tokenizer import load_vocab, make_tokenizer, train_vocab
 from shards.progress import Progress, no_progress
-from shards.store import objects
 from shards.store.stored import hash_file
 
 VOCAB, ANSWERS = "vocab.txt", "answers.json"
-SHARD_FILE = re.compile(r"shard-\d{6}\.(tar|table\.safetensors)")
+# Names of a data set's files but for the manifest; many a WebDataset has some of them, too.
+_OWNED = re.compile(r"shard-\d{6}\.(tar|table\.safetensors)|vocab\.txt|answers\.json")
 
 
 @dataclass(frozen=True)
@@ -100,17 +100,15 @@ def build(
     tokens = settings.vocab
     if isinstance(tokens, Path):
         tokens = load_vocab(tokens)
-    if not settings.overwrite and objects.exists(objects.join(out, MANIFEST)):
-        raise DataError(
-            f"there is a data set at {out}: choose another place, or replace it with --overwrite"
-        )
+    if not settings.overwrite:
+        check_free(out, MANIFEST, _OWNED)
     with staging_folder(out, staging) as folder:
         job = _Job(folder, settings, report or Report(), progress)
         shards, schema = _write_tars(job, records)
         manifest = _write_rest(job, shards, schema, list(tokens or _train(job, shards)))
         (folder / MANIFEST).write_bytes(manifest.to_json())
         files = [*_files(manifest), MANIFEST]
-        publish(folder, out, files, SHARD_FILE, progress, settings.overwrite)
+        publish(folder, out, files, _OWNED, progress, settings.overwrite)
     return manifest
 
 

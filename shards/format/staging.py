@@ -17,6 +17,9 @@ from shards.store.folders import owned_folder
 from shards.store.locks import alone
 
 _LOCK = ".publishing"  # a file in a local output while one process publishes there
+# There from before the first file is brought or removed until all are there: what lies beside it
+# without a commit point is of a build that was killed.
+_UNFINISHED = ".unfinished"
 
 
 @contextlib.contextmanager
@@ -38,6 +41,23 @@ def staging_folder(out: str, staging: str | Path | None = None) -> Iterator[Path
         ) from error
 
 
+def check_free(out: str, commit: str, owned: re.Pattern[str]) -> None:
+    """DataError where publishing at `out` would replace something: what has the commit point, or
+    files of names of ours without one, which somebody else's shards may have, too."""
+    names = objects.list_names(out)
+    if commit in names:
+        raise DataError(
+            f"there is a data set at {out}: choose another place, or replace it with --overwrite"
+        )
+    taken = [name for name in names if owned.fullmatch(name)]
+    if taken and _UNFINISHED not in names:
+        raise DataError(
+            f"{out} has {taken[0]}, but no {commit}: choose another place, or have --overwrite "
+            f"remove it and everything else there that a data set's files may be called "
+            f"({len(taken)} files)"
+        )
+
+
 def publish(
     folder: Path,
     out: str,
@@ -48,9 +68,10 @@ def publish(
 ) -> None:
     """Bring the staged files to `out`; the last of `names` is the commit point.
 
-    An earlier commit point is removed before anything else changes (without `overwrite`, it is an
-    error, and all stays as it is), and files whose names match `owned` but are not in `names` go
-    too. When it fails, what it has brought is removed again.
+    An earlier commit point is removed before anything else changes, and files whose names match
+    `owned` but are not in `names` go too; without `overwrite`, where either is there (see
+    `check_free`) that is an error, and all stays as it is. When it fails, what it has brought is
+    removed again.
 
     At a local `out` this is done by one process at a time. On object storage two that publish at
     once to one place are not told apart.
@@ -62,6 +83,8 @@ def publish(
                 f"another build has finished at {out} meanwhile: this one stops; choose another "
                 "place, or replace it with --overwrite"
             )
+        if not overwrite:
+            check_free(out, names[-1], owned)
         for name in names:
             if target and (target / name).is_dir():
                 raise DataError(
@@ -75,6 +98,8 @@ def _publish(
     folder: Path, out: str, names: list[str], owned: re.Pattern[str], progress: Progress
 ) -> None:
     commit, target = names[-1], objects.local_path(out)
+    unfinished = objects.join(out, _UNFINISHED)
+    objects.write_bytes(unfinished, b"")
     objects.delete(objects.join(out, commit))
     for name in objects.list_names(out):
         if owned.fullmatch(name) and name not in names:
@@ -94,8 +119,12 @@ def _publish(
             progress("files published", len(done), len(names))
         if target is not None:
             flush(target)
+        objects.delete(unfinished)
     except BaseException:
         for name in done:
             with contextlib.suppress(Exception):
                 objects.delete(objects.join(out, name))
+        with contextlib.suppress(Exception):
+            if not any(owned.fullmatch(name) for name in objects.list_names(out)):
+                objects.delete(unfinished)
         raise

@@ -68,7 +68,11 @@ def test_overrides_may_come_after_options() -> None:
 
 
 @pytest.mark.parametrize(
-    "out", ["", " ", "/", "//", "s3:", "s3://", "s3:///x", "s3:/b/x", "file:///"]
+    "out",
+    [
+        *("", " ", "/", "//", "s3:", "s3://", "s3:///x", "s3:/b/x"),
+        *("file:///", "file://host/x", "http://h/x", "memory://x"),
+    ],
 )
 @pytest.mark.parametrize("command", ["shards build images --images x --sentences y", "export x"])
 def test_an_output_that_is_no_place_is_refused(

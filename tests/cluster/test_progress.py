@@ -98,6 +98,20 @@ def test_a_build_goes_on_whoever_looks_on(
     assert verify(out) == []
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_stdout_is_one_error(unbuffered: str) -> None:
+    code = (
+        "import sys\nfrom cluster.cli import main as cli\n"
+        "cli.parse = lambda _: type('Arguments', (), {'func': lambda _: print('x', flush=True)})\n"
+        "sys.exit(cli.main([]))"
+    )
+    command = f'{sys.executable} -c "$CODE" >/dev/full'
+    environment = subprocess_environment(CODE=code, PYTHONUNBUFFERED=unbuffered)
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+    message = "error: cannot write to stdout: No space left on device\n"
+    assert (done.returncode, done.stderr) == (2, message)
+
+
 def test_an_error_that_cannot_be_printed_is_in_the_status() -> None:
     command = f"{sys.executable} -m cluster.cli shards info /nowhere/at/all 2>/dev/full"
     done = subprocess.run(["bash", "-c", command], env=subprocess_environment())

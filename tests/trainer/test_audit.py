@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from cluster.cli.main import main
+from shards.errors import DataError
 from shards.format.build import BuildSettings, build
 from tests.conftest import small_records
 from tests.ranks import config_tree, run_ranks
@@ -86,6 +87,8 @@ def test_a_data_set_that_was_moved_is_the_same(folder: Path, tmp_path: Path) -> 
     pairs = json.loads((tmp_path / "set-3" / "manifest.json").read_text())["counts"]["pairs"]
     assert f"{14 * 13 // pairs} whole epochs" in stream
     assert not any("another data state" in line for line in found.lines)
+    with pytest.raises(DataError, match=r"no data set at .*set-2.* moved, .*--data"):
+        audit(str(tmp_path / "run"), cache=str(tmp_path / "cache"))
     # Without --data they are looked for where the run had them last.
     shutil.move(tmp_path / "set-3", tmp_path / "set-2")
     assert audit(str(tmp_path / "run"), cache=str(tmp_path / "cache")).lines == found.lines

@@ -80,10 +80,26 @@ def test_the_base_recipe_is_the_papers() -> None:
         ("sampler.source_weights={vqa: .inf}", r"sampler\.source_weights\.vqa: .*finite"),
         (f"sampler.sentences_per_visit={2**63}", r"sampler\.sentences_per_visit: .*less than"),
         ("model.initializer_range=.inf", r"model\.initializer_range: .*finite"),
-        ("run.storage=''", r"run\.storage: .*at least 1"),
+        ("run.storage=''", r'run\.storage: "" is no path'),
+        *((f"{key}=' '", rf'{key}: " " is no path') for key in ("data.train", "train.init_from")),
+        ('run.storage="a\\0b"', r"run\.storage: .* is no path"),
+        ("train.steps=!!timestamp x", r"override 'train\.steps=!!timestamp x'"),
+        (f"train.steps={'[' * 3000}", r"nested too deep"),
+        (f"run.name={'x' * 256}", r"run\.name: .*more than 255 bytes"),
         *(
             (f"run.name={name}", r"run\.name: .*folder under run\.storage.*")
-            for name in ("''", "' '", ".", "..", "../x", "a/../../b", "/a", "a/", '"a\\0"')
+            for name in (
+                "''",
+                "' '",
+                ".",
+                "..",
+                "../x",
+                "a/../../b",
+                "/a",
+                "a/",
+                '"a\\0"',
+                "x" * 256,
+            )
         ),
     ],
 )

@@ -268,6 +268,26 @@ def test_an_export_that_cannot_be_written_is_one_error(
     assert f"error: {out / 'config.json'} is a folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("manifest.json", "{}"),  # a data set's
+        ("special_tokens_map.json", '{"cls_token": "<s>"}'),  # would be read with ours
+        ("config.json", '{"model_type": "bert"}'),
+        ("config.json", "[]"),
+    ],
+)
+def test_an_export_replaces_nothing_but_an_export(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    assert main(["export", str(trained / "run"), "--out", str(tmp_path)]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path} has " in error and name in error and "name a new folder" in error
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == content
+
+
 def test_an_export_is_for_all_that_the_umask_allows(exported: Path, tmp_path: Path) -> None:
     (tmp_path / "other").touch()
     due = (tmp_path / "other").stat().st_mode

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,14 +21,23 @@ import pytest
 
 from shards.errors import DataError
 from shards.format.build import BuildSettings, build
-from shards.format.manifest import load_manifest
+from shards.format.manifest import MANIFEST, load_manifest
 from shards.format.members import LABELS
-from shards.format.record import Report, Sentence, record_key
+from shards.format.record import ImageRecord, Report, Sentence, record_key
 from shards.format.table import open_table
 from shards.format.tokenizer import load_tokenizer
 from shards.format.verify import verify
 from shards.store import objects
 from tests.conftest import MakeRecords, subprocess_environment
+
+
+@pytest.fixture(params=["folder", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An output, in a folder and on S3."""
+    if request.param == "folder":
+        return str(tmp_path / "place")
+    return f"{request.getfixturevalue('s3')}/{tmp_path.name}"
+
 
 SETTINGS = BuildSettings("small", "random", vocab_size=200, images_per_shard=4)
 
@@ -109,6 +120,7 @@ def test_stock_readers_read_a_shard(tmp_path: Path, make_records: MakeRecords) -
 def test_s3_gets_the_same_bytes(tmp_path: Path, make_records: MakeRecords, s3: str) -> None:
     url = f"{s3}/same"
     # A crowd of shards of an interrupted build: none of it may stay.
+    objects.write_bytes(f"{url}/.unfinished", b"")
     objects.write_bytes(f"{url}/shard-000007.tar", b"old")
     local = build(make_records(9), tmp_path / "data", SETTINGS)
     remote = build(make_records(9), url, SETTINGS, staging=tmp_path / "staging")
@@ -317,3 +329,45 @@ def test_every_stage_of_a_build_and_of_a_check_ends(
         "files published": (9, 9),
         "shards verified": (3, 3),
     }
+
+
+@pytest.mark.parametrize("theirs", ["shard-000077.tar", "vocab.txt", "answers.json"])
+def test_what_is_no_data_set_is_not_replaced_unasked(
+    place: str, make_records: MakeRecords, theirs: str
+) -> None:
+    """Many a WebDataset is of such names, the one that is read perhaps."""
+    objects.write_bytes(f"{place}/{theirs}", b"precious")
+    with pytest.raises(DataError, match=rf"{re.escape(place)} has {theirs}.*--overwrite"):
+        build(make_records(2), place, SETTINGS)
+    assert objects.list_names(place) == [theirs]
+    assert objects.read_bytes(f"{place}/{theirs}") == b"precious"
+    build(make_records(2), place, replace(SETTINGS, overwrite=True))
+    assert verify(place) == []
+
+
+def _killed_while_it_publishes(place: str, records: list[ImageRecord], overwrite: bool) -> None:
+    def show(what: str, done: int, total: int | None) -> None:
+        if what == "files published" and done == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    build(records, place, replace(SETTINGS, overwrite=overwrite), progress=show)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_next_build_goes_over_what_a_killed_one_has_published(
+    place: str, make_records: MakeRecords, overwrite: bool
+) -> None:
+    if overwrite:
+        build(make_records(9), place, SETTINGS)
+    context = multiprocessing.get_context("spawn")
+    arguments = (place, list(make_records(9)), overwrite)
+    child = context.Process(target=_killed_while_it_publishes, args=arguments)
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    names = objects.list_names(place)
+    assert MANIFEST not in names and any(name.endswith(".tar") for name in names)
+    manifest = build(make_records(2), place, SETTINGS)
+    assert verify(place) == []
+    files = {f for s in manifest.shards for f in (s.name, s.table)}
+    assert set(objects.list_names(place)) == {*files, "vocab.txt", "answers.json", MANIFEST}
