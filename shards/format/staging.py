@@ -119,7 +119,6 @@ def _publish(
             progress("files published", len(done), len(names))
         if target is not None:
             flush(target)
-        objects.delete(unfinished)
     except BaseException:
         for name in done:
             with contextlib.suppress(Exception):
@@ -128,3 +127,6 @@ def _publish(
             if not any(owned.fullmatch(name) for name in objects.list_names(out)):
                 objects.delete(unfinished)
         raise
+    # Beside a commit point it says nothing: a store that is gone by now has lost nothing.
+    with contextlib.suppress(DataError):
+        objects.delete(unfinished)
