@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from model.errors import ModelError
-from shards.errors import DataError
+from shards.errors import DataError, StoreError
 from trainer.checkpoint.errors import CheckpointError
 from trainer.config import ConfigError
 
 
 class LaunchError(RuntimeError):
-    """The workers could not be placed, or failed more often than cluster.max_failures."""
+    """The workers cannot be placed, or fail by an error that no one has foreseen."""
+
+
+class AgainError(RuntimeError):
+    """The run ended early by no fault of its own: the same command goes on."""
+
+
+class LostError(AgainError):
+    """Workers, nodes or Ray were lost, more often than the run puts up with."""
 
 
 # What a worker may raise that no new attempt can mend.
 FINAL_ERRORS = (ConfigError, DataError, ModelError, CheckpointError)
-USER_ERRORS = (*FINAL_ERRORS, LaunchError)
+# Of these, what another command may find mended.
+AGAIN_ERRORS = (StoreError,)
+USER_ERRORS = (*FINAL_ERRORS, LaunchError, AgainError)
+
+
+def exit_status(error: BaseException) -> int:
+    """What a command ends with: 75 where it should be run again (EX_TEMPFAIL of sysexits.h), 2
+    where that would change nothing."""
+    return 75 if isinstance(error, (*AGAIN_ERRORS, AgainError)) else 2

@@ -1,195 +1,152 @@
-"""Placing a run on Ray: start or join a cluster, run the trainer in Ray Train workers, end cleanly.
+"""A run on Ray: groups of workers, one after the other, until it is done.
 
-Ray places, watches and restarts; checkpoints and tensors are the trainer's own. A worker that dies
-costs a new attempt of the whole group, which goes on from the last committed generation; an error
-of the user's ends the run at once.
+Ray places and ends; checkpoints and tensors are the trainer's own. A worker, a node or a link that
+is lost costs a new group, which goes on from the last committed generation. What ends a run, and
+with which error, is in `_verdict`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import signal
-import threading
-from collections.abc import Callable, Iterator
+import os
+import secrets
+import time
 from pathlib import Path
-from typing import Any
 
-import ray
-import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.exceptions import (
-    WorkerGroupStartupTimeoutError,
-    WorkerHealthCheckFailedError,
-    WorkerHealthCheckTimeoutError,
-)
-from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
-from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
-from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-from cluster.driver_channel import DriverChannel, WorkerChannel, follow
-from cluster.errors import FINAL_ERRORS, LaunchError
-from cluster.local_ray import environment, local_ray, scratch
+from cluster.budget import Budget, newest_generation
+from cluster.errors import FINAL_ERRORS, AgainError, LaunchError, LostError
+from cluster.group import End, Wishes, place, run
+from cluster.local_ray import scratch
+from cluster.nodes import unreachable
+from cluster.ray_session import RaySession, ray_session
+from cluster.stopping import Stop, stop_signals
+from cluster.worker import Loop, Work
 from trainer.config import RunConfig, parse_config
-from trainer.loop import Control, TrainResult, train
+from trainer.loop import TrainResult, train
 from trainer.progress import tensorboard_folder
-
-Loop = Callable[[RunConfig, Control], TrainResult]
-
-
-class FinalError(RuntimeError):
-    """An error in a worker that no new attempt can mend; its text is the message for the user."""
+from trainer.setup import run_url
 
 
-class _Policy(DefaultFailurePolicy):
-    """Retries lost workers as Ray does, saying so, but not errors of the user's."""
-
-    def __init__(self, failure_config: Any, channel: Any) -> None:
-        super().__init__(failure_config)
-        self._channel = channel
-
-    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
-        if _final_message(training_failed_error):
-            return FailureDecision.RAISE
-        decision = super().make_decision(training_failed_error)
-        if decision is FailureDecision.RETRY:
-            cause = _cause(training_failed_error)
-            self._channel.exchange.remote([f"{cause}; starting again"])
-        return decision
-
-
-class _Trainer(TorchTrainer):
-    """Ray Train's trainer with our failure policy, for which it has no parameter."""
-
-    channel: Any
-    """The driver channel, on which the policy says what it does."""
-
-    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        run_config: Any = self.run_config
-        arguments["failure_policy"] = _Policy(run_config.failure_config, self.channel)
-        return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
-
-
-def _cause(error: TrainingFailedError) -> str:
-    """Why the workers failed: which were lost, or else the traceback of those that raised."""
-    if isinstance(error, WorkerGroupError):
-        # Where one is lost, the others fail with broken connections.
-        lost = [
-            str(rank)
-            for rank, failure in sorted(error.worker_failures.items())
-            if isinstance(failure, WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError)
-        ]
-        if lost:
-            return f"lost worker {', '.join(lost)} (killed, crashed, out of memory or unreachable)"
-    elif isinstance(error, ControllerError):
-        if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
-            return "no room for all workers within cluster.start_timeout_s"
-        return str(error.controller_failure)
-    return str(error).strip()
-
-
-def _final_message(error: BaseException) -> str | None:
-    """The text of a FinalError among the workers' failures."""
-    if isinstance(error, WorkerGroupError):
-        for failure in error.worker_failures.values():
-            cause = getattr(failure, "_base_exc", failure)
-            if isinstance(cause, FinalError):
-                return str(cause)
-    return None
-
-
-def launch(config: RunConfig, *, ray_address: str | None = None, loop: Loop = train) -> TrainResult:
-    """Run `loop` in config.cluster.workers workers; returns the result of the loop on rank 0.
+def launch(
+    config: RunConfig,
+    *,
+    ray_address: str | None = None,
+    loop: Loop = train,
+    take_over: bool = False,
+) -> TrainResult:
+    """Run `loop` in config.cluster.workers workers; returns its result on rank 0.
 
     ray_address: a Ray cluster to join; None starts a local one and ends it.
-    The first SIGINT or SIGTERM asks for a clean stop (the loop saves and returns), the second
-    aborts. Raises one of FINAL_ERRORS with the worker's message, or LaunchError.
+    The first SIGINT, SIGTERM or SIGUSR1 asks for a clean stop (the loop saves and returns), a
+    second SIGINT aborts. Raises one of FINAL_ERRORS with the worker's message; AgainError where the
+    same command goes on; LaunchError otherwise.
     """
     config = absolute_paths(config)
-    # Ray sets signal handlers when it starts: ours come after.
-    with scratch() as folder, _ray(config, ray_address, folder), _counting_signals() as asked:
-        # Where the driver is: a node that is lost must not take it along.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        channel: Any = (
-            ray.remote(DriverChannel).options(num_cpus=0, scheduling_strategy=here).remote()
-        )
-        trainer = _trainer(config, loop, channel, folder)
-        failure: list[BaseException] = []
-
-        def fit() -> None:
-            try:
-                trainer.fit()
-            except BaseException as error:
-                failure.append(error)
-
-        # In a thread of its own, Ray Train leaves SIGINT to us.
-        thread = threading.Thread(target=fit, name="lxscale-fit", daemon=True)
-        thread.start()
-        follow(channel, thread, asked)
-        if failure:
-            raise _explain(failure[0], config)
-        result: TrainResult | None = ray.get(channel.result.remote())
-        if result is None:
-            raise LaunchError("the workers ended without a result")
-        return result
+    work = Work(config.given(), loop, secrets.token_hex(8), take_over)
+    budget = Budget(config.cluster.max_failures, newest_generation(run_url(config)))
+    with scratch() as folder, stop_signals(config.cluster.stop_timeout_s) as stop:
+        while True:
+            with ray_session(config.cluster, ray_address, folder, stop) as session:
+                end, budget = _groups(config, work, session, stop, budget)
+                again = end.kind == "ray lost" and session.can_start_again() and not stop.asked()
+            if not again:
+                return _verdict(end, config, stop)
+            _show(f"{end.text}; starting Ray again")
 
 
-def _trainer(config: RunConfig, loop: Loop, channel: Any, folder: Path) -> _Trainer:
-    """Ray Train's trainer for the run; `folder` goes with the run's end."""
-    cluster = config.cluster
-    trainer = _Trainer(
-        _work,
-        train_loop_config={"config": config.given(), "channel": channel, "loop": loop},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.workers,
-            use_gpu=cluster.gpus_per_worker > 0,
-            resources_per_worker=_resources(config),
-        ),
-        torch_config=TorchConfig(
-            backend="cpu:gloo,cuda:nccl" if cluster.gpus_per_worker else "gloo",
-            timeout_s=int(cluster.process_group_timeout_s),
-        ),
-        # Ray Train wants a place for its ledger; ours is the trainer's, so this one goes.
-        run_config=ray.train.RunConfig(
-            name="lxscale",
-            storage_path=str(folder / "ledger"),
-            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
-        ),
-    )
-    trainer.channel = channel
-    return trainer
+def _groups(
+    config: RunConfig, work: Work, session: RaySession, stop: Stop, budget: Budget
+) -> tuple[End, Budget]:
+    """Groups one after the other; how the last one ended."""
+    avoid: frozenset[str] = frozenset()
+    while True:
+        end, moving = _group(config, work, session, stop, avoid)
+        lost = session.lost()
+        if moving and not stop.asked() and end.stopped:
+            if lost:
+                return End("ray lost", lost), budget
+            _show(f"{moving}; starting again elsewhere")
+            avoid |= session.draining()
+            continue
+        if end.kind not in ("lost", "hung") and not end.is_network:
+            return end, budget
+        budget = budget.after_failure(newest_generation(run_url(config)))
+        if budget.spent or stop.asked():
+            return end, budget
+        if lost:
+            return End("ray lost", lost), budget
+        avoid |= unreachable(end.nodes)
+        _show(f"{end.text}; starting again")
 
 
-def _work(given: dict[str, Any]) -> None:
-    """What runs in every worker: the loop, with the channel around it."""
-    rank = ray.train.get_context().get_world_rank()
-    channel = WorkerChannel(given["channel"], logging.getLogger("lxscale"), rank)
+def _group(
+    config: RunConfig, work: Work, session: RaySession, stop: Stop, avoid: frozenset[str]
+) -> tuple[End, str]:
+    """One group: how it ended, and why it was asked to save and end if the run is to go on."""
+    moving, nodes, since, said = "", frozenset[str](), 0.0, False
+
+    def wish() -> bool:
+        nonlocal moving, since, said
+        if stop.asked() and not said:
+            said = True
+            _show("stopping: the workers save a checkpoint; Ctrl-C once more to abort")
+        if not moving:
+            leaving = nodes & session.draining()
+            moving = session.lost() or (f"{len(leaving)} nodes are drained" if leaving else "")
+            if moving:
+                since = time.monotonic()
+                _show(f"{moving}: the workers save a checkpoint")
+        return stop.asked() or bool(moving)
+
+    def overdue() -> bool:
+        late = moving and time.monotonic() - since > config.cluster.stop_timeout_s
+        return stop.overdue() or bool(late)
+
+    wishes = Wishes(wish, overdue, _show)
+    placed = place(config.cluster, _environment(), avoid, wishes)
+    if isinstance(placed, End):
+        return placed, moving
+    nodes = placed.nodes
     try:
-        config = parse_config(given["config"], "the configuration")
-        result = given["loop"](config, Control(channel.should_stop))
-        if rank == 0:
-            ray.get(given["channel"].finish.remote(result))
-    except FINAL_ERRORS as error:
-        raise FinalError(f"{type(error).__name__}:{error}") from error
+        return run(placed, work, config.cluster, wishes), moving
     finally:
-        channel.close()
+        placed.close()
 
 
-def _explain(error: BaseException, config: RunConfig) -> BaseException:
-    """The one error to show for a failed run."""
-    message = _final_message(error)
-    if message is not None:
-        name, _, text = message.partition(":")
+def _verdict(end: End, config: RunConfig, stop: Stop) -> TrainResult:
+    """The result of the run, or the one error that says why there is none."""
+    cluster, goes_on = config.cluster, "the same command goes on from the last checkpoint"
+    if end.kind == "done":
+        result: TrainResult = end.result
+        return result
+    if end.failure and not end.is_network:
         kinds = {kind.__name__: kind for kind in FINAL_ERRORS}
-        return kinds.get(name, LaunchError)(text)
-    if isinstance(error, TrainingFailedError):
-        return LaunchError(
-            f"the workers failed more than cluster.max_failures={config.cluster.max_failures} "
-            f"times; the same command goes on from the last checkpoint. The last failure: "
-            f"{_cause(error)}"
+        raise kinds.get(end.failure.name, LaunchError)(end.failure.text)
+    if end.kind == "stopped":
+        raise AgainError(f"stopped before training began; {goes_on}")
+    if end.kind == "overdue":
+        raise AgainError(
+            f"not saved within cluster.stop_timeout_s={cluster.stop_timeout_s:g}; {goes_on}"
         )
-    return error
+    if end.kind == "no room":
+        raise AgainError(
+            f"no room for {cluster.workers} workers {end.text}: wait for other jobs or nodes, or "
+            "ask for less"
+        )
+    if stop.asked() or end.kind == "ray lost":
+        raise LostError(f"{end.text}; {goes_on}")
+    raise LostError(
+        f"{end.text}: more than cluster.max_failures={cluster.max_failures} times without a new "
+        f"checkpoint; {goes_on}"
+    )
+
+
+def _environment() -> dict[str, str]:
+    """What workers on other nodes have to know of the driver's environment."""
+    return {k: v for k, v in os.environ.items() if k.startswith("LXSCALE_")}
+
+
+def _show(line: str) -> None:
+    print(line, flush=True)
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:
@@ -215,80 +172,3 @@ def absolute_paths(config: RunConfig) -> RunConfig:
             if value is not None:
                 given.setdefault(section, {})[key] = value
     return parse_config(given, "the configuration")
-
-
-def _resources(config: RunConfig) -> dict[str, float]:
-    resources = {"CPU": config.cluster.cpus_per_worker}
-    if config.cluster.gpus_per_worker:
-        resources["GPU"] = config.cluster.gpus_per_worker
-    return resources
-
-
-@contextlib.contextmanager
-def _ray(config: RunConfig, address: str | None, folder: Path) -> Iterator[None]:
-    """Join the Ray cluster at `address`, or start one on this machine and remove it at the end."""
-    cluster = config.cluster
-    settings = {
-        "RAY_TRAIN_V2_ENABLED": "1",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(cluster.health_check_interval_s),
-        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(cluster.health_check_timeout_s),
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(cluster.start_timeout_s),
-        "RAY_CHDIR_TO_TRIAL_DIR": "0",
-        "RAY_TRAIN_METRICS_ENABLED": "0",
-        # Ray Train's own print writes each line twice.
-        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        # Worker processes share the cores: without this each would take all of them.
-        "OMP_NUM_THREADS": str(max(1, int(cluster.cpus_per_worker))),
-    }
-    logging.getLogger("ray.train").setLevel(logging.ERROR)
-    # Ray prints what its daemons say, many lines a lost worker, whatever log_to_driver is; the
-    # failure policy says it in one.
-    vars(ray._private.worker)["print_to_stdstream"] = lambda *_, **__: None
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    with environment(settings):
-        try:
-            with contextlib.ExitStack() as stack:
-                try:
-                    if address:
-                        ray.init(address, **options)
-                        stack.callback(ray.shutdown)
-                    else:
-                        stack.enter_context(local_ray(cluster, folder, options))
-                except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-                    if isinstance(error, LaunchError):
-                        raise
-                    first = (str(error).strip().splitlines() or [repr(error)])[0]
-                    raise LaunchError(
-                        f"cannot {'join Ray at ' + address if address else 'start Ray'}: {first}"
-                    ) from error
-                yield
-        except ray.exceptions.RayError as error:
-            raise LaunchError(
-                f"Ray failed: {str(error).strip().splitlines()[0]}. The same command goes on from "
-                "the last checkpoint"
-            ) from error
-
-
-@contextlib.contextmanager
-def _counting_signals() -> Iterator[Callable[[], bool]]:
-    """Yields whether SIGINT or SIGTERM has come, which asks for a clean stop; a second one raises
-    KeyboardInterrupt here. The handler does nothing else: it may interrupt anything."""
-    count = 0
-
-    def handle(_number: int, _frame: Any) -> None:
-        nonlocal count
-        count += 1
-        if count > 1:
-            raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: count > 0
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)

@@ -6,16 +6,16 @@ import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import ray
 import ray._private.ray_constants as ray_constants
 import torch
 
 from cluster import reaper
-from cluster.errors import LaunchError
+from cluster.errors import LaunchError, LostError
 from shards.store.folders import owned_folder
 from trainer.config import ClusterSection
 
@@ -32,9 +32,8 @@ _ENVIRONMENT = {
     ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
     # By default workers run at nice 15 and starve beside anything else on the machine.
     "RAY_worker_niceness": "0",
-    # Workers for tasks, of which there are none; watching for nodes that a cloud takes away.
+    # Workers for tasks, of which there are none.
     "RAY_prestart_worker_first_driver": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 
 
@@ -51,8 +50,11 @@ def environment(values: dict[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def local_ray(cluster: ClusterSection, folder: Path, options: dict[str, Any]) -> Iterator[None]:
-    """Start Ray for cluster.workers workers and end it. Cores may be over-subscribed, GPUs not."""
+def local_ray(
+    cluster: ClusterSection, folder: Path, started: Callable[..., AbstractContextManager[None]]
+) -> Iterator[None]:
+    """Have Ray `started` for cluster.workers workers and end it. Cores may be over-subscribed,
+    GPUs not."""
     gpus = torch.cuda.device_count() if cluster.gpus_per_worker else 0
     if cluster.workers * cluster.gpus_per_worker > gpus:
         raise LaunchError(
@@ -65,20 +67,27 @@ def local_ray(cluster: ClusterSection, folder: Path, options: dict[str, Any]) ->
     watch = reaper.start(folder)
     with environment({**_ENVIRONMENT, reaper.MARK: session}), _one_node():
         try:
-            ray.init(
+            with started(
                 address="local",
                 include_dashboard=False,
                 num_cpus=max(cores, os.cpu_count() or 1),
                 num_gpus=gpus,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 _temp_dir=str(folder),
-                **options,
-            )
-            yield
+            ):
+                yield
         finally:
-            ray.shutdown()
             reaper.reap(session)
             reaper.stop(watch)
+
+
+def dead_daemon() -> str | None:
+    """The name of one of Ray's daemons of this machine that a run cannot do without and that has
+    ended, if any."""
+    node = ray._private.worker._global_node
+    dead: list[str] = [name for name, _ in node.dead_processes()] if node else []
+    needed = (ray_constants.PROCESS_TYPE_GCS_SERVER, ray_constants.PROCESS_TYPE_RAYLET)
+    return next((name for name in needed if name in dead), None)
 
 
 @contextlib.contextmanager
@@ -104,12 +113,12 @@ def scratch() -> Iterator[Path]:
     with owned_folder(root, _PREFIX, _is_kept) as folder:
         try:
             yield folder
-        except LaunchError as error:
+        except (LaunchError, LostError) as error:
             if not any(folder.glob("session_*")):
                 raise
             logs = folder.with_name(f"{folder.name}{_FAILED}")
             folder.rename(logs)
-            raise LaunchError(f"{error}. Logs of Ray and of the workers: {logs}") from error
+            raise type(error)(f"{error}. Logs of Ray and of the workers: {logs}") from error
 
 
 def _is_kept(folder: Path) -> bool:

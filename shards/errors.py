@@ -8,3 +8,7 @@ class DataError(ValueError):
 
 class NotFoundError(DataError):
     """The object is not there."""
+
+
+class StoreError(DataError):
+    """The object store was away, or failed, for longer than its deadline: later it may not."""

@@ -42,26 +42,17 @@ class Internal:
         return self.name.partition(".")[0].partition(":")[0]
 
 
-LAUNCH, LOCAL = "cluster/launch.py", "cluster/local_ray.py"
+SESSION, LOCAL = "cluster/ray_session.py", "cluster/local_ray.py"
 S3, OBJECTS, RETRY = "shards/store/s3.py", "shards/store/objects.py", "shards/store/retry.py"
 ZERO, ENGINE = "trainer/checkpoint/zero_state.py", "trainer/step/engine.py"
-_TRAIN = "ray.train.v2._internal"
-_POLICY = f"{_TRAIN}.execution.failure_handling"
 
 INTERNALS = (
-    Internal(LAUNCH, f"{_TRAIN}.exceptions:WorkerGroupStartupTimeoutError"),
-    Internal(LAUNCH, f"{_TRAIN}.exceptions:WorkerHealthCheckFailedError"),
-    Internal(LAUNCH, f"{_TRAIN}.exceptions:WorkerHealthCheckTimeoutError"),
-    Internal(LAUNCH, f"{_POLICY}.default:DefaultFailurePolicy", ("failure_config",)),
-    Internal(
-        LAUNCH,
-        f"{_POLICY}.default:DefaultFailurePolicy.make_decision",
-        ("self", "training_failed_error"),
-    ),
-    Internal(LAUNCH, f"{_POLICY}.failure_policy:FailureDecision.RAISE"),
-    Internal(LAUNCH, f"{_POLICY}.failure_policy:FailureDecision.RETRY"),
-    Internal(LAUNCH, "ray.train.torch:TorchTrainer._initialize_and_run_controller"),
-    Internal(LAUNCH, "ray._private.worker:print_to_stdstream", ("data", "ignore_prefix")),
+    Internal(SESSION, "ray._private.worker:print_to_stdstream", ("data", "ignore_prefix")),
+    Internal(SESSION, "ray._private.state:state.get_draining_nodes"),
+    Internal(LOCAL, "ray._private.worker:_global_node"),
+    Internal(LOCAL, "ray._private.node:Node.dead_processes"),
+    Internal(LOCAL, "ray._private.ray_constants:PROCESS_TYPE_GCS_SERVER"),
+    Internal(LOCAL, "ray._private.ray_constants:PROCESS_TYPE_RAYLET"),
     Internal(LOCAL, "ray:init", ("_temp_dir",)),
     Internal(LOCAL, "ray._private.ray_constants:ENABLE_RAY_CLUSTERS_ENV_VAR"),
     Internal(LOCAL, "ray._private.ray_constants:ENABLE_RAY_CLUSTER"),
@@ -140,41 +131,14 @@ def test_it_is_where_it_was(internal: Internal) -> None:
         )
 
 
-def test_ray_train_takes_our_failure_policy_and_shows_what_workers_raised() -> None:
-    controller = Internal(LAUNCH, f"{_TRAIN}.execution.controller.controller:TrainController")
-    assert "failure_policy" in inspect.signature(resolve(controller)).parameters, sentence(
-        LAUNCH, controller.name, "takes no failure_policy", "ray"
-    )
-    raised = Internal(LAUNCH, f"{_TRAIN}.exceptions:UserExceptionWithTraceback")
-    error = KeyError("x")
-    assert getattr(resolve(raised)(error, "trace"), "_base_exc", None) is error, sentence(
-        LAUNCH, f"{raised.name}._base_exc", "does not hold the worker's error", "ray"
-    )
-
-
 def test_ray_knows_the_variables_that_are_set() -> None:
     """Misspelt or dropped ones would be ignored without a word."""
-    modules = (f"{_TRAIN}.constants", "ray.train.constants", "ray._common.usage.usage_constants")
-    known = {
-        value
-        for name in modules
-        for value in vars(importlib.import_module(name)).values()
-        if isinstance(value, str)
-    }
-    text = (ROOT / LAUNCH).read_text() + (ROOT / LOCAL).read_text()
-    for name in (
-        "RAY_TRAIN_V2_ENABLED",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S",
-        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S",
-        "RAY_TRAIN_METRICS_ENABLED",
-        "RAY_TRAIN_ENABLE_PRINT_PATCH",
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER",
-        "RAY_CHDIR_TO_TRIAL_DIR",
-        "RAY_USAGE_STATS_ENABLED",
-    ):
-        assert name in text, f"{name} is not set any more: take it off this list"
-        assert name in known, sentence(LAUNCH, name, "is no variable that is read", "ray")
+    module = importlib.import_module("ray._common.usage.usage_constants")
+    known = {value for value in vars(module).values() if isinstance(value, str)}
+    text = (ROOT / SESSION).read_text() + (ROOT / LOCAL).read_text()
+    name = "RAY_USAGE_STATS_ENABLED"
+    assert name in text, f"{name} is not set any more: take this test away"
+    assert name in known, sentence(SESSION, name, "is no variable that is read", "ray")
 
 
 def test_the_op_that_is_switched_off_is_the_one_that_would_be_built() -> None:

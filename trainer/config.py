@@ -258,19 +258,18 @@ class ClusterSection(Section):
     gpus_per_worker: float = Field(0, ge=0)
     """0 trains on the CPU."""
     max_failures: int = Field(3, ge=-1)
-    """Lost worker groups that are started again before the run ends; -1 = any number. Ray's
-    default of 0 ends a run at its first lost node."""
+    """Failures without a new generation in between after which the run ends; -1 = any number."""
     start_timeout_s: float = Field(60, gt=0)
-    """How long Ray waits for all workers to be placed and started."""
+    """How long to wait for room for all workers, and for them to start. A run that finds no room
+    ends with status 75."""
+    stop_timeout_s: float = Field(60, gt=0)
+    """How long a stop (SIGTERM, SIGUSR1, Ctrl-C) may take, with the checkpoint that it saves."""
+    hang_timeout_s: float = Field(15, gt=0)
+    """A step that takes longer than this and than ten median ones is a hang, and so is a worker
+    that does not answer for so long: all workers are started again."""
     process_group_timeout_s: float = Field(360, gt=0)
-    """How long a collective may hang; torch's 1800 s would cost half an hour for each lost peer
-    whose connection does not break. Above LXSCALE_STORE_DEADLINE, as a worker that waits for the
-    store is waited for."""
-    health_check_interval_s: float = Field(1, gt=0)
-    """How often Ray looks whether workers live; its own default is 2 s."""
-    health_check_timeout_s: float = Field(120, gt=0)
-    """How long a worker may leave Ray's question unanswered before it counts as lost; Ray's
-    default is 600 s. It answers from a thread of its own, during long steps too."""
+    """How long a collective may hang in a start, a validation or a save. Above
+    LXSCALE_STORE_DEADLINE, as a worker that waits for the store is waited for."""
 
 
 class RunConfig(Section):

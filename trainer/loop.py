@@ -25,6 +25,11 @@ class Control:
     should_stop: Callable[[], bool] = lambda: False
     """Polled each step on every rank, never blocks; all ranks then stop at one step, save and
     return."""
+    enter: Callable[[str], None] = lambda phase: None
+    """Told what the rank is at: "start", "data", "step", "save", "validation", "end". Who watches
+    it knows by this how long that may take."""
+    job: str = ""
+    take_over: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,11 @@ def train(config: RunConfig, control: Control) -> TrainResult:
     steps, stopped = load(run, state), False
     every, validate_every = config.checkpoint.every, config.train.validate_every
     while state.consumed < run.length.total:
+        control.enter("data")
         began = time.monotonic()
         loaded = next(steps)
         waited = time.monotonic() - began
+        control.enter("step")
         active = active_objectives(run, loaded.step)
         sync = sync_step(
             loaded, [*active], config.objectives.losses(), run.mixture, control.should_stop()
@@ -72,9 +79,12 @@ def train(config: RunConfig, control: Control) -> TrainResult:
             run.progress.mixture(run.mixture.planned, sync.mixture, count)
             run.progress.step(state.step, values, count, seconds, waited)
         if state.step % every == 0:
+            control.enter("save")
             save(run, state)
         if validate_every and state.step % validate_every == 0:
+            control.enter("validation")
             state = validate(run, state)
+    control.enter("end")
     steps.close()
     state = finish(run, state, stopped)
     return TrainResult(

@@ -44,7 +44,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     built = time.monotonic()
     result = launch(config, ray_address=arguments.ray_address)
     if result.stopped:
-        return 130
+        return 75
     trained = time.monotonic()
     url = run_url(config)
     test = str(config.data.validation)

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     ended because nobody reads its output any more (`| head`)."""
     open_closed_streams()
     arguments = parse(sys.argv[1:] if argv is None else argv)
-    from cluster.errors import USER_ERRORS
+    from cluster.errors import USER_ERRORS, exit_status
     from trainer.progress import setup_logging
 
     setup_logging()
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         status = arguments.func(arguments)
     except USER_ERRORS as error:
         say(f"error: {error}")
-        status = 2
+        status = exit_status(error)
     except KeyboardInterrupt:
         say("aborted")
         status = 130

@@ -23,7 +23,7 @@ def _train(arguments: argparse.Namespace) -> int:
     url = run_url(config)
     if result.stopped:
         print(f"stopped at step {result.step}, saved in {url}; the same command goes on")
-        return 130
+        return 75
     print(f"done: step {result.step}, saved in {url}")
     if result.metrics:
         print(f"validation: {format_metrics(result.metrics)}")

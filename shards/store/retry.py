@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from shards.errors import DataError, NotFoundError
+from shards.errors import DataError, NotFoundError, StoreError
 from shards.store.s3 import endpoint, s3
 
 log = logging.getLogger("lxscale")
@@ -131,7 +131,7 @@ def retrying(url: str, what: str, action: Callable[[float], T], retry: Retry | N
             cause = error
         spent = time.monotonic() - begin
         if spent >= retry.deadline:
-            raise DataError(
+            raise StoreError(
                 f"cannot {what} {url}: {type(cause).__name__}: {cause} (gave up after "
                 f"{attempt + 1} attempts in {spent:.0f} s): check the network and {endpoint()}, "
                 "or raise LXSCALE_STORE_DEADLINE"

@@ -55,7 +55,7 @@ class Job:
         return found
 
     def workers(self) -> list[int]:
-        return sorted(p for p, c in self.processes().items() if "RayTrainWorker" in c)
+        return sorted(p for p, c in self.processes().items() if c.startswith("ray::Worker"))
 
     def listeners(self) -> set[str]:
         """Addresses, in /proc's notation, on which its processes listen."""
@@ -152,9 +152,9 @@ def test_a_lost_worker_a_lost_job_and_ctrl_c_cost_no_step(start: Start, tmp_path
     # kill -9 of a worker: Ray starts the group again, which goes on.
     job = start(**steady)
     job.wait_for("step 50/240")
-    # All servers are on loopback (0100007F); torch's store knows no such setting.
+    # All servers are on loopback (0100007F).
     addresses = job.listeners()
-    assert len([a for a in addresses if "0100007F" not in a]) <= 1 < len(addresses), addresses
+    assert len(addresses) > 1 and all("0100007F" in a for a in addresses), addresses
     os.kill(job.workers()[0], signal.SIGKILL)
     job.wait_for("lost worker")
     job.wait_for("attempt 2")
@@ -169,7 +169,7 @@ def test_a_lost_worker_a_lost_job_and_ctrl_c_cost_no_step(start: Start, tmp_path
     job.wait_for("step 140/240")
     job.ctrl_c()
     status = job.finish()
-    if status == 130:  # not a machine so quick that it had finished
+    if status == 75:  # not a machine so quick that it had finished
         assert "saved in" in job.output and "the same command goes on" in job.output
         assert eventually(lambda: not job.processes(), 10), job.processes()
         stopped = find_generation(str(tmp_path / "run")).step
@@ -219,7 +219,7 @@ def test_everything_on_object_storage(
     job = start(**sections)
     job.wait_for("checkpoint step-00000020")
     job.process.send_signal(signal.SIGTERM)
-    assert job.finish() == 130, job.output
+    assert job.finish() == 75, job.output
     first = find_generation(f"{s3}/runs/run")
     assert 20 <= first.step < 120
     job = start(**sections)

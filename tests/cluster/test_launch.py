@@ -14,13 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
-from ray.train.v2.api.exceptions import WorkerGroupError
 
 from cluster import local_ray, reaper
-from cluster.driver_channel import Printed
 from cluster.errors import LaunchError
-from cluster.launch import _cause, launch
+from cluster.launch import launch
+from cluster.worker_output import Printed
 from shards.store.folders import sweep
 from tests.conftest import subprocess_environment
 from tests.ranks import config_tree
@@ -144,13 +142,6 @@ def test_folders_of_killed_drivers_are_removed_and_used_ones_are_not(tmp_path: P
         fcntl.flock(lock, fcntl.LOCK_EX)
         sweep(tmp_path, local_ray._PREFIX, local_ray._is_kept)
     assert {p.name for p in tmp_path.iterdir()} == {"lxscale-used", "lxscale-dead-failed", "other"}
-
-
-def test_a_lost_worker_is_named_and_its_peers_are_not() -> None:
-    lost = WorkerHealthCheckFailedError("dead", failure=RuntimeError())
-    error = WorkerGroupError("long", {0: RuntimeError("connection closed by peer"), 1: lost})
-    assert _cause(error).startswith("lost worker 1 (")
-    assert _cause(WorkerGroupError("trace", {0: KeyError("x")})).endswith("trace")
 
 
 def test_printed_text_is_passed_on_in_lines() -> None:

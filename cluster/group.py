@@ -1,0 +1,316 @@
+"""A group of workers: placed together, watched while they train, ended together.
+
+How one ends is plain data (`End`); what follows from that is launch.py's. The driver asks every
+worker how it is twice a second: messages grow with workers, and not with anything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.bounded import bounded
+from cluster.worker import Failure, Placed, Report, Seat, Work, Worker
+from shards.store.retry import Retry
+from trainer.config import ClusterSection
+
+# Seconds between two questions to a worker, and between two looks for answers.
+_ASK_S, _LOOK_S = 0.5, 0.1
+# Seconds to wait, after a worker's failure, for those of others that may be its cause.
+_CAUSES_S = 2.0
+# Seconds to give room back: for ever, where Ray's head is gone.
+_CLOSE_S = 3.0
+
+
+@dataclass(frozen=True)
+class End:
+    """How a group ended."""
+
+    kind: str
+    """done, with a result; failed, by an exception in a worker; lost, with a worker or all; hung;
+    no room; stopped, before there was anything to save; overdue, where it did not stop in time."""
+    text: str = ""
+    result: Any = None
+    failure: Failure | None = None
+    nodes: frozenset[str] = frozenset()
+    """Those of lost workers."""
+
+    @property
+    def is_network(self) -> bool:
+        return self.failure is not None and self.failure.kind == "network"
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it ended early because it was asked to."""
+        early = self.kind in ("stopped", "overdue")
+        return early or (self.kind == "done" and getattr(self.result, "stopped", False))
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the driver is told while it watches."""
+
+    stop: Callable[[], bool]
+    """Whether all are to save and end."""
+    overdue: Callable[[], bool]
+    """Whether that has been wished for too long."""
+    show: Callable[[str], None]
+    """Takes a line of output."""
+
+
+class Group:
+    """Workers that are placed. `close` ends them."""
+
+    def __init__(self, room: PlacementGroup, workers: list[Any], placed: list[Placed]) -> None:
+        self._room, self.workers, self.placed = room, workers, placed
+
+    @property
+    def nodes(self) -> frozenset[str]:
+        return frozenset(p.node for p in self.placed)
+
+    def close(self) -> None:
+        _close(self._room, self.workers)
+
+
+def _close(room: PlacementGroup, workers: Sequence[Any]) -> None:
+    # Ray kills them at once, and those that are stopped (SIGSTOP) after five seconds.
+    for worker in workers:
+        with contextlib.suppress(Exception):
+            ray.kill(worker)
+    with contextlib.suppress(Exception):
+        bounded(lambda: remove_placement_group(room), _CLOSE_S)
+
+
+# --- placing ------------------------------------------------------------------------------------
+
+
+def place(
+    cluster: ClusterSection, environment: dict[str, str], avoid: frozenset[str], wishes: Wishes
+) -> Group | End:
+    """Room for all workers or for none, and the workers in it, ready to train.
+
+    avoid: nodes that are not to be used. Waits for cluster.start_timeout_s.
+    """
+    resources = {"CPU": cluster.cpus_per_worker}
+    if cluster.gpus_per_worker:
+        resources["GPU"] = cluster.gpus_per_worker
+    selector = {"ray.io/node-id": f"!in({','.join(sorted(avoid))})"} if avoid else {}
+    room = placement_group(
+        [resources] * cluster.workers, bundle_label_selector=[selector] * cluster.workers
+    )
+    workers: list[Any] = []
+    try:
+        deadline = time.monotonic() + cluster.start_timeout_s
+        while not room.wait(_LOOK_S):
+            if wishes.stop():
+                raise _NotPlacedError("stopped")
+            if time.monotonic() > deadline:
+                raise _NotPlacedError("no room")
+        options = {
+            "num_cpus": cluster.cpus_per_worker,
+            "num_gpus": cluster.gpus_per_worker,
+            "max_concurrency": 2,
+        }
+        for i in range(cluster.workers):
+            strategy = PlacementGroupSchedulingStrategy(room, placement_group_bundle_index=i)
+            actor = ray.remote(Worker).options(scheduling_strategy=strategy, **options)
+            workers.append(actor.remote(environment))
+        placed = _all([w.prepare.remote() for w in workers], cluster.start_timeout_s, wishes)
+    except _NotPlacedError as error:
+        _close(room, workers)
+        return End(str(error), f"within cluster.start_timeout_s={cluster.start_timeout_s:g}")
+    except BaseException as error:
+        _close(room, workers)
+        if isinstance(error, ray.exceptions.RayError):
+            return End("lost", f"a worker could not be started: {_first_line(error)}")
+        raise
+    # Ranks of a node are neighbours.
+    order = sorted(range(len(workers)), key=lambda i: (placed[i].node, i))
+    return Group(room, [workers[i] for i in order], [placed[i] for i in order])
+
+
+class _NotPlacedError(Exception):
+    """Its text is an End's kind."""
+
+
+def _all(refs: list[Any], seconds: float, wishes: Wishes) -> list[Any]:
+    """The results of all, unless time or patience ends."""
+    deadline = time.monotonic() + seconds
+    waiting = list(refs)
+    while waiting:
+        _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=_LOOK_S)
+        if wishes.stop():
+            raise _NotPlacedError("stopped")
+        if time.monotonic() > deadline:
+            raise _NotPlacedError("no room")
+    return list(ray.get(refs))
+
+
+def seats(placed: Sequence[Placed], master: tuple[str, int]) -> list[Seat]:
+    """The part of each worker, given in the order of ranks, in which a node's are neighbours."""
+    found = []
+    for rank, worker in enumerate(placed):
+        same = [p for p in placed if p.node == worker.node]
+        gpus = tuple(dict.fromkeys(g for p in same for g in p.gpus))
+        before = sum(p.node == worker.node for p in placed[:rank])
+        local = gpus.index(worker.gpus[0]) if worker.gpus else before
+        found.append(Seat(rank, len(placed), local, gpus, master))
+    return found
+
+
+# --- watching -----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Watched:
+    """One worker, as the driver sees it."""
+
+    report: Report
+    heard: float
+    """When (time.monotonic) that came."""
+    question: Any = None
+    """The exchange that is not answered yet."""
+
+
+def run(group: Group, work: Work, cluster: ClusterSection, wishes: Wishes) -> End:
+    """Have the group do its work, and watch it; how it ended. The group still has to be closed."""
+    workers, world = group.workers, len(group.workers)
+    try:
+        address = group.placed[0].address
+        port = ray.get(workers[0].listen.remote(address), timeout=cluster.hang_timeout_s)
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        return _lost(group, [0], _first_line(error))
+    parts = seats(group.placed, (address, port))
+    running = {w.work.remote(work, seat): seat.rank for w, seat in zip(workers, parts, strict=True)}
+    now = time.monotonic()
+    watched = [_Watched(Report(), now) for _ in workers]
+    results: dict[int, Any] = {}
+    failed_at = None
+    while True:
+        ended, _ = ray.wait(list(running), timeout=_LOOK_S)
+        lost = _take_results(ended, running, results)
+        lost += _exchange(workers, watched, results, wishes)
+        now = time.monotonic()
+        silent = [
+            rank
+            for rank, w in enumerate(watched)
+            if rank not in results and now - w.heard > cluster.hang_timeout_s
+        ]
+        if lost:
+            return _lost(group, lost)
+        if len(results) == world and not any(isinstance(r, Failure) for r in results.values()):
+            _last_words(workers, watched, wishes)
+            return End("done", result=results[0])
+        if any(isinstance(r, Failure) for r in results.values()):
+            failed_at = failed_at or now
+            if len(results) == world or now - failed_at > _CAUSES_S:
+                _last_words(workers, watched, wishes)
+                failure = _cause([r for r in results.values() if isinstance(r, Failure)])
+                return End("failed", failure.text, failure=failure)
+        if silent:
+            return _lost(group, silent, f"no answer for {cluster.hang_timeout_s:g} s")
+        if wishes.overdue():
+            return End("overdue")
+        if failed_at is None and (text := hang([w.report for w in watched], cluster)):
+            return End("hung", text)
+
+
+def _take_results(ended: list[Any], running: dict[Any, int], results: dict[int, Any]) -> list[int]:
+    """Put away what has ended; ranks of workers that are gone."""
+    lost = []
+    for ref in ended:
+        rank = running.pop(ref)
+        try:
+            results[rank] = ray.get(ref)
+        except ray.exceptions.RayError:
+            lost.append(rank)
+    return lost
+
+
+def _exchange(
+    workers: Sequence[Any], watched: list[_Watched], results: dict[int, Any], wishes: Wishes
+) -> list[int]:
+    """Take the answers that are there and ask those who have answered; ranks of the lost."""
+    lost = []
+    stop = wishes.stop()
+    now = time.monotonic()
+    asked = {w.question: rank for rank, w in enumerate(watched) if w.question is not None}
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0) if asked else ([], [])
+    for ref in answered:
+        rank = asked[ref]
+        try:
+            report: Report = ray.get(ref)
+        except ray.exceptions.RayError:
+            if rank not in results:
+                lost.append(rank)
+            continue
+        watched[rank] = _Watched(report, now)
+        for line in report.lines:
+            wishes.show(line)
+    for rank, w in enumerate(watched):
+        due = rank not in results and now - w.heard >= _ASK_S
+        if w.question is None and (due or w.report.phase == "start"):
+            w.question = workers[rank].exchange.remote(stop)
+    return lost
+
+
+def _last_words(workers: Sequence[Any], watched: Sequence[_Watched], wishes: Wishes) -> None:
+    """Show what the workers have not told yet, in answers under way and in new ones."""
+    questions = [w.question for w in watched if w.question is not None]
+    questions += [w.exchange.remote(False) for w in workers]
+    ready, _ = ray.wait(questions, num_returns=len(questions), timeout=2)
+    for ref in ready:
+        with contextlib.suppress(ray.exceptions.RayError):
+            for line in ray.get(ref).lines:
+                wishes.show(line)
+
+
+def _lost(group: Group, ranks: Sequence[int], why: str = "") -> End:
+    names = ", ".join(map(str, sorted(set(ranks))))
+    why = why or "killed, crashed, out of memory or unreachable"
+    nodes = frozenset(group.placed[r].node for r in ranks)
+    return End("lost", f"lost worker {names} ({why})", nodes=nodes)
+
+
+def _cause(failures: Sequence[Failure]) -> Failure:
+    """The failure that explains the others: peers of one that failed see broken connections."""
+    order = ("user", "again", "code", "network")
+    return min(failures, key=lambda f: order.index(f.kind))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# --- hangs --------------------------------------------------------------------------------------
+
+_HANG_FACTOR = 10
+
+
+def hang(reports: Sequence[Report], cluster: ClusterSection) -> str:
+    """What hangs, or "": all workers are at something for longer than that may take. One that is
+    busy, as with a slow store, is waited for by the others, which do not hang."""
+    limits = [phase_limit(r, cluster) for r in reports]
+    if any(r.age <= limit for r, limit in zip(reports, limits, strict=True)):
+        return ""
+    rank = max(range(len(reports)), key=lambda i: reports[i].age)
+    report = reports[rank]
+    return f"no progress for {report.age:.0f} s (worker {rank} at {report.phase!r} longest)"
+
+
+def phase_limit(report: Report, cluster: ClusterSection) -> float:
+    """Seconds that what a worker is at may take."""
+    if report.phase == "step" and report.median is not None:
+        return max(cluster.hang_timeout_s, _HANG_FACTOR * report.median)
+    if report.phase == "data":
+        return Retry().deadline + cluster.hang_timeout_s
+    # Starts, validations and saves are as long as data and model are large; torch's own timeout
+    # ends a collective that hangs in them.
+    return cluster.process_group_timeout_s + cluster.hang_timeout_s
