@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from model.errors import ModelError
 from shards.errors import DataError
-from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.errors import CheckpointError, UnsavedError
 from trainer.config import ConfigError
 
 
@@ -13,5 +13,5 @@ class LaunchError(RuntimeError):
 
 
 # What a worker may raise that no new attempt can mend.
-FINAL_ERRORS = (ConfigError, DataError, ModelError, CheckpointError)
+FINAL_ERRORS = (ConfigError, DataError, ModelError, CheckpointError, UnsavedError)
 USER_ERRORS = (*FINAL_ERRORS, LaunchError)
