@@ -39,6 +39,7 @@ from trainer.checkpoint.journal import Journal
 from trainer.checkpoint.schedule import Schedule, newest_is
 from trainer.checkpoint.zero_state import Fragment, list_fragments, read
 from trainer.config import CheckpointSection
+from trainer.ranks import gather_objects
 
 log = logging.getLogger("lxscale")
 
@@ -123,13 +124,20 @@ class Saver:
         """Of the newest save that was begun."""
         self._landed_step = self._last_step
         self._why = ""
-        """The newest failure."""
+        """Of the newest failure."""
+        self._final: Exception | None = None
         self._newest = newest.url if newest else None
         self._schedule = Schedule(settings, self._newest) if self._rank == 0 else None
         # What the thread shares, under the condition.
         self._changed = threading.Condition()
         self._spool: deque[_Save] = deque()
-        """The first is under way; none: no thread runs."""
+        """The first is under way."""
+        self._running = False
+        """A thread works."""
+        self._held = False
+        """It begins nothing."""
+        self._begun_step = -1
+        """Of the newest save that it began."""
         self._outcomes: list[tuple[int, str | Failure]] = []
         """Step of each save that ended, and its generation's URL or why there is none; the same on
         every rank, if not at the same time."""
@@ -149,10 +157,8 @@ class Saver:
     def problem(self, step: int) -> Exception | None:
         """On rank 0: what all must end with after `step` steps, if anything. Looks what became of
         saves; RuntimeError on any rank that has lost the others."""
-        final = self._collect()
-        if final or not self._schedule:
-            return final
-        return self._schedule.unsaved(step)
+        self._collect()
+        return (self._final or self._schedule.unsaved(step)) if self._schedule else None
 
     def save(self, engine: Any, step: int, state: SamplerState) -> None:
         """Copy the engine's state now and write it behind. There must be room on every rank."""
@@ -170,12 +176,16 @@ class Saver:
         self._last_step = step
         with self._changed:
             self._spool.append(save)
-            if len(self._spool) == 1:
+            if not self._running:
+                self._running = True
                 threading.Thread(target=self._work, name="lxscale-save", daemon=True).start()
 
     def finish(self, engine: Any, step: int, state: SamplerState, stopped: bool) -> None:
         """Return when everything is committed, the end's generation included. Where that fails:
-        CheckpointError, or UnsavedError for a run that was stopped."""
+        CheckpointError, or UnsavedError for a run that was stopped, which may have little time:
+        saves that no rank has begun are dropped for its last one."""
+        if stopped:
+            self._drop_waiting(step)
         self._wait()
         if self._last_step != step:
             self.save(engine, step, state)
@@ -185,15 +195,26 @@ class Saver:
         kind = UnsavedError if stopped else CheckpointError
         raise kind(f"checkpoint at step {step} failed: {self._why}; {newest_is(self._newest)}")
 
+    def _drop_waiting(self, last: int) -> None:
+        """Drop saves before the step `last` that no rank has begun, on all ranks."""
+        with self._changed:
+            self._held = True
+        begun = max(gather_objects(self._begun_step))
+        with self._changed:
+            self._spool = deque(s for s in self._spool if s.step <= begun or s.step == last)
+            self._held = False
+            self._changed.notify_all()
+
     def _wait(self) -> None:
         """Wait until the spool is empty. Raises what is final, which is the same on every rank."""
         with self._changed:
             self._changed.wait_for(lambda: not self._spool)
-        if final := self._collect():
-            raise final
+        self._collect()
+        if self._final:
+            raise self._final
 
-    def _collect(self) -> Exception | None:
-        """Take note of the saves that ended since the last call; what is final, if anything."""
+    def _collect(self) -> None:
+        """Take note of the saves that ended since the last call."""
         with self._changed:
             outcomes, self._outcomes = self._outcomes, []
             if self._broken:
@@ -204,13 +225,10 @@ class Saver:
                 if self._schedule:
                     self._schedule.landed(step, result)
                 continue
-            if result.final:
-                return result.final
-            self._why = result.message
-            if self._schedule:
+            self._why, self._final = result.message, self._final or result.final
+            if self._schedule and not self._final:
                 self._schedule.failed(result.message)
                 log.error("checkpoint at step %d failed: %s", step, result.message)
-        return None
 
     # --- in the thread of saves -----------------------------------------------------------------
 
@@ -218,8 +236,12 @@ class Saver:
         """Write what is in the spool, in order, until it is empty."""
         while True:
             with self._changed:
+                self._changed.wait_for(lambda: not self._held)
+                if not self._spool:
+                    self._running = False
+                    return
                 save = self._spool[0]
-            step = save.step
+                self._begun_step = step = save.step
             try:
                 result = self._write(save)
             except Exception as error:  # of a collective: no rank knows any more what others save
@@ -233,8 +255,6 @@ class Saver:
                 self._spool.popleft()
                 self._outcomes.append((step, result))
                 self._changed.notify_all()
-                if not self._spool:
-                    return
 
     def _write(self, save: _Save) -> str | Failure:
         """Upload this rank's part; rank 0 commits and tells all how it went."""
