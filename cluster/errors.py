@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from model.errors import ModelError
 from shards.errors import DataError, StoreError
-from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.errors import CheckpointError, UnsavedError
 from trainer.config import ConfigError
 
 
@@ -21,9 +21,9 @@ class LostError(AgainError):
 
 
 # What a worker may raise that no new attempt can mend.
-FINAL_ERRORS = (ConfigError, DataError, ModelError, CheckpointError)
+FINAL_ERRORS = (ConfigError, DataError, StoreError, ModelError, CheckpointError, UnsavedError)
 # Of these, what another command may find mended.
-AGAIN_ERRORS = (StoreError,)
+AGAIN_ERRORS = (StoreError, UnsavedError)
 USER_ERRORS = (*FINAL_ERRORS, LaunchError, AgainError)
 
 

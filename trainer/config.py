@@ -244,8 +244,19 @@ class TrainSection(Section):
 class CheckpointSection(Section):
     every: int = Field(1000, ge=1)
     """Steps between checkpoints; one more is written at the end and on a clean stop."""
+    every_minutes: float | None = Field(None, gt=0)
+    """Minutes from one checkpoint's begin to the next, beside `every`: what is due first counts."""
     keep: int = Field(3, ge=1)
     """Newest generations that are kept."""
+    spool: int = Field(2, ge=1)
+    """Checkpoints in host memory that wait for the store or are on their way there, at 12 bytes a
+    parameter each over all workers. One that is due when there is no room is put off, and training
+    goes on."""
+    max_unsaved: int | None = Field(None, ge=1)
+    """Steps that training goes on after a checkpoint that is due and not on the store yet, before
+    the run ends; by default any number, within the next."""
+    max_unsaved_minutes: float = Field(60, gt=0)
+    """Minutes that it does."""
     override_data_state: bool = False
     """Resume although the data set or an order-relevant setting differs from the checkpoint's."""
 

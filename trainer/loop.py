@@ -14,7 +14,17 @@ import torch.distributed as dist
 
 from trainer.config import RunConfig
 from trainer.progress import setup_logging
-from trainer.run import active_objectives, finish, load, save, skip, start, step, validate
+from trainer.run import (
+    active_objectives,
+    finish,
+    load,
+    save,
+    skip,
+    start,
+    step,
+    validate,
+    wants,
+)
 from trainer.step.sync import sync_step
 
 
@@ -51,7 +61,7 @@ def train(config: RunConfig, control: Control) -> TrainResult:
     setup_logging(dist.get_rank())
     run, state = start(config)
     steps, stopped = load(run, state), False
-    every, validate_every = config.checkpoint.every, config.train.validate_every
+    validate_every = config.train.validate_every
     while state.consumed < run.length.total:
         control.enter("data")
         began = time.monotonic()
@@ -59,9 +69,8 @@ def train(config: RunConfig, control: Control) -> TrainResult:
         waited = time.monotonic() - began
         control.enter("step")
         active = active_objectives(run, loaded.step)
-        sync = sync_step(
-            loaded, [*active], config.objectives.losses(), run.mixture, control.should_stop()
-        )
+        wanted = wants(run, state, control.should_stop())
+        sync = sync_step(loaded, [*active], config.objectives.losses(), run.mixture, wanted)
         if sync.missing:
             state = skip(run, state, sync.missing)
             steps.close()
@@ -78,7 +87,7 @@ def train(config: RunConfig, control: Control) -> TrainResult:
         if run.progress:
             run.progress.mixture(run.mixture.planned, sync.mixture, count)
             run.progress.step(state.step, values, count, seconds, waited)
-        if state.step % every == 0:
+        if sync.save:
             control.enter("save")
             save(run, state)
         if validate_every and state.step % validate_every == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -44,3 +44,10 @@ def from_rank_0(action: Callable[[], T]) -> T:
         raise told[1]
     found: T = told[0]
     return found
+
+
+def raise_from_rank_0(error: Exception | None) -> NoReturn:
+    """Raise rank 0's error on every rank. error: not looked at on the others."""
+    told: list[Any] = [error]
+    dist.broadcast_object_list(told, src=0)
+    raise told[0]

@@ -1,4 +1,4 @@
-"""A run and its verbs: start (with restore), load, step, save, validate, skip, finish.
+"""A run and its verbs: start (with restore), load, wants, step, save, validate, skip, finish.
 
 trainer/loop.py says in which order. Every rank calls each verb at the same steps.
 """
@@ -32,7 +32,7 @@ from trainer.ranks import from_rank_0
 from trainer.step.engine import build_engine, set_learning_rate
 from trainer.step.mixture import Mixture, plan_mixture
 from trainer.step.optimizer import learning_rate
-from trainer.step.sync import StepSync
+from trainer.step.sync import StepSync, Wants
 from trainer.step.train_step import dropout_seed, train_step
 
 log = logging.getLogger("lxscale")
@@ -112,8 +112,7 @@ def start(config: RunConfig) -> tuple[Run, TrainState]:
         segments = generation.manifest.journal if generation else ()
         journal = Journal(urls, description.data_state, segments, state.sampler)
         progress = Progress(config, attempt, state.step, length.steps)
-    saved_step = state.step if generation else None
-    saver = Saver(url, attempt, config.checkpoint.keep, description, journal, saved_step)
+    saver = Saver(url, attempt, config.checkpoint, description, journal, generation)
     run = Run(
         config=config,
         url=url,
@@ -188,6 +187,12 @@ def load(run: Run, state: TrainState) -> Generator[Loaded, None, None]:
     )
 
 
+def wants(run: Run, state: TrainState, stop: bool) -> Wants:
+    """What this rank brings to the sync of the next step beside its data."""
+    error = run.saver.problem(state.step)
+    return Wants(stop, run.saver.due(state.step + 1), run.saver.full(), error)
+
+
 def active_objectives(run: Run, step: Step) -> dict[str, float]:
     """Weights of the objectives that a step serves."""
     qa_from = run.config.objectives.qa_from_epoch * run.data.manifest.pairs
@@ -252,7 +257,8 @@ def _skip_report(state: SamplerState) -> str:
 
 
 def save(run: Run, state: TrainState) -> None:
-    """Write a generation of this step behind the training, unless there is one."""
+    """Write a generation of this step behind the training. The ranks have agreed that there is
+    room for it."""
     run.saver.save(run.engine, state.step, state.sampler)
 
 
@@ -275,9 +281,8 @@ def validate(run: Run, state: TrainState) -> TrainState:
 
 
 def finish(run: Run, state: TrainState, stopped: bool) -> TrainState:
-    """Save, wait until that is committed, and validate unless the run was stopped early."""
-    save(run, state)
-    run.saver.wait(must_succeed=True)
+    """Save, wait until all is committed, and validate unless the run was stopped early."""
+    run.saver.finish(run.engine, state.step, state.sampler, stopped)
     if run.part.rank == 0 and state.sampler.skipped:
         log.warning("%s", _skip_report(state.sampler))
     if not stopped and state.validated != state.step:

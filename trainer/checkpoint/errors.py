@@ -7,3 +7,8 @@ class CheckpointError(RuntimeError):
 
 class StaleAttemptError(CheckpointError):
     """A later attempt of the run has started: this one may commit nothing more."""
+
+
+class UnsavedError(CheckpointError):
+    """The store took no checkpoint for too long, or not the last one of a run that was told to
+    stop: worth starting again once the store answers."""

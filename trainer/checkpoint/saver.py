@@ -1,11 +1,18 @@
-"""Saving in the background: training stalls for the copy to host memory and nothing else."""
+"""Saving in the background: training stalls for the copy to host memory and nothing else.
+
+Copies wait in a bounded spool, and one thread a rank uploads and commits them in order. Which saves
+are made is rank 0's to say and agreed in the step's sync (trainer/step/sync.py), so all ranks spool
+the same ones, however fast each is.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -16,7 +23,8 @@ from numpy.typing import NDArray
 
 from shards.order.sampler import SamplerState
 from shards.store import objects
-from trainer.checkpoint.errors import CheckpointError, StaleAttemptError
+from shards.store.retry import Retry
+from trainer.checkpoint.errors import CheckpointError, StaleAttemptError, UnsavedError
 from trainer.checkpoint.format import (
     KINDS,
     CheckpointManifest,
@@ -26,9 +34,12 @@ from trainer.checkpoint.format import (
     object_name,
     sha256_of,
 )
-from trainer.checkpoint.generations import commit
+from trainer.checkpoint.generations import Generation, commit
 from trainer.checkpoint.journal import Journal
+from trainer.checkpoint.schedule import Schedule, newest_is
 from trainer.checkpoint.zero_state import Fragment, list_fragments, read
+from trainer.config import CheckpointSection
+from trainer.ranks import gather_objects
 
 log = logging.getLogger("lxscale")
 
@@ -64,46 +75,93 @@ def write_object(run_url: str, step: int, attempt: int, rank: int, snap: Snapsho
 
 
 @dataclass(frozen=True)
-class _Failure:
+class Failure:
+    """Why a save was given up; training goes on."""
+
     message: str
-    stale: bool = False
-    """A later attempt has started: this one must end."""
+    final: Exception | None = None
+    """What all ranks must end with instead."""
+
+
+@dataclass(frozen=True)
+class _Save:
+    """What a rank has in its spool."""
+
+    step: int
+    state: SamplerState
+    snap: Snapshot
+    stall: float
+    """Seconds that the copy took."""
 
 
 class Saver:
-    """Writes one generation at a time. Every rank calls `save` and `wait` at the same steps.
+    """Writes generations in order. Every rank calls `save` and `finish` at the same steps.
 
-    Uploads and the commit run in a thread over a process group of their own, so that they never
-    mix with the step's collectives.
+    At most `settings.spool` copies are in host memory, each of 12 bytes a parameter over the world
+    size, and the one under way once more as the bytes of its object. Uploads and commits run in a
+    thread over a process group of their own, so that they never mix with the step's collectives.
     """
 
     def __init__(
         self,
         run_url: str,
         attempt: int,
-        keep: int,
+        settings: CheckpointSection,
         description: RunDescription,
         journal: Journal | None,
-        saved_step: int | None,
+        newest: Generation | None,
     ) -> None:
-        """journal: rank 0's, written with every generation; None on the other ranks. saved_step:
-        that of the generation that the run goes on from, if any."""
-        self._run_url, self._attempt, self._keep = run_url, attempt, keep
+        """journal: rank 0's, written with every generation; None on the other ranks. newest: the
+        generation that the run goes on from, if any."""
+        self._run_url, self._attempt, self._settings = run_url, attempt, settings
         self._description, self._journal = description, journal
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._group = dist.new_group(backend="gloo")
-        self._thread: threading.Thread | None = None
-        self._failure: _Failure | None = None
-        self._saved_step = saved_step
+        # Ranks wait here for the slowest upload and for rank 0's commit, each a few times the
+        # store's deadline at the worst.
+        patience = max(1800.0, 6 * Retry().deadline)
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
+        self._last_step = newest.step if newest else None
+        """Of the newest save that was begun."""
+        self._landed_step = self._last_step
+        self._why = ""
+        """Of the newest failure."""
+        self._final: Exception | None = None
+        self._newest = newest.url if newest else None
+        self._schedule = Schedule(settings, self._newest) if self._rank == 0 else None
+        # What the thread shares, under the condition.
+        self._changed = threading.Condition()
+        self._spool: deque[_Save] = deque()
+        """The first is under way."""
+        self._running = False
+        """A thread works."""
+        self._held = False
+        """It begins nothing."""
+        self._begun_step = -1
+        """Of the newest save that it began."""
+        self._outcomes: list[tuple[int, str | Failure]] = []
+        """Step of each save that ended, and its generation's URL or why there is none; the same on
+        every rank, if not at the same time."""
+        self._broken: Exception | None = None
+
+    # --- called by the training thread ----------------------------------------------------------
+
+    def full(self) -> bool:
+        """Whether this rank has no room for another save."""
+        with self._changed:
+            return len(self._spool) >= self._settings.spool
+
+    def due(self, step: int) -> bool:
+        """On rank 0: whether a save is due after `step`, which is about to be made."""
+        return self._schedule is not None and self._schedule.due(step)
+
+    def problem(self, step: int) -> Exception | None:
+        """On rank 0: what all must end with after `step` steps, if anything. Looks what became of
+        saves; RuntimeError on any rank that has lost the others."""
+        self._collect()
+        return (self._final or self._schedule.unsaved(step)) if self._schedule else None
 
     def save(self, engine: Any, step: int, state: SamplerState) -> None:
-        """Copy the engine's state now and write behind; nothing where this step is saved.
-
-        Waits for the save before, and so raises what `wait` raises.
-        """
-        if self._saved_step == step:
-            return
-        self.wait()
+        """Copy the engine's state now and write it behind. There must be room on every rank."""
         began = time.monotonic()
         # What every rank holds is written once, its fragments dealt out.
         own = [
@@ -112,81 +170,134 @@ class Saver:
             if not f.replicated or i % self._world == self._rank
         ]
         snap = snapshot(engine, own)
-        stall = time.monotonic() - began
-        self._saved_step = step
-        self._thread = threading.Thread(
-            target=self._write, args=(step, state, snap, stall), name="lxscale-save", daemon=True
-        )
-        self._thread.start()
+        save = _Save(step, state, snap, time.monotonic() - began)
+        if self._schedule:
+            self._schedule.begun()
+        self._last_step = step
+        with self._changed:
+            self._spool.append(save)
+            if not self._running:
+                self._running = True
+                threading.Thread(target=self._work, name="lxscale-save", daemon=True).start()
 
-    def wait(self, must_succeed: bool = False) -> None:
-        """Wait for the save under way. A failure is reported and training goes on with the
-        generation before; it is a CheckpointError when the attempt is stale or `must_succeed`."""
-        if self._thread is None:
+    def finish(self, engine: Any, step: int, state: SamplerState, stopped: bool) -> None:
+        """Return when everything is committed, the end's generation included. Where that fails:
+        CheckpointError, or UnsavedError for a run that was stopped, which may have little time:
+        saves that no rank has begun are dropped for its last one."""
+        if stopped:
+            self._drop_waiting(step)
+        self._wait()
+        if self._last_step != step:
+            self.save(engine, step, state)
+            self._wait()
+        if self._landed_step == step:
             return
-        self._thread.join()
-        self._thread = None
-        if self._failure is None:
-            return
-        if must_succeed or self._failure.stale:
-            raise CheckpointError(
-                f"checkpoint at step {self._saved_step} failed: {self._failure.message}"
-            )
-        if self._rank == 0:
-            log.error(
-                "checkpoint at step %d failed, training goes on: %s",
-                self._saved_step,
-                self._failure.message,
-            )
-        self._failure = None
-        self._saved_step = None
+        kind = UnsavedError if stopped else CheckpointError
+        raise kind(f"checkpoint at step {step} failed: {self._why}; {newest_is(self._newest)}")
 
-    def _write(self, step: int, state: SamplerState, snap: Snapshot, stall: float) -> None:
-        """In the thread: upload this rank's part; rank 0 commits and tells all how it went."""
-        part: ObjectEntry | str
+    def _drop_waiting(self, last: int) -> None:
+        """Drop saves before the step `last` that no rank has begun, on all ranks."""
+        with self._changed:
+            self._held = True
+        begun = max(gather_objects(self._begun_step))
+        with self._changed:
+            self._spool = deque(s for s in self._spool if s.step <= begun or s.step == last)
+            self._held = False
+            self._changed.notify_all()
+
+    def _wait(self) -> None:
+        """Wait until the spool is empty. Raises what is final, which is the same on every rank."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._spool)
+        self._collect()
+        if self._final:
+            raise self._final
+
+    def _collect(self) -> None:
+        """Take note of the saves that ended since the last call."""
+        with self._changed:
+            outcomes, self._outcomes = self._outcomes, []
+            if self._broken:
+                raise RuntimeError(f"lost the other workers in a save: {self._broken}")
+        for step, result in outcomes:
+            if isinstance(result, str):
+                self._landed_step, self._newest = step, result
+                if self._schedule:
+                    self._schedule.landed(step, result)
+                continue
+            self._why, self._final = result.message, self._final or result.final
+            if self._schedule and not self._final:
+                self._schedule.failed(result.message)
+                log.error("checkpoint at step %d failed: %s", step, result.message)
+
+    # --- in the thread of saves -----------------------------------------------------------------
+
+    def _work(self) -> None:
+        """Write what is in the spool, in order, until it is empty."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._held)
+                if not self._spool:
+                    self._running = False
+                    return
+                save = self._spool[0]
+                self._begun_step = step = save.step
+            try:
+                result = self._write(save)
+            except Exception as error:  # of a collective: no rank knows any more what others save
+                with self._changed:
+                    self._broken = error
+                    self._spool.clear()
+                    self._changed.notify_all()
+                return
+            del save  # no longer in memory when there is room for another
+            with self._changed:
+                self._spool.popleft()
+                self._outcomes.append((step, result))
+                self._changed.notify_all()
+
+    def _write(self, save: _Save) -> str | Failure:
+        """Upload this rank's part; rank 0 commits and tells all how it went."""
+        part: ObjectEntry | Failure
         try:
-            part = write_object(self._run_url, step, self._attempt, self._rank, snap)
+            part = write_object(self._run_url, save.step, self._attempt, self._rank, save.snap)
         except Exception as error:
-            part = f"rank {self._rank}: {error}"
-        try:
-            parts: list[Any] | None = [None] * self._world if self._rank == 0 else None
-            dist.gather_object(part, parts, dst=0, group=self._group)
-            outcome: list[_Failure | None] = [None]
-            if parts is not None:
-                outcome = [self._commit(step, state, parts, stall)]
-            dist.broadcast_object_list(outcome, src=0, group=self._group)
-            self._failure = outcome[0]
-        except RuntimeError as error:  # a peer died: its end is reported elsewhere
-            self._failure = _Failure(str(error))
+            part = Failure(f"rank {self._rank}: {error}")
+        parts: list[Any] | None = [None] * self._world if self._rank == 0 else None
+        dist.gather_object(part, parts, dst=0, group=self._group)
+        told = [self._commit(save, parts) if parts is not None else None]
+        dist.broadcast_object_list(told, src=0, group=self._group)
+        assert told[0] is not None
+        return told[0]
 
-    def _commit(
-        self, step: int, state: SamplerState, parts: list[ObjectEntry | str], stall: float
-    ) -> _Failure | None:
-        """Rank 0: write the journal, then the manifest; what went wrong, or None."""
+    def _commit(self, save: _Save, parts: list[ObjectEntry | Failure]) -> str | Failure:
+        """Rank 0: write the journal, then the manifest; the generation's URL, or why there is
+        none."""
         began = time.monotonic()
-        if failed := [p for p in parts if isinstance(p, str)]:
-            return _Failure("; ".join(failed))
+        if failed := [p for p in parts if isinstance(p, Failure)]:
+            final = next((f.final for f in failed if f.final), None)
+            return Failure("; ".join(f.message for f in failed), final)
         entries = tuple(p for p in parts if isinstance(p, ObjectEntry))
         try:
             assert self._journal
-            segments = self._journal.write(self._run_url, self._attempt, step)
+            segments = self._journal.write(self._run_url, self._attempt, save.step)
             manifest = CheckpointManifest(
                 **vars(self._description),
-                sampler=state,
-                step=step,
+                sampler=save.state,
+                step=save.step,
                 attempt=self._attempt,
                 objects=entries,
                 journal=segments,
             )
-            generation = commit(self._run_url, manifest, self._keep)
+            generation = commit(self._run_url, manifest, self._settings.keep)
             self._journal.committed(segments)
         except Exception as error:
-            return _Failure(str(error), isinstance(error, StaleAttemptError))
+            return Failure(str(error), error if isinstance(error, StaleAttemptError) else None)
         log.info(
             "checkpoint %s | %.1f MB, stall %.2f s, commit %.2f s",
             generation.name,
             sum(e.size for e in entries) / 1e6,
-            stall,
+            save.stall,
             time.monotonic() - began,
         )
-        return None
+        return generation.url

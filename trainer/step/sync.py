@@ -1,7 +1,7 @@
 """Step sync: what all ranks agree on before a step, in one all-reduce of a few numbers.
 
 These are the targets of each objective and the mixture of the global batch, what is really in it,
-who wants to stop, and which shards cannot be had.
+who wants to stop, whether to save, which shards cannot be had, and what the run must end with.
 """
 
 from __future__ import annotations
@@ -14,8 +14,22 @@ from model.objectives import target_counts
 from model.objectives.base import LossSettings
 from trainer.checkpoint.journal import digest, from_limbs, to_limbs
 from trainer.data.loader import Loaded, MissingShard
-from trainer.ranks import all_reduce_sum, gather_objects
+from trainer.ranks import all_reduce_sum, gather_objects, raise_from_rank_0
 from trainer.step.mixture import Mixture
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What a rank brings to a step beside its data."""
+
+    stop: bool = False
+    """It wants all to stop before this step."""
+    save: bool = False
+    """Rank 0's: a save is due after this step."""
+    full: bool = False
+    """It has no room for one."""
+    error: Exception | None = None
+    """Rank 0's: what all must end with, before this step."""
 
 
 @dataclass(frozen=True)
@@ -32,36 +46,41 @@ class StepSync:
     """Of these pairs, for the journal."""
     stop: bool
     """A rank wants to."""
+    save: bool
+    """A save is due after the step, and every rank has room for it."""
     missing: list[MissingShard]
     """Shards that a rank cannot have. Nothing else here means anything if there are any."""
 
 
 def sync_step(
-    loaded: Loaded, objectives: list[str], losses: LossSettings, mixture: Mixture, stop: bool
+    loaded: Loaded, objectives: list[str], losses: LossSettings, mixture: Mixture, wants: Wants
 ) -> StepSync:
-    """Sum what the ranks bring, before the forward. objectives: the active ones."""
+    """Sum what the ranks bring, before the forward; raises rank 0's error on every rank.
+    objectives: the active ones."""
     width = len(objectives) + len(mixture.planned)
-    numbers = [0.0] * (width + 7)
-    if loaded.missing:
-        numbers[-1] = 1.0
-    else:
+    numbers = [0.0] * (width + 5)
+    if not loaded.missing:
         targets = [target_counts(batch, losses) for batch in loaded.batches]
         numbers = [
             *(sum(float(found[name]) for found in targets) for name in objectives),
             *mixture.count(loaded.batches, loaded.step.family),
             float(sum(batch.pairs for batch in loaded.batches)),
             *to_limbs(_digest(loaded)),
-            float(stop),
-            0.0,
         ]
+    flags = (bool(loaded.missing), wants.stop, wants.save, wants.full, wants.error is not None)
+    numbers += map(float, flags)
     out = all_reduce_sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
-    missing = [m for m in gather_objects(loaded.missing) if m] if out[-1] else []
+    some_missing, stop, save, full, error = map(bool, out[-len(flags) :])
+    if error:
+        raise_from_rank_0(wants.error)
+    missing = [m for m in gather_objects(loaded.missing) if m] if some_missing else []
     return StepSync(
         counts=dict(zip(objectives, out, strict=False)),
         mixture=out[len(objectives) : width],
         pairs=int(out[width]),
         digest=from_limbs(out[width + 1 : width + 5]),
-        stop=bool(out[width + 5]),
+        stop=stop,
+        save=save and not full,
         missing=missing,
     )
 
