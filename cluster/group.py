@@ -43,8 +43,10 @@ class End:
     """Those of lost workers."""
 
     @property
-    def is_network(self) -> bool:
-        return self.failure is not None and self.failure.kind == "network"
+    def is_loss(self) -> bool:
+        """Whether it ended by no fault of the run's own, as what was lost may be there again."""
+        lost = self.failure is not None and self.failure.kind == "lost"
+        return lost or self.kind in ("lost", "hung")
 
     @property
     def stopped(self) -> bool:
@@ -281,7 +283,7 @@ def _lost(group: Group, ranks: Sequence[int], why: str = "") -> End:
 
 def _cause(failures: Sequence[Failure]) -> Failure:
     """The failure that explains the others: peers of one that failed see broken connections."""
-    order = ("user", "again", "code", "network")
+    order = ("user", "again", "code", "lost")
     return min(failures, key=lambda f: order.index(f.kind))
 
 

@@ -67,7 +67,7 @@ def _groups(
             _show(f"{moving}; starting again elsewhere")
             avoid |= session.draining()
             continue
-        if end.kind not in ("lost", "hung") and not end.is_network:
+        if not end.is_loss:
             return end, budget
         budget = budget.after_failure(newest_generation(run_url(config)))
         if budget.spent or stop.asked():
@@ -118,7 +118,7 @@ def _verdict(end: End, config: RunConfig, stop: Stop) -> TrainResult:
     if end.kind == "done":
         result: TrainResult = end.result
         return result
-    if end.failure and not end.is_network:
+    if end.failure and not end.is_loss:
         kinds = {kind.__name__: kind for kind in FINAL_ERRORS}
         raise kinds.get(end.failure.name, LaunchError)(end.failure.text)
     if end.kind == "stopped":

@@ -35,8 +35,18 @@ Loop = Callable[[RunConfig, Control], TrainResult]
 # Steps whose durations the median is of, and how many it takes to have one.
 _LATEST_STEPS, _ENOUGH_STEPS = 50, 5
 
-# How messages of torch's distributed packages begin or go on where a peer or the network failed.
-_NETWORK = ("gloo", "NCCL", "onnection", "timed out", "Timed out", "Broken pipe", "Socket")
+# What torch says where a peer, the network, or a loader process was lost.
+_LOST = (
+    "gloo",
+    "NCCL",
+    "onnection",
+    "timed out",
+    "Timed out",
+    "Broken pipe",
+    "Socket",
+    "DataLoader worker",
+    "lost the other workers",
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +106,7 @@ class Failure:
 
     kind: str
     """user: the user has to change something; again: it is worth another command; code: nobody has
-    foreseen it; network: a peer or the network failed."""
+    foreseen it; lost: a peer, the network or a loader process failed."""
     name: str
     """Of the exception's class."""
     text: str
@@ -199,9 +209,9 @@ class Worker:
         if isinstance(error, FINAL_ERRORS):
             return Failure("again" if isinstance(error, AGAIN_ERRORS) else "user", name, text)
         if isinstance(error, dist.DistError) or (
-            isinstance(error, RuntimeError | OSError) and any(part in text for part in _NETWORK)
+            isinstance(error, RuntimeError | OSError) and any(part in text for part in _LOST)
         ):
-            return Failure("network", name, (text.splitlines() or [name])[0])
+            return Failure("lost", name, (text.splitlines() or [name])[0])
         for line in traceback.format_exc().splitlines():
             print(line)
         frame = traceback.extract_tb(error.__traceback__)[-1]

@@ -1,4 +1,4 @@
-"""`lxscale train` in whose workers faults happen at named places: run as a script, like the command.
+"""`lxscale train` with faults at named places in its workers: a script that takes its arguments.
 
 LXSCALE_TEST_FAULTS names a folder with `plan.json`, a list of faults; each happens once, and leaves
 a file of its name with the time.
@@ -34,7 +34,7 @@ PLACES = {
     "optimizer step": "torch.optim:AdamW.step",
     "snapshot": "trainer.checkpoint.saver:snapshot",
     "upload": "trainer.checkpoint.saver:write_object",
-    "commit": "trainer.checkpoint.owner:Owner.commit",
+    "commit": "trainer.checkpoint.saver:commit",
 }
 
 
@@ -109,5 +109,5 @@ def _maybe(place: str, faults: list[Fault], at: list[int], folder: Path, *_: Any
 if __name__ == "__main__":
     # By name, as workers import it: as part of __main__ it would be another.
     module = importlib.import_module("tests.cluster.faulty")
-    command.launch = functools.partial(launch, loop=module.faulty_train)  # type: ignore[assignment]
+    command.launch = functools.partial(launch, loop=module.faulty_train)
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,0 +1,232 @@
+"""One run through every fault of workers, nodes and drivers: its result is the uninterrupted one's.
+
+Prints what each fault cost: seconds from it to the next step's line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from shards.format.build import BuildSettings, build
+from tests.cluster.faulty import FOLDER, PLACES, Fault, write_plan
+from tests.conftest import small_records, subprocess_environment
+from tests.ranks import config_tree
+from tests.trainer.test_resume import assert_bitwise
+from trainer.audit import audit
+from trainer.checkpoint.generations import find_generation
+
+pytestmark = pytest.mark.faults
+
+STEPS = 900
+
+
+class Watched:
+    """A job whose lines are noted with their times."""
+
+    def __init__(self, config: Path, faults: Path, *arguments: str) -> None:
+        self.lines: list[tuple[float, str]] = []
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.cluster.faulty", str(config), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=subprocess_environment(**{FOLDER: str(faults)}),
+            start_new_session=True,
+        )
+        self.me = psutil.Process(self.process.pid)
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self.lines.append((time.time(), line.rstrip("\n")))
+
+    def step(self) -> int:
+        """The last step that was told of."""
+        told = [line for _, line in list(self.lines) if f"/{STEPS} |" in line]
+        return int(told[-1].split("step ")[1].split("/")[0]) if told else 0
+
+    def wait_for_step(self, step: int, seconds: float = 180) -> None:
+        deadline = time.monotonic() + seconds
+        while self.step() < step:
+            assert self.process.poll() is None and time.monotonic() < deadline, self.text()
+            time.sleep(0.02)
+
+    def children(self, part: str) -> list[psutil.Process]:
+        found = []
+        for child in self.me.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if part in child.name() or part in " ".join(child.cmdline()):
+                    found.append(child)
+        return found
+
+    def finish(self, seconds: float = 240) -> int:
+        status = self.process.wait(seconds)
+        self._thread.join(10)
+        return status
+
+    def text(self) -> str:
+        return "\n".join(line for _, line in self.lines)
+
+    def next_step_after(self, moment: float) -> float | None:
+        """Seconds from `moment` to the first step of a later attempt."""
+        told = [t for t, line in self.lines if t > moment and ", attempt " in line]
+        steps = [t for t, line in self.lines if told and t > told[0] and f"/{STEPS} |" in line]
+        return steps[0] - moment if steps else None
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "set"
+    build(small_records(40), folder, BuildSettings("faults", "test", images_per_shard=10))
+
+    def tree(name: str) -> dict[str, Any]:
+        return config_tree(
+            folder,
+            tmp_path,
+            name,
+            train={"steps": STEPS, "log_every": 1, "global_batch": 24, "accumulation": 1},
+            checkpoint={"every": 10, "keep": 2},
+            data={
+                "train": str(folder),
+                "cache": str(tmp_path / "cache"),
+                "loader_workers": 1,
+            },
+            cluster={"workers": 2, "cpus_per_worker": 0.5, "hang_timeout_s": 15},
+        )
+
+    for name in ("run", "whole"):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(tree(name)))
+    yield tmp_path / "run.yaml"
+
+
+def leftovers() -> set[str]:
+    """What a run may leave on this machine: temporary folders, shared memory, listening ports,
+    processes of this project or of Ray."""
+    found = {str(p) for p in Path(tempfile.gettempdir()).iterdir() if "pytest" not in p.name}
+    found |= {str(p) for p in Path("/dev/shm").iterdir()}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            command = " ".join(process.cmdline())
+            if "ray" in command or "multiprocessing" in command or "lxscale" in command:
+                found.add(f"{process.pid} {command[:80]}")
+    ports = {c.laddr.port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    return found | {f"port {p}" for p in ports}
+
+
+def test_every_fault_of_workers_and_drivers_costs_seconds_and_no_step(
+    config: Path, tmp_path: Path
+) -> None:
+    before = leftovers()
+    faults = tmp_path / "faults"
+    write_plan(faults, [])
+    whole = Watched(tmp_path / "whole.yaml", faults)
+    assert whole.finish() == 0, whole.text()
+
+    kinds = [(f"kill -9 in {place}", place, "kill") for place in PLACES]
+    kinds += [("SIGSTOP of a worker", "forward", "stop"), ("a frozen thread", "backward", "freeze")]
+    # The commit is rank 0's; otherwise rank 0 and the other in turn.
+    plan = [
+        Fault(name, 40 * (i + 1), place, 0 if place == "commit" else i % 2, how)
+        for i, (name, place, how) in enumerate(kinds)
+    ]
+    write_plan(faults, plan)
+    costs: dict[str, float | None] = {}
+    job = Watched(config, faults)
+    job.wait_for_step(40 * (len(plan) + 1), 400)
+    for fault in plan:
+        happened = float((faults / fault.name).read_text())
+        costs[fault.name] = job.next_step_after(happened)
+
+    def inject(name: str, victims: list[psutil.Process], more: int = 30) -> None:
+        assert victims, f"nothing to kill for {name}"
+        at = job.step()
+        moment = time.time()
+        for victim in victims[:1]:
+            victim.kill()
+        job.wait_for_step(at + more)
+        costs[name] = job.next_step_after(moment)
+
+    inject("kill -9 of a loader process", _loaders(job))
+    inject("kill -9 of the raylet", job.children("raylet"))
+
+    def rerun(name: str, end: Any, status: int | None) -> None:
+        """The job ends by a fault; the same command again goes on."""
+        nonlocal job
+        moment = time.time()
+        end()
+        found = job.finish(120)
+        took = time.time() - moment
+        if status is not None:
+            assert found == status, (name, job.text())
+            errors = [line for _, line in job.lines if line.startswith("error:")]
+            assert len(errors) <= 1 and "Traceback" not in job.text(), job.text()
+        job = Watched(config, faults)
+        job.wait_for_step(job.step() + 1)
+        costs[name] = (job.next_step_after(moment) or 0) - (0 if status is None else took)
+        if status is not None:
+            costs[f"  (until {name} had ended the command)"] = took
+
+    rerun("kill -9 of the driver", job.process.kill, None)
+    rerun("kill -9 of the GCS", lambda: job.children("gcs_server")[0].kill(), 75)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        rerun(number.name, lambda n=number: job.process.send_signal(n), 75)
+    assert job.finish() == 0, job.text()
+
+    print("\nfault".ljust(50), "seconds to the next step")
+    for name, seconds in costs.items():
+        print(name.ljust(50), "not seen" if seconds is None else f"{seconds:5.1f}")
+    assert_bitwise(tmp_path / "whole", tmp_path / "run")
+    assert find_generation(str(tmp_path / "run")).step == STEPS
+    report = audit(str(tmp_path / "run"), cache=str(tmp_path / "cache"))
+    assert not report.problems, report.problems
+    deadline = time.monotonic() + 20
+    while (left := leftovers() - before) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not left
+
+
+def _loaders(job: Watched) -> list[psutil.Process]:
+    """Loader processes: children of the servers that workers fork them from."""
+    servers = job.children("multiprocessing.forkserver")
+    return [child for p in servers for child in p.children()]
+
+
+@pytest.mark.parametrize("kind", ["raise", "kill"])
+def test_a_worker_that_fails_at_the_same_step_again_and_again_ends_the_run(
+    kind: str, config: Path, tmp_path: Path
+) -> None:
+    """An error of the code is not tried again; a worker that dies is, three times."""
+    faults = tmp_path / "faults"
+    plan = [Fault(f"{kind} {i}", 25, "optimizer step", 1, kind) for i in range(9)]
+    write_plan(faults, plan)
+    job = Watched(config, faults)
+    status = job.finish()
+    text = job.text()
+    happened = [f for f in plan if (faults / f.name).exists()]
+    (error,) = [line for _, line in job.lines if line.startswith("error:")]
+    if kind == "raise":
+        assert status == 2 and len(happened) == 1, text
+        assert "KeyError" in error and "injected" in error
+    else:
+        assert status == 75 and len(happened) == 4, text
+        assert "cluster.max_failures=3" in error and "without a new checkpoint" in error
+    assert find_generation(str(tmp_path / "run")).step == 20
+    for folder in Path(tempfile.gettempdir()).glob("lxscale-*-failed"):
+        if str(folder) in error:
+            assert os.listdir(folder)
