@@ -6,6 +6,7 @@ from model.errors import ModelError
 from shards.errors import DataError
 from trainer.checkpoint.errors import CheckpointError
 from trainer.config import ConfigError
+from trainer.errors import DivergedError
 
 
 class LaunchError(RuntimeError):
@@ -13,5 +14,5 @@ class LaunchError(RuntimeError):
 
 
 # What a worker may raise that no new attempt can mend.
-FINAL_ERRORS = (ConfigError, DataError, ModelError, CheckpointError)
+FINAL_ERRORS = (ConfigError, DataError, ModelError, CheckpointError, DivergedError)
 USER_ERRORS = (*FINAL_ERRORS, LaunchError)

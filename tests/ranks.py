@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
+from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,13 @@ def fresh_server() -> None:
 
 
 def _rank(
-    rank: int, world: int, port: int, jobs: list[Job], errors: Any, environment: dict[str, str]
+    rank: int,
+    world: int,
+    port: int,
+    jobs: list[Job],
+    errors: Any,
+    environment: dict[str, str],
+    before: Callable[[], None] | None,
 ) -> None:
     import torch
     import torch.distributed as dist
@@ -44,6 +51,8 @@ def _rank(
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
     try:
+        if before:
+            before()
         for tree, end, kill in jobs:
             asked = 0
 
@@ -66,10 +75,11 @@ def run_ranks(
     jobs: list[Job],
     timeout: float = 240,
     environments: list[dict[str, str]] | None = None,
+    before: Callable[[], None] | None = None,
 ) -> list[str]:
     """Run jobs one after the other on `world` processes; the errors that ranks ended with.
 
-    environments: what each rank's has beside this process's.
+    environments: what each rank's has beside this process's. before: called in each rank first.
     """
     # The server that they are forked from has kept the environment that it started with.
     environment = dict(os.environ)
@@ -80,7 +90,15 @@ def run_ranks(
     ranks = [
         CONTEXT.Process(
             target=_rank,
-            args=(r, world, port, jobs, errors, environment | (environments or [{}] * world)[r]),
+            args=(
+                r,
+                world,
+                port,
+                jobs,
+                errors,
+                environment | (environments or [{}] * world)[r],
+                before,
+            ),
         )
         for r in range(world)
     ]

@@ -47,6 +47,7 @@ def train(config: RunConfig, control: Control) -> TrainResult:
     run, state = start(config)
     steps, stopped = load(run, state), False
     every, validate_every = config.checkpoint.every, config.train.validate_every
+    due = False
     while state.consumed < run.length.total:
         began = time.monotonic()
         loaded = next(steps)
@@ -71,8 +72,11 @@ def train(config: RunConfig, control: Control) -> TrainResult:
         if run.progress:
             run.progress.mixture(run.mixture.planned, sync.mixture, count)
             run.progress.step(state.step, values, count, seconds, waited)
-        if state.step % every == 0:
+        due = due or state.step % every == 0
+        # Not while updates are skipped: the newest generation stays one before these steps.
+        if due and not state.not_finite:
             save(run, state)
+            due = False
         if validate_every and state.step % validate_every == 0:
             state = validate(run, state)
     steps.close()

@@ -30,6 +30,7 @@ from trainer.model import build_model
 from trainer.progress import Progress
 from trainer.ranks import from_rank_0
 from trainer.step.engine import build_engine, set_learning_rate
+from trainer.step.guard import diverged, skip_report
 from trainer.step.mixture import Mixture, plan_mixture
 from trainer.step.optimizer import learning_rate
 from trainer.step.sync import StepSync
@@ -40,11 +41,15 @@ log = logging.getLogger("lxscale")
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands. What is below `step` is of this attempt alone."""
+    """Where a run stands. What is below `skipped_updates` is of this attempt alone."""
 
     sampler: SamplerState
     step: int
     """Finished optimizer steps."""
+    skipped_updates: int = 0
+    """Of them, those without an update, as a loss or the gradients were not finite."""
+    not_finite: tuple[Step, ...] = ()
+    """Those of them since the last update."""
     pairs: int = 0
     seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
@@ -158,15 +163,15 @@ def _position(
         return TrainState(fresh, 0)
     saved = generation.manifest.data_state
     check_data_state(saved, now, config.checkpoint.override_data_state)
-    state = generation.manifest.sampler
+    state, skipped = generation.manifest.sampler, generation.manifest.skipped_updates
     if any(saved.get(k) != v for k, v in now.items() if k.startswith(("sampler.", "data."))):
         # Overridden: as if the run had used this sampler from its start.
         for step in sampler.steps_ahead(fresh, config.train.global_batch, state.consumed):
             fresh = step.after
-        return TrainState(fresh, generation.step)
+        return TrainState(fresh, generation.step, skipped)
     if state.skipped and dist.get_rank() == 0:
         log.warning("%s", _skip_report(state))
-    return TrainState(state, generation.step)
+    return TrainState(state, generation.step, skipped)
 
 
 # --- steps --------------------------------------------------------------------------------------
@@ -202,13 +207,15 @@ def active_objectives(run: Run, step: Step) -> dict[str, float]:
 def step(
     run: Run, state: TrainState, loaded: Loaded, active: dict[str, float], sync: StepSync
 ) -> tuple[TrainState, dict[str, float]]:
-    """Make one optimizer step of what was loaded; the state after it, and what to show of it."""
+    """Make one optimizer step of what was loaded; the state after it, and what to show of it.
+
+    Raises DivergedError on every rank after too many steps in a row that are not finite."""
     taken = loaded.step
     rate = learning_rate(run.config.optimizer, state.consumed, taken.count, run.length.total)
     set_learning_rate(run.engine, rate)
     seed = dropout_seed(run.config.run.seed, state.step, run.part.rank)
     losses = run.config.objectives.losses()
-    sums = train_step(run.engine, loaded.batches, active, sync.counts, losses, seed)
+    sums, updated = train_step(run.engine, loaded.batches, active, sync.counts, losses, seed)
     # The loader cannot know how many pairs earlier steps lacked.
     passed_over = state.sampler.skipped_pairs + taken.count - sync.pairs
     after = replace(taken.after, skipped_pairs=passed_over)
@@ -221,7 +228,24 @@ def step(
     values["loss"] = sum(active[name] * values[f"loss/{name}"] for name in active)
     values["lr"] = rate
     values["epoch"] = state.consumed / run.data.manifest.pairs
+    state = replace(state, not_finite=() if updated else (*state.not_finite, taken))
+    if not updated:
+        state = _without_update(run, state, values)
+    values["skipped_updates"] = state.skipped_updates
     return state, values
+
+
+def _without_update(run: Run, state: TrainState, values: dict[str, float]) -> TrainState:
+    """Count a step that moved no weight; end the run after too many in a row."""
+    bad = state.not_finite
+    state = replace(state, skipped_updates=state.skipped_updates + 1)
+    if run.part.rank == 0:
+        losses = {k.removeprefix("loss/"): v for k, v in values.items() if k.startswith("loss/")}
+        log.warning("%s", skip_report(state.step, losses, state.skipped_updates, len(bad)))
+    if len(bad) > run.config.train.max_skipped_updates:
+        run.saver.wait()  # the last good generation may be under way
+        raise diverged(state.step, bad, run.data, run.sampler)
+    return state
 
 
 def skip(run: Run, state: TrainState, missing: list[MissingShard]) -> TrainState:
@@ -253,7 +277,7 @@ def _skip_report(state: SamplerState) -> str:
 
 def save(run: Run, state: TrainState) -> None:
     """Write a generation of this step behind the training, unless there is one."""
-    run.saver.save(run.engine, state.step, state.sampler)
+    run.saver.save(run.engine, state.step, state.sampler, state.skipped_updates)
 
 
 def validate(run: Run, state: TrainState) -> TrainState:
@@ -276,7 +300,8 @@ def validate(run: Run, state: TrainState) -> TrainState:
 
 def finish(run: Run, state: TrainState, stopped: bool) -> TrainState:
     """Save, wait until that is committed, and validate unless the run was stopped early."""
-    save(run, state)
+    if not (stopped and state.not_finite):  # a next start makes these steps again
+        save(run, state)
     run.saver.wait(must_succeed=True)
     if run.part.rank == 0 and state.sampler.skipped:
         log.warning("%s", _skip_report(state.sampler))

@@ -54,12 +54,13 @@ def _load(engine: Any, generation: Generation, shapes: dict[str, list[int]]) -> 
     """Load one generation on every rank; what is wrong with it on any of them, or ""."""
     check_same_model(generation, shapes)
     fragments = list_fragments(engine)
+    updates = generation.step - generation.manifest.skipped_updates
     problem = ""
     try:
         # A fragment may come piece by piece, from objects of another world size.
         for i, start, values in read_fragments(generation, [f.span for f in fragments]):
             for kind, part in values.items():
-                write(engine, fragments[i], kind, torch.from_numpy(part), generation.step, start)
+                write(engine, fragments[i], kind, torch.from_numpy(part), updates, start)
     except CheckpointError as error:
         problem = str(error)
     told: list[str] = [""] * dist.get_world_size()

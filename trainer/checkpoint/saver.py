@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from trainer.checkpoint.format import (
 from trainer.checkpoint.generations import commit
 from trainer.checkpoint.journal import Journal
 from trainer.checkpoint.zero_state import Fragment, list_fragments, read
+from trainer.errors import DivergedError
+from trainer.progress import some_of
 
 log = logging.getLogger("lxscale")
 
@@ -54,6 +57,22 @@ def snapshot(engine: Any, fragments: list[Fragment]) -> Snapshot:
     return Snapshot(tuple(f.span for f in fragments), arrays)
 
 
+def not_finite(snap: Snapshot) -> list[str]:
+    """Names of the parameters whose masters or moments hold NaN or an infinity."""
+    with np.errstate(invalid="ignore"):
+        # A sum of fp32 in float64 is finite where all of them are.
+        sums = {kind: float(a.sum(dtype=np.float64)) for kind, a in snap.arrays.items()}
+    if all(map(math.isfinite, sums.values())):
+        return []
+    names, offset = set(), 0
+    for name, _, length in snap.spans:
+        part = slice(offset, offset + length)
+        if not all(np.isfinite(a[part]).all() for a in snap.arrays.values()):
+            names.add(name)
+        offset += length
+    return sorted(names)
+
+
 def write_object(run_url: str, step: int, attempt: int, rank: int, snap: Snapshot) -> ObjectEntry:
     """Upload a rank's part under a name no other attempt can use; its entry in the manifest."""
     data = safetensors.numpy.save(snap.arrays)
@@ -68,6 +87,16 @@ class _Failure:
     message: str
     stale: bool = False
     """A later attempt has started: this one must end."""
+    diverged: bool = False
+    """What was to be saved is not finite: the run must end."""
+
+
+@dataclass(frozen=True)
+class _NotFinite:
+    """What a rank has in place of its part."""
+
+    names: list[str]
+    """Of parameters."""
 
 
 class Saver:
@@ -96,7 +125,7 @@ class Saver:
         self._failure: _Failure | None = None
         self._saved_step = saved_step
 
-    def save(self, engine: Any, step: int, state: SamplerState) -> None:
+    def save(self, engine: Any, step: int, state: SamplerState, skipped_updates: int = 0) -> None:
         """Copy the engine's state now and write behind; nothing where this step is saved.
 
         Waits for the save before, and so raises what `wait` raises.
@@ -115,19 +144,25 @@ class Saver:
         stall = time.monotonic() - began
         self._saved_step = step
         self._thread = threading.Thread(
-            target=self._write, args=(step, state, snap, stall), name="lxscale-save", daemon=True
+            target=self._write,
+            args=(step, state, skipped_updates, snap, stall),
+            name="lxscale-save",
+            daemon=True,
         )
         self._thread.start()
 
     def wait(self, must_succeed: bool = False) -> None:
         """Wait for the save under way. A failure is reported and training goes on with the
-        generation before; it is a CheckpointError when the attempt is stale or `must_succeed`."""
+        generation before; it is a CheckpointError when the attempt is stale or `must_succeed`, and
+        a DivergedError when the state was not finite."""
         if self._thread is None:
             return
         self._thread.join()
         self._thread = None
         if self._failure is None:
             return
+        if self._failure.diverged:
+            raise DivergedError(self._failure.message)
         if must_succeed or self._failure.stale:
             raise CheckpointError(
                 f"checkpoint at step {self._saved_step} failed: {self._failure.message}"
@@ -141,11 +176,16 @@ class Saver:
         self._failure = None
         self._saved_step = None
 
-    def _write(self, step: int, state: SamplerState, snap: Snapshot, stall: float) -> None:
+    def _write(
+        self, step: int, state: SamplerState, skipped_updates: int, snap: Snapshot, stall: float
+    ) -> None:
         """In the thread: upload this rank's part; rank 0 commits and tells all how it went."""
-        part: ObjectEntry | str
+        part: ObjectEntry | _NotFinite | str
         try:
-            part = write_object(self._run_url, step, self._attempt, self._rank, snap)
+            if names := not_finite(snap):
+                part = _NotFinite(names)
+            else:
+                part = write_object(self._run_url, step, self._attempt, self._rank, snap)
         except Exception as error:
             part = f"rank {self._rank}: {error}"
         try:
@@ -153,17 +193,29 @@ class Saver:
             dist.gather_object(part, parts, dst=0, group=self._group)
             outcome: list[_Failure | None] = [None]
             if parts is not None:
-                outcome = [self._commit(step, state, parts, stall)]
+                outcome = [self._commit(step, state, skipped_updates, parts, stall)]
             dist.broadcast_object_list(outcome, src=0, group=self._group)
             self._failure = outcome[0]
         except RuntimeError as error:  # a peer died: its end is reported elsewhere
             self._failure = _Failure(str(error))
 
     def _commit(
-        self, step: int, state: SamplerState, parts: list[ObjectEntry | str], stall: float
+        self,
+        step: int,
+        state: SamplerState,
+        skipped_updates: int,
+        parts: list[ObjectEntry | _NotFinite | str],
+        stall: float,
     ) -> _Failure | None:
         """Rank 0: write the journal, then the manifest; what went wrong, or None."""
         began = time.monotonic()
+        if names := sorted({n for p in parts if isinstance(p, _NotFinite) for n in p.names}):
+            return _Failure(
+                f"weights or moments are not finite after step {step}, of {some_of(names)}: no "
+                "checkpoint is written of them. Lower optimizer.lr, look at the data, or train in "
+                "another train.precision; the same command goes on from the last checkpoint",
+                diverged=True,
+            )
         if failed := [p for p in parts if isinstance(p, str)]:
             return _Failure("; ".join(failed))
         entries = tuple(p for p in parts if isinstance(p, ObjectEntry))
@@ -177,6 +229,7 @@ class Saver:
                 attempt=self._attempt,
                 objects=entries,
                 journal=segments,
+                skipped_updates=skipped_updates,
             )
             generation = commit(self._run_url, manifest, self._keep)
             self._journal.committed(segments)
