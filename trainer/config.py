@@ -251,6 +251,8 @@ class CheckpointSection(Section):
     """Newest generations that are kept."""
     override_data_state: bool = False
     """Resume although the data set or an order-relevant setting differs from the checkpoint's."""
+    override_settings: bool = False
+    """Resume although the optimizer, the objectives, dropout or the number of heads differ."""
 
 
 class ClusterSection(Section):

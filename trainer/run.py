@@ -20,7 +20,13 @@ from trainer import setup
 from trainer.checkpoint.attempts import claim_attempt
 from trainer.checkpoint.generations import Generation, generations
 from trainer.checkpoint.journal import Journal, StepLine
-from trainer.checkpoint.restore import check_data_state, parameter_shapes, restore, set_masters
+from trainer.checkpoint.restore import (
+    check_data_state,
+    check_settings,
+    parameter_shapes,
+    restore,
+    set_masters,
+)
 from trainer.checkpoint.saver import Saver
 from trainer.config import RunConfig
 from trainer.data.batch import BatchSettings
@@ -102,6 +108,7 @@ def start(config: RunConfig) -> tuple[Run, TrainState]:
     config = config.model_copy(update={"model": setup.resolve_model(config, data)})
     # Rank 0 lists: all must try the same generations, whatever is committed or pruned meanwhile.
     found = from_rank_0(lambda: list(generations(url)))
+    check_settings(found, config, objectives)
     engine, shapes = _engine(config, new=not found)
     description = setup.describe(config, data, objectives, shapes)
 

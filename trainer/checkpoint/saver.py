@@ -212,8 +212,9 @@ class Saver:
         if names := sorted({n for p in parts if isinstance(p, _NotFinite) for n in p.names}):
             return _Failure(
                 f"weights or moments are not finite after step {step}, of {some_of(names)}: no "
-                "checkpoint is written of them. Lower optimizer.lr, look at the data, or train in "
-                "another train.precision; the same command goes on from the last checkpoint",
+                "checkpoint is written of them. Look at the data, change train.precision, or lower "
+                "optimizer.lr (with checkpoint.override_settings=true); the same command goes on "
+                "from the last checkpoint",
                 diverged=True,
             )
         if failed := [p for p in parts if isinstance(p, str)]:

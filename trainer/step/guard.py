@@ -42,6 +42,7 @@ def diverged(last: int, steps: Sequence[Step], data: Dataset, sampler: Sampler) 
     return DivergedError(
         f"loss or gradients are not finite in {numbers}, more in a row than "
         f"train.max_skipped_updates allows; they took pairs [{begin}, {end}) of the run, which lie "
-        f"in {names}: lower optimizer.lr, look at these data, or train in another "
-        "train.precision. The same command goes on from the last checkpoint, before these steps"
+        f"in {names}: look at these data, change train.precision, or lower optimizer.lr (with "
+        "checkpoint.override_settings=true). The same command goes on from the last checkpoint, "
+        "before these steps"
     )
