@@ -214,16 +214,19 @@ def test_a_bad_step_is_left_out(
 
 
 def test_a_run_goes_on_across_bad_steps_bitwise(data: Path, tmp_path: Path) -> None:
-    """Killed after two; Adam's bias correction counts what was updated, not what was stepped."""
+    """Killed after two, stopped at one; Adam's bias correction counts updates, not steps."""
     bad = partial(spoil, {2: "nan", 5: "norm"})
-    whole, killed = (
+    whole, killed, stopped = (
         config_tree(data, tmp_path, name, checkpoint={"every": 1, "keep": 10})
-        for name in ("whole", "killed")
+        for name in ("whole", "killed", "stopped")
     )
-    assert not run_ranks(2, [(whole, None, False)], before=bad)
+    assert not run_ranks(2, [(whole, None, False), (stopped, 5, False)], before=bad)
+    # The step without an update is made again: the newest generation is one before it.
+    assert state_of(tmp_path / "stopped")[0].step == 4
     run_ranks(2, [(killed, 6, True)], before=bad)
-    assert not run_ranks(2, [(killed, None, False)], before=bad)
+    assert not run_ranks(2, [(killed, None, False), (stopped, None, False)], before=bad)
     assert_same_state(tmp_path / "whole", tmp_path / "killed")
+    assert_same_state(tmp_path / "whole", tmp_path / "stopped")
 
 
 @pytest.mark.faults
