@@ -6,6 +6,7 @@ from model.errors import ModelError
 from shards.errors import DataError, StoreError
 from trainer.checkpoint.errors import CheckpointError, UnsavedError
 from trainer.config import ConfigError
+from trainer.errors import DivergedError
 
 
 class LaunchError(RuntimeError):
@@ -21,7 +22,15 @@ class LostError(AgainError):
 
 
 # What a worker may raise that no new attempt can mend.
-FINAL_ERRORS = (ConfigError, DataError, StoreError, ModelError, CheckpointError, UnsavedError)
+FINAL_ERRORS = (
+    ConfigError,
+    DataError,
+    StoreError,
+    ModelError,
+    CheckpointError,
+    UnsavedError,
+    DivergedError,
+)
 # Of these, what another command may find mended.
 AGAIN_ERRORS = (StoreError, UnsavedError)
 USER_ERRORS = (*FINAL_ERRORS, LaunchError, AgainError)

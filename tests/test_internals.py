@@ -86,13 +86,19 @@ ENGINE_ATTRIBUTES = {
         "optimizer.fp32_partitioned_groups_flat",
         "optimizer.fp16_partitioned_groups_flat",
         "optimizer.persistent_parameters",
+        "optimizer.averaged_gradients",
         "parameter.partition_numel",
         "parameter.partition",
         "parameter.all_gather",
         "parameter.ds_numel",
     ),
 }
-EVERY_ENGINE = ("zero_optimization_stage", "param_names", "basic_optimizer.state")
+EVERY_ENGINE = (
+    "zero_optimization_stage",
+    "param_names",
+    "basic_optimizer.state",
+    "was_step_applied",
+)
 
 
 def sentence(file: str, name: str, problem: str, package: str) -> str:

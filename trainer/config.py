@@ -215,6 +215,9 @@ class TrainSection(Section):
     """Micro-batches per step and worker."""
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 1
+    max_skipped_updates: int = Field(5, ge=0)
+    """A step whose loss or gradients are not finite makes no update. More of these in a row end the
+    run, with an error that names their pairs and shards."""
     log_every: int = Field(10, ge=1)
     validate_every: int = Field(0, ge=0)
     """Steps between validations; 0 = only at the end."""
@@ -259,6 +262,8 @@ class CheckpointSection(Section):
     """Minutes that it does."""
     override_data_state: bool = False
     """Resume although the data set or an order-relevant setting differs from the checkpoint's."""
+    override_settings: bool = False
+    """Resume although the optimizer, the objectives, dropout or the number of heads differ."""
 
 
 class ClusterSection(Section):

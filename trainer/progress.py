@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -100,6 +100,12 @@ class Progress:
     def close(self) -> None:
         self._writer.close()
         self._record.close()
+
+
+def some_of(names: Sequence[str], most: int = 12) -> str:
+    """Names for a line: `most` of them, and how many more there are."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:

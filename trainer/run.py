@@ -20,7 +20,13 @@ from trainer import setup
 from trainer.checkpoint.attempts import claim_attempt
 from trainer.checkpoint.generations import Generation, generations
 from trainer.checkpoint.journal import Journal, StepLine
-from trainer.checkpoint.restore import check_data_state, parameter_shapes, restore, set_masters
+from trainer.checkpoint.restore import (
+    check_data_state,
+    check_settings,
+    parameter_shapes,
+    restore,
+    set_masters,
+)
 from trainer.checkpoint.saver import Saver
 from trainer.config import RunConfig
 from trainer.data.batch import BatchSettings
@@ -30,6 +36,7 @@ from trainer.model import build_model
 from trainer.progress import Progress
 from trainer.ranks import from_rank_0
 from trainer.step.engine import build_engine, set_learning_rate
+from trainer.step.guard import diverged, skip_report
 from trainer.step.mixture import Mixture, plan_mixture
 from trainer.step.optimizer import learning_rate
 from trainer.step.sync import StepSync, Wants
@@ -40,11 +47,15 @@ log = logging.getLogger("lxscale")
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands. What is below `step` is of this attempt alone."""
+    """Where a run stands. What is below `skipped_updates` is of this attempt alone."""
 
     sampler: SamplerState
     step: int
     """Finished optimizer steps."""
+    skipped_updates: int = 0
+    """Of them, those without an update, as a loss or the gradients were not finite."""
+    not_finite: tuple[Step, ...] = ()
+    """Those of them since the last update."""
     pairs: int = 0
     seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
@@ -97,6 +108,7 @@ def start(config: RunConfig) -> tuple[Run, TrainState]:
     config = config.model_copy(update={"model": setup.resolve_model(config, data)})
     # Rank 0 lists: all must try the same generations, whatever is committed or pruned meanwhile.
     found = from_rank_0(lambda: list(generations(url)))
+    check_settings(found, config, objectives)
     engine, shapes = _engine(config, new=not found)
     description = setup.describe(config, data, objectives, shapes)
 
@@ -157,15 +169,15 @@ def _position(
         return TrainState(fresh, 0)
     saved = generation.manifest.data_state
     check_data_state(saved, now, config.checkpoint.override_data_state)
-    state = generation.manifest.sampler
+    state, skipped = generation.manifest.sampler, generation.manifest.skipped_updates
     if any(saved.get(k) != v for k, v in now.items() if k.startswith(("sampler.", "data."))):
         # Overridden: as if the run had used this sampler from its start.
         for step in sampler.steps_ahead(fresh, config.train.global_batch, state.consumed):
             fresh = step.after
-        return TrainState(fresh, generation.step)
+        return TrainState(fresh, generation.step, skipped)
     if state.skipped and dist.get_rank() == 0:
         log.warning("%s", _skip_report(state))
-    return TrainState(state, generation.step)
+    return TrainState(state, generation.step, skipped)
 
 
 # --- steps --------------------------------------------------------------------------------------
@@ -207,13 +219,15 @@ def active_objectives(run: Run, step: Step) -> dict[str, float]:
 def step(
     run: Run, state: TrainState, loaded: Loaded, active: dict[str, float], sync: StepSync
 ) -> tuple[TrainState, dict[str, float]]:
-    """Make one optimizer step of what was loaded; the state after it, and what to show of it."""
+    """Make one optimizer step of what was loaded; the state after it, and what to show of it.
+
+    Raises DivergedError on every rank after too many steps in a row that are not finite."""
     taken = loaded.step
     rate = learning_rate(run.config.optimizer, state.consumed, taken.count, run.length.total)
     set_learning_rate(run.engine, rate)
     seed = dropout_seed(run.config.run.seed, state.step, run.part.rank)
     losses = run.config.objectives.losses()
-    sums = train_step(run.engine, loaded.batches, active, sync.counts, losses, seed)
+    sums, updated = train_step(run.engine, loaded.batches, active, sync.counts, losses, seed)
     # The loader cannot know how many pairs earlier steps lacked.
     passed_over = state.sampler.skipped_pairs + taken.count - sync.pairs
     after = replace(taken.after, skipped_pairs=passed_over)
@@ -226,7 +240,24 @@ def step(
     values["loss"] = sum(active[name] * values[f"loss/{name}"] for name in active)
     values["lr"] = rate
     values["epoch"] = state.consumed / run.data.manifest.pairs
+    state = replace(state, not_finite=() if updated else (*state.not_finite, taken))
+    if not updated:
+        state = _without_update(run, state, values)
+    values["skipped_updates"] = state.skipped_updates
     return state, values
+
+
+def _without_update(run: Run, state: TrainState, values: dict[str, float]) -> TrainState:
+    """Count a step that moved no weight; end the run after too many in a row."""
+    bad = state.not_finite
+    state = replace(state, skipped_updates=state.skipped_updates + 1)
+    if run.part.rank == 0:
+        losses = {k.removeprefix("loss/"): v for k, v in values.items() if k.startswith("loss/")}
+        log.warning("%s", skip_report(state.step, losses, state.skipped_updates, len(bad)))
+    if len(bad) > run.config.train.max_skipped_updates:
+        run.saver.wait()  # the last good generation may be under way
+        raise diverged(state.step, bad, run.data, run.sampler)
+    return state
 
 
 def skip(run: Run, state: TrainState, missing: list[MissingShard]) -> TrainState:
@@ -258,8 +289,11 @@ def _skip_report(state: SamplerState) -> str:
 
 def save(run: Run, state: TrainState) -> None:
     """Write a generation of this step behind the training. The ranks have agreed that there is
-    room for it."""
-    run.saver.save(run.engine, state.step, state.sampler)
+    room for it. None while updates are skipped: the newest one stays one before these steps."""
+    if state.not_finite:
+        run.saver.withhold()
+    else:
+        run.saver.save(run.engine, state.step, state.sampler, state.skipped_updates)
 
 
 def validate(run: Run, state: TrainState) -> TrainState:
@@ -282,7 +316,10 @@ def validate(run: Run, state: TrainState) -> TrainState:
 
 def finish(run: Run, state: TrainState, stopped: bool) -> TrainState:
     """Save, wait until all is committed, and validate unless the run was stopped early."""
-    run.saver.finish(run.engine, state.step, state.sampler, stopped)
+    if stopped and state.not_finite:  # a next start makes these steps again
+        run.saver.wait()
+    else:
+        run.saver.finish(run.engine, state.step, state.sampler, state.skipped_updates, stopped)
     if run.part.rank == 0 and state.sampler.skipped:
         log.warning("%s", _skip_report(state.sampler))
     if not stopped and state.validated != state.step:

@@ -138,6 +138,9 @@ class CheckpointManifest(RunDescription):
     """One for each rank."""
     journal: Annotated[tuple[SegmentEntry, ...], Field(alias="record")]
     """All segments that lead to this generation, from the run's first step on."""
+    skipped_updates: int = 0
+    """Of the steps, those whose loss or gradients were not finite: Adam does not count them. Not
+    written when there are none."""
 
 
 _MANIFEST: TypeAdapter[CheckpointManifest] = TypeAdapter(CheckpointManifest)
@@ -150,6 +153,8 @@ def manifest_name(manifest: CheckpointManifest) -> str:
 def manifest_bytes(manifest: CheckpointManifest) -> bytes:
     """The manifest as it is stored, with its format and its own hash."""
     document = {"format": FORMAT, **_MANIFEST.dump_python(manifest, by_alias=True)}
+    if not manifest.skipped_updates:
+        del document["skipped_updates"]
     return json.dumps({**document, "sha256": _self_hash(document)}).encode()
 
 

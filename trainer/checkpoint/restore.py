@@ -1,6 +1,7 @@
 """Bringing a run's newest whole generation back into an engine, at any world size and stage.
 
-What must agree for that is checked here, too: the model's shapes and the data state.
+What must agree for that is checked here, too: the model's shapes, the data state, and the settings
+that say how a step trains.
 """
 
 from __future__ import annotations
@@ -13,12 +14,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from model.objectives import OBJECTIVES
 from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.generations import Generation, read_fragments
 from trainer.checkpoint.zero_state import list_fragments, refresh_weights, write
-from trainer.config import ConfigError
+from trainer.config import ConfigError, RunConfig
 
 log = logging.getLogger("lxscale")
+
+_OF_A_STEP = {
+    "model": ("num_heads", "dropout", "attention_dropout"),
+    "objectives": ("label_scope", "feature_loss", "qa_from_epoch"),
+}
 
 
 def restore(
@@ -54,12 +61,13 @@ def _load(engine: Any, generation: Generation, shapes: dict[str, list[int]]) -> 
     """Load one generation on every rank; what is wrong with it on any of them, or ""."""
     check_same_model(generation, shapes)
     fragments = list_fragments(engine)
+    updates = generation.step - generation.manifest.skipped_updates
     problem = ""
     try:
         # A fragment may come piece by piece, from objects of another world size.
         for i, start, values in read_fragments(generation, [f.span for f in fragments]):
             for kind, part in values.items():
-                write(engine, fragments[i], kind, torch.from_numpy(part), generation.step, start)
+                write(engine, fragments[i], kind, torch.from_numpy(part), updates, start)
     except CheckpointError as error:
         problem = str(error)
     told: list[str] = [""] * dist.get_world_size()
@@ -93,15 +101,10 @@ def parameter_shapes(model: nn.Module) -> dict[str, list[int]]:
 
 def check_data_state(saved: dict[str, Any], now: dict[str, Any], override: bool) -> None:
     """Refuse to go on with another data set or order, and show what differs."""
-    keys = sorted(saved.keys() | now.keys())
-    differing = [
-        f"{k}: checkpoint {saved.get(k)!r}, now {now.get(k)!r}"
-        for k in keys
-        if saved.get(k) != now.get(k)
-    ]
+    differing = _differing(saved, now)
     if not differing:
         return
-    text = "the data state of the checkpoint is another one: " + "; ".join(differing)
+    text = f"the data state of the checkpoint is another one: {differing}"
     if not override:
         raise ConfigError(
             f"{text}. Restore these settings, or set checkpoint.override_data_state=true to go on "
@@ -109,3 +112,54 @@ def check_data_state(saved: dict[str, Any], now: dict[str, Any], override: bool)
         )
     if dist.get_rank() == 0:
         log.warning("%s; going on as checkpoint.override_data_state is set", text)
+
+
+def check_settings(
+    found: Sequence[Generation | str], config: RunConfig, objectives: dict[str, float]
+) -> None:
+    """Refuse to train otherwise than the newest of the run's generations was trained, and show what
+    differs; with checkpoint.override_settings, and of what may change freely, say it only.
+
+    found, objectives: as for `restore` and in a manifest.
+    """
+    newest = next((g.manifest for g in found if isinstance(g, Generation)), None)
+    if newest is None:
+        return
+    now = config.model_dump(mode="json")
+    # Neither pairs nor what is learned of them depend on these, but the learning rate and rounding.
+    free = ("steps", "epochs", "global_batch", "precision")
+    told = _differing(*({f"train.{k}": c["train"][k] for k in free} for c in (newest.config, now)))
+    if told and dist.get_rank() == 0:
+        log.info("changed since the checkpoint: %s", told)
+    before = step_settings(newest.config, newest.objectives)
+    after = step_settings(now, objectives)
+    both = before.keys() & after.keys()  # an older version may not have had all of them
+    differing = _differing({k: before[k] for k in both}, {k: after[k] for k in both})
+    if not differing:
+        return
+    text = f"the checkpoint was trained with other settings: {differing}"
+    if not config.checkpoint.override_settings:
+        raise ConfigError(
+            f"{text}. Restore them, set checkpoint.override_settings=true to go on with the new "
+            "ones, or give the run another run.name"
+        )
+    if dist.get_rank() == 0:
+        log.warning("%s; going on as checkpoint.override_settings is set", text)
+
+
+def step_settings(config: dict[str, Any], objectives: dict[str, float]) -> dict[str, Any]:
+    """The settings of a resolved configuration that decide what a step makes of its pairs, by their
+    keys. Sizes of the model are `check_same_model`'s, masks are part of the data state."""
+    out = {f"optimizer.{key}": value for key, value in config["optimizer"].items()}
+    for section, keys in _OF_A_STEP.items():
+        out |= {f"{section}.{key}": config[section][key] for key in keys if key in config[section]}
+    return out | {f"objectives.{name}": objectives.get(name, 0.0) for name in OBJECTIVES}
+
+
+def _differing(saved: dict[str, Any], now: dict[str, Any]) -> str:
+    """Every key with another value, with both values; "" where there is none."""
+    return "; ".join(
+        f"{k}: checkpoint {saved.get(k)!r}, now {now.get(k)!r}"
+        for k in sorted(saved.keys() | now.keys())
+        if saved.get(k) != now.get(k)
+    )

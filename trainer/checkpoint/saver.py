@@ -8,6 +8,7 @@ the same ones, however fast each is.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from shards.order.sampler import SamplerState
 from shards.store import objects
 from shards.store.retry import Retry
-from trainer.checkpoint.errors import CheckpointError, StaleAttemptError, UnsavedError
+from trainer.checkpoint.errors import StaleAttemptError, UnsavedError
 from trainer.checkpoint.format import (
     KINDS,
     CheckpointManifest,
@@ -39,6 +40,8 @@ from trainer.checkpoint.journal import Journal
 from trainer.checkpoint.schedule import Schedule, newest_is
 from trainer.checkpoint.zero_state import Fragment, list_fragments, read
 from trainer.config import CheckpointSection
+from trainer.errors import DivergedError
+from trainer.progress import some_of
 from trainer.ranks import gather_objects
 
 log = logging.getLogger("lxscale")
@@ -65,6 +68,30 @@ def snapshot(engine: Any, fragments: list[Fragment]) -> Snapshot:
     return Snapshot(tuple(f.span for f in fragments), arrays)
 
 
+def not_finite(snap: Snapshot) -> list[str]:
+    """Names of the parameters whose masters or moments hold NaN or an infinity."""
+    with np.errstate(invalid="ignore"):
+        # A sum of fp32 in float64 is finite where all of them are.
+        sums = {kind: float(a.sum(dtype=np.float64)) for kind, a in snap.arrays.items()}
+    if all(map(math.isfinite, sums.values())):
+        return []
+    names, offset = set(), 0
+    for name, _, length in snap.spans:
+        part = slice(offset, offset + length)
+        if not all(np.isfinite(a[part]).all() for a in snap.arrays.values()):
+            names.add(name)
+        offset += length
+    return sorted(names)
+
+
+def _not_finite_error(step: int, names: list[str]) -> DivergedError:
+    return DivergedError(
+        f"weights or moments are not finite after step {step}, of {some_of(names)}: no checkpoint "
+        "is written of them. Look at the data, change train.precision, or lower optimizer.lr (with "
+        "checkpoint.override_settings=true); the same command goes on from the last checkpoint"
+    )
+
+
 def write_object(run_url: str, step: int, attempt: int, rank: int, snap: Snapshot) -> ObjectEntry:
     """Upload a rank's part under a name no other attempt can use; its entry in the manifest."""
     data = safetensors.numpy.save(snap.arrays)
@@ -89,6 +116,7 @@ class _Save:
 
     step: int
     state: SamplerState
+    skipped_updates: int
     snap: Snapshot
     stall: float
     """Seconds that the copy took."""
@@ -160,7 +188,7 @@ class Saver:
         self._collect()
         return (self._final or self._schedule.unsaved(step)) if self._schedule else None
 
-    def save(self, engine: Any, step: int, state: SamplerState) -> None:
+    def save(self, engine: Any, step: int, state: SamplerState, skipped_updates: int = 0) -> None:
         """Copy the engine's state now and write it behind. There must be room on every rank."""
         began = time.monotonic()
         # What every rank holds is written once, its fragments dealt out.
@@ -170,7 +198,7 @@ class Saver:
             if not f.replicated or i % self._world == self._rank
         ]
         snap = snapshot(engine, own)
-        save = _Save(step, state, snap, time.monotonic() - began)
+        save = _Save(step, state, skipped_updates, snap, time.monotonic() - began)
         if self._schedule:
             self._schedule.begun()
         self._last_step = step
@@ -180,20 +208,28 @@ class Saver:
                 self._running = True
                 threading.Thread(target=self._work, name="lxscale-save", daemon=True).start()
 
-    def finish(self, engine: Any, step: int, state: SamplerState, stopped: bool) -> None:
+    def withhold(self) -> None:
+        """Make no save after this step, though it is due: it stays so."""
+        if self._schedule:
+            self._schedule.withheld()
+
+    def finish(
+        self, engine: Any, step: int, state: SamplerState, skipped_updates: int, stopped: bool
+    ) -> None:
         """Return when everything is committed, the end's generation included. Where that fails:
-        CheckpointError, or UnsavedError for a run that was stopped, which may have little time:
-        saves that no rank has begun are dropped for its last one."""
+        UnsavedError. A run that was stopped may have little time: saves that no rank has begun are
+        dropped for its last one."""
         if stopped:
             self._drop_waiting(step)
-        self._wait()
+        self.wait()
         if self._last_step != step:
-            self.save(engine, step, state)
-            self._wait()
+            self.save(engine, step, state, skipped_updates)
+            self.wait()
         if self._landed_step == step:
             return
-        kind = UnsavedError if stopped else CheckpointError
-        raise kind(f"checkpoint at step {step} failed: {self._why}; {newest_is(self._newest)}")
+        raise UnsavedError(
+            f"checkpoint at step {step} failed: {self._why}; {newest_is(self._newest)}"
+        )
 
     def _drop_waiting(self, last: int) -> None:
         """Drop saves before the step `last` that no rank has begun, on all ranks."""
@@ -205,7 +241,7 @@ class Saver:
             self._held = False
             self._changed.notify_all()
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
         """Wait until the spool is empty. Raises what is final, which is the same on every rank."""
         with self._changed:
             self._changed.wait_for(lambda: not self._spool)
@@ -260,7 +296,11 @@ class Saver:
         """Upload this rank's part; rank 0 commits and tells all how it went."""
         part: ObjectEntry | Failure
         try:
+            if names := not_finite(save.snap):
+                raise _not_finite_error(save.step, names)
             part = write_object(self._run_url, save.step, self._attempt, self._rank, save.snap)
+        except DivergedError as error:
+            part = Failure(str(error), error)
         except Exception as error:
             part = Failure(f"rank {self._rank}: {error}")
         parts: list[Any] | None = [None] * self._world if self._rank == 0 else None
@@ -288,6 +328,7 @@ class Saver:
                 attempt=self._attempt,
                 objects=entries,
                 journal=segments,
+                skipped_updates=save.skipped_updates,
             )
             generation = commit(self._run_url, manifest, self._settings.keep)
             self._journal.committed(segments)

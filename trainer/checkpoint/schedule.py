@@ -62,6 +62,10 @@ class Schedule:
         """The due save, or that of the end, has begun."""
         self._to_begin, self._asked, self._begun_at = False, None, self._clock()
 
+    def withheld(self) -> None:
+        """The due save was not wanted after this step, for which there was room."""
+        self._asked = None
+
     def landed(self, step: int, url: str) -> None:
         """The save of `step` is committed, and with it all that were due until then."""
         self._newest, self._failures = url, 0

@@ -121,7 +121,7 @@ def write(
 ) -> None:
     """Set the elements of the fragment's master or moment from `start` on to values, 1-D fp32.
 
-    step: Adam's count of finished steps.
+    step: Adam's count of the updates that it has made.
     """
     if kind != "master":
         # Adam makes its state at its first step: a restored engine has had none.

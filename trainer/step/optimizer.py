@@ -11,12 +11,26 @@ from torch import Tensor, nn
 from trainer.config import OptimizerSection
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's."""
+
+    hold = False
+    """A step does nothing, as DeepSpeed may not be kept from making one."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if not self.hold:
+            super().step(closure)
+
+
 class BertAdam(torch.optim.Optimizer):
     """Adam as BERT and LXMERT were trained: no bias correction, decoupled weight decay.
 
     update = exp_avg / (sqrt(exp_avg_sq) + eps) + weight_decay * w;  w -= lr * update
     (the optimizer of Devlin et al. 2019, `AdamWeightDecayOptimizer` in their released code).
     """
+
+    hold = False
+    """As AdamW's."""
 
     def __init__(
         self,
@@ -32,6 +46,8 @@ class BertAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        if self.hold:
+            return
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for p in group["params"]:
@@ -62,12 +78,12 @@ def parameter_groups(module: nn.Module, section: OptimizerSection) -> list[dict[
     return [g for g in groups if g["params"]]
 
 
-def build_optimizer(module: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
+def build_optimizer(module: nn.Module, section: OptimizerSection) -> AdamW | BertAdam:
     groups = parameter_groups(module, section)
     # The rate is 0 until the first step sets it: DeepSpeed makes a dry step for some stages.
     if section.name == "bert_adam":
         return BertAdam(groups, 0.0, section.betas, section.eps, section.weight_decay)
-    return torch.optim.AdamW(
+    return AdamW(
         groups, 0.0, section.betas, section.eps, section.weight_decay, foreach=False, fused=False
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from shards.order.draws import fold
 from trainer.ranks import all_reduce_sum
 
 _DROPOUT = 100  # purpose of draws; shards and batches use lower ones
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def train_step(
@@ -22,8 +24,10 @@ def train_step(
     counts: dict[str, float],
     losses: LossSettings,
     seed: int,
-) -> dict[str, float]:
-    """Train on this rank's micro-batches; the loss sums over all ranks, by objective.
+) -> tuple[dict[str, float], bool]:
+    """Train on this rank's micro-batches; the loss sums over all ranks, by objective, and whether
+    weights and moments were updated. They are not, on no rank, where a loss or the norm of the
+    gradients is not finite on any.
 
     The loss of an objective is its sum over the global batch / max(global count, 1), so it does
     not depend on how pairs are spread over ranks and micro-batches. seed: of dropout.
@@ -41,9 +45,40 @@ def train_step(
         out = engine(batch.to(device), objectives=frozenset(weights), settings=losses)
         sums = torch.stack([out.loss_sum[name] for name in weights])
         engine.backward((scale * sums).sum(), scale_wrt_gas=False)
-        engine.step()
         total += sums.detach()
-    return dict(zip(weights, all_reduce_sum(total.double()).tolist(), strict=True))
+        if i + 1 < len(batches):
+            engine.step()
+    # Before the update, so that all ranks know whether there is to be one.
+    told = torch.cat([total, _unchecked_square(engine)]).double()
+    *sums_of_all, square = all_reduce_sum(told).tolist()
+    finite = square <= _LARGEST and all(map(math.isfinite, sums_of_all))
+    # DeepSpeed goes through its step all the same, which clears the gradients.
+    engine.basic_optimizer.hold = not finite
+    engine.step()
+    updated = finite and bool(engine.was_step_applied())
+    return dict(zip(weights, sums_of_all, strict=True)), updated
+
+
+def _unchecked_square(engine: Any) -> torch.Tensor:
+    """This rank's part of the square of the gradients' norm, (1,), where DeepSpeed does not look
+    itself whether that is finite in fp32: under ZeRO 3, whose norm is in fp64, and 0 in fp32. 0
+    elsewhere; there `was_step_applied` says what it found.
+
+    The square may overflow where every gradient is finite. Clipping would then make all of them 0,
+    or Adam have an infinite moment.
+    """
+    optimizer, share = engine.optimizer, 1.0
+    if engine.zero_optimization_stage() == 3:
+        grads = [g for group in optimizer.averaged_gradients.values() for g in group]
+    elif optimizer is engine.basic_optimizer:
+        grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        share = 1.0 / dist.get_world_size()  # every rank has all of them
+    else:
+        grads = []
+    if not grads:
+        return torch.zeros(1, device=engine.device)
+    norms = torch.stack([torch.linalg.vector_norm(g) for g in grads]).float()
+    return norms.square().sum().reshape(1) * share
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:

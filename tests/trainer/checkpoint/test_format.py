@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,11 @@ LINES = [StepLine(1, 13, 2, 0x00FF00FF00FF00FF), StepLine(2, 13, 2, 0x123456789A
 def test_a_manifest_is_written_and_read_to_the_byte() -> None:
     assert manifest_bytes(VALUES) == MANIFEST
     assert parse_manifest(MANIFEST, "url") == VALUES
+
+
+def test_skipped_updates_are_kept() -> None:
+    some = replace(VALUES, skipped_updates=1)
+    assert parse_manifest(manifest_bytes(some), "url") == some
 
 
 def test_a_segment_is_written_and_read_to_the_byte(tmp_path: Path) -> None:
