@@ -31,9 +31,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.driver_channel import DriverChannel, WorkerChannel, follow
 from cluster.errors import FINAL_ERRORS, LaunchError
 from cluster.local_ray import environment, local_ray, scratch
+from trainer.checkpoint.owner import Claimant, check_free
 from trainer.config import RunConfig, parse_config
 from trainer.loop import Control, TrainResult, train
 from trainer.progress import tensorboard_folder
+from trainer.setup import run_url
 
 Loop = Callable[[RunConfig, Control], TrainResult]
 
@@ -99,14 +101,22 @@ def _final_message(error: BaseException) -> str | None:
     return None
 
 
-def launch(config: RunConfig, *, ray_address: str | None = None, loop: Loop = train) -> TrainResult:
+def launch(
+    config: RunConfig,
+    *,
+    ray_address: str | None = None,
+    take_over: bool = False,
+    loop: Loop = train,
+) -> TrainResult:
     """Run `loop` in config.cluster.workers workers; returns the result of the loop on rank 0.
 
-    ray_address: a Ray cluster to join; None starts a local one and ends it.
+    ray_address: a Ray cluster to join; None starts a local one and ends it. take_over: the run from
+    a job that is alive.
     The first SIGINT or SIGTERM asks for a clean stop (the loop saves and returns), the second
     aborts. Raises one of FINAL_ERRORS with the worker's message, or LaunchError.
     """
     config = absolute_paths(config)
+    claimant = check_free(run_url(config), Claimant(take_over=take_over))
     # Ray sets signal handlers when it starts: ours come after.
     with scratch() as folder, _ray(config, ray_address, folder), _counting_signals() as asked:
         # Where the driver is: a node that is lost must not take it along.
@@ -114,7 +124,7 @@ def launch(config: RunConfig, *, ray_address: str | None = None, loop: Loop = tr
         channel: Any = (
             ray.remote(DriverChannel).options(num_cpus=0, scheduling_strategy=here).remote()
         )
-        trainer = _trainer(config, loop, channel, folder)
+        trainer = _trainer(config, loop, claimant, channel, folder)
         failure: list[BaseException] = []
 
         def fit() -> None:
@@ -135,12 +145,19 @@ def launch(config: RunConfig, *, ray_address: str | None = None, loop: Loop = tr
         return result
 
 
-def _trainer(config: RunConfig, loop: Loop, channel: Any, folder: Path) -> _Trainer:
+def _trainer(
+    config: RunConfig, loop: Loop, claimant: Claimant, channel: Any, folder: Path
+) -> _Trainer:
     """Ray Train's trainer for the run; `folder` goes with the run's end."""
     cluster = config.cluster
     trainer = _Trainer(
         _work,
-        train_loop_config={"config": config.given(), "channel": channel, "loop": loop},
+        train_loop_config={
+            "config": config.given(),
+            "channel": channel,
+            "loop": loop,
+            "claimant": claimant,
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers,
             use_gpu=cluster.gpus_per_worker > 0,
@@ -167,7 +184,7 @@ def _work(given: dict[str, Any]) -> None:
     channel = WorkerChannel(given["channel"], logging.getLogger("lxscale"), rank)
     try:
         config = parse_config(given["config"], "the configuration")
-        result = given["loop"](config, Control(channel.should_stop))
+        result = given["loop"](config, Control(channel.should_stop, given["claimant"]))
         if rank == 0:
             ray.get(given["channel"].finish.remote(result))
     except FINAL_ERRORS as error:

@@ -8,13 +8,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
 
+from trainer.checkpoint.owner import Claimant
 from trainer.config import RunConfig
 from trainer.progress import setup_logging
-from trainer.run import active_objectives, finish, load, save, skip, start, step, validate
+from trainer.run import (
+    Run,
+    TrainState,
+    active_objectives,
+    check_not_taken_over,
+    finish,
+    leave,
+    load,
+    save,
+    skip,
+    start,
+    step,
+    taken_over,
+    validate,
+)
 from trainer.step.sync import sync_step
 
 
@@ -25,6 +40,8 @@ class Control:
     should_stop: Callable[[], bool] = lambda: False
     """Polled each step on every rank, never blocks; all ranks then stop at one step, save and
     return."""
+    claimant: Claimant = field(default_factory=Claimant)
+    """Who wants to own the run; rank 0's counts."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +59,20 @@ class TrainResult:
 
 
 def train(config: RunConfig, control: Control) -> TrainResult:
-    """Train to the end of the run, going on from its newest whole checkpoint."""
+    """Train to the end of the run, going on from its newest whole checkpoint.
+
+    Raises OwnedError when another job owns the run, StaleAttemptError when one takes it over.
+    """
     setup_logging(dist.get_rank())
-    run, state = start(config)
+    run, state = start(config, control.claimant)
+    try:
+        return _train(run, state, control)
+    finally:
+        leave(run.owner)
+
+
+def _train(run: Run, state: TrainState, control: Control) -> TrainResult:
+    config = run.config
     steps, stopped = load(run, state), False
     every, validate_every = config.checkpoint.every, config.train.validate_every
     while state.consumed < run.length.total:
@@ -52,15 +80,15 @@ def train(config: RunConfig, control: Control) -> TrainResult:
         loaded = next(steps)
         waited = time.monotonic() - began
         active = active_objectives(run, loaded.step)
-        sync = sync_step(
-            loaded, [*active], config.objectives.losses(), run.mixture, control.should_stop()
-        )
+        stop = control.should_stop() or taken_over(run)
+        sync = sync_step(loaded, [*active], config.objectives.losses(), run.mixture, stop)
         if sync.missing:
             state = skip(run, state, sync.missing)
             steps.close()
             steps = load(run, state)
             continue
         if sync.stop:
+            check_not_taken_over(run)
             stopped = True
             break
         count = loaded.step.count

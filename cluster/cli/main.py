@@ -22,11 +22,11 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Exit status: 0 done, 1 problems found, 2 a user's error, 130 stopped, 141
-    ended because nobody reads its output any more (`| head`)."""
+    """Run one command. Exit status: 0 done, 1 problems found, 2 a user's error, 3 the run is
+    another job's, 130 stopped, 141 ended because nobody reads its output any more (`| head`)."""
     open_closed_streams()
     arguments = parse(sys.argv[1:] if argv is None else argv)
-    from cluster.errors import USER_ERRORS
+    from cluster.errors import OWNER_ERRORS, USER_ERRORS
     from trainer.progress import setup_logging
 
     setup_logging()
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         status = arguments.func(arguments)
     except USER_ERRORS as error:
         say(f"error: {error}")
-        status = 2
+        status = 3 if isinstance(error, OWNER_ERRORS) else 2
     except KeyboardInterrupt:
         say("aborted")
         status = 130

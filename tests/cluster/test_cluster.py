@@ -217,7 +217,7 @@ def test_everything_on_object_storage(
         "checkpoint": {"every": 20},
     }
     job = start(**sections)
-    job.wait_for("checkpoint step-00000020")
+    job.wait_for("checkpoint of step 20 ")
     job.process.send_signal(signal.SIGTERM)
     assert job.finish() == 130, job.output
     first = find_generation(f"{s3}/runs/run")

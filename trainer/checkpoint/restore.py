@@ -43,11 +43,33 @@ def restore(
         if dist.get_rank() == 0:
             log.warning("%s; falling back to the generation before", problem)
     if problems:
-        raise CheckpointError(
-            f"no generation of {run_url} is whole ({problems[0]}): restore the objects, or give "
-            "the run another run.name to start from scratch"
-        )
+        raise _none_is_whole(run_url, problems[0])
     return None
+
+
+def check_goes_on(
+    found: Sequence[Generation | str],
+    run_url: str,
+    shapes: dict[str, list[int]],
+    data_state: dict[str, Any],
+    override: bool,
+) -> None:
+    """Raise what restoring the newest of these generations would, as far as its manifest says: a
+    run that cannot go on so need not be claimed."""
+    newest = next((g for g in found if isinstance(g, Generation)), None)
+    if newest:
+        check_same_model(newest, shapes)
+        if not override:
+            check_data_state(newest.manifest.data_state, data_state, override)
+    elif found:
+        raise _none_is_whole(run_url, str(found[0]))
+
+
+def _none_is_whole(run_url: str, problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"no generation of {run_url} is whole ({problem}): restore the objects, or give "
+        "the run another run.name to start from scratch"
+    )
 
 
 def _load(engine: Any, generation: Generation, shapes: dict[str, list[int]]) -> str:

@@ -26,8 +26,8 @@ from trainer.checkpoint.format import (
     object_name,
     sha256_of,
 )
-from trainer.checkpoint.generations import commit
 from trainer.checkpoint.journal import Journal
+from trainer.checkpoint.owner import Owner
 from trainer.checkpoint.zero_state import Fragment, list_fragments, read
 
 log = logging.getLogger("lxscale")
@@ -83,13 +83,14 @@ class Saver:
         attempt: int,
         keep: int,
         description: RunDescription,
+        owner: Owner | None,
         journal: Journal | None,
         saved_step: int | None,
     ) -> None:
-        """journal: rank 0's, written with every generation; None on the other ranks. saved_step:
-        that of the generation that the run goes on from, if any."""
+        """owner, journal: rank 0's, which commits and writes a segment with every generation; None
+        on the other ranks. saved_step: that of the generation that the run goes on from, if any."""
         self._run_url, self._attempt, self._keep = run_url, attempt, keep
-        self._description, self._journal = description, journal
+        self._description, self._owner, self._journal = description, owner, journal
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._group = dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
@@ -121,14 +122,17 @@ class Saver:
 
     def wait(self, must_succeed: bool = False) -> None:
         """Wait for the save under way. A failure is reported and training goes on with the
-        generation before; it is a CheckpointError when the attempt is stale or `must_succeed`."""
+        generation before; it is a StaleAttemptError when the attempt is stale, and a
+        CheckpointError when it `must_succeed`."""
         if self._thread is None:
             return
         self._thread.join()
         self._thread = None
         if self._failure is None:
             return
-        if must_succeed or self._failure.stale:
+        if self._failure.stale:
+            raise StaleAttemptError(self._failure.message)
+        if must_succeed:
             raise CheckpointError(
                 f"checkpoint at step {self._saved_step} failed: {self._failure.message}"
             )
@@ -168,7 +172,7 @@ class Saver:
             return _Failure("; ".join(failed))
         entries = tuple(p for p in parts if isinstance(p, ObjectEntry))
         try:
-            assert self._journal
+            assert self._owner and self._journal
             segments = self._journal.write(self._run_url, self._attempt, step)
             manifest = CheckpointManifest(
                 **vars(self._description),
@@ -178,13 +182,14 @@ class Saver:
                 objects=entries,
                 journal=segments,
             )
-            generation = commit(self._run_url, manifest, self._keep)
+            generation = self._owner.commit(manifest, self._keep)
             self._journal.committed(segments)
         except Exception as error:
             return _Failure(str(error), isinstance(error, StaleAttemptError))
         log.info(
-            "checkpoint %s | %.1f MB, stall %.2f s, commit %.2f s",
-            generation.name,
+            "checkpoint of step %d (%s) | %.1f MB, stall %.2f s, commit %.2f s",
+            step,
+            generation.name.removesuffix(".json"),
             sum(e.size for e in entries) / 1e6,
             stall,
             time.monotonic() - began,
