@@ -22,11 +22,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 
 from pydantic import TypeAdapter, ValidationError
 
-from shards.errors import DataError
+from shards.errors import NotFoundError
 from shards.store import objects
 from trainer.checkpoint.errors import CheckpointError, NewerFormatError
 from trainer.checkpoint.format import (
@@ -97,12 +96,10 @@ def parse_link(data: bytes, url: str) -> Claim | CheckpointManifest:
 
 
 def read_link(run_url: str, name: str) -> Claim | CheckpointManifest:
-    """The link of that name; CheckpointError where it is damaged, or gone."""
+    """The link of that name. Raises NotFoundError where it is gone, CheckpointError where it is
+    damaged, DataError where the store cannot be reached: that says nothing about the link."""
     url = checkpoint_url(run_url, name)
-    try:
-        return parse_link(objects.read_bytes(url), url)
-    except DataError as error:
-        raise CheckpointError(str(error)) from None
+    return parse_link(objects.read_bytes(url), url)
 
 
 def list_links(run_url: str) -> tuple[list[Link], list[str]]:
@@ -126,31 +123,10 @@ class Traces:
     leases: list[str]
     objects: list[str]
     segments: list[str]
-
-    @cached_property
-    def attempt(self) -> int:
-        """The highest attempt that there ever was; 0 for none. Reads the last link."""
-        named = (
-            (LEASE_PATTERN, self.leases),
-            (MANIFEST_PATTERN, self.manifests),
-            (ObjectEntry.pattern, self.objects),
-            (SegmentEntry.pattern, self.segments),
-        )
-        highest = max((n for pattern, names in named for n in _attempts(pattern, names)), default=0)
-        if not self.links or self.links[-1].attempt < highest:
-            return highest
-        # Only of the very last link does its name not say what it is.
-        last = self.links[-1]
-        return last.attempt + isinstance(self.read(last), Claim)
-
-    def read(self, link: Link) -> Claim | CheckpointManifest | None:
-        """What a link says; None where it is damaged. One of a newer format is an error."""
-        try:
-            return read_link(self.run_url, link.name)
-        except NewerFormatError:
-            raise
-        except CheckpointError:
-            return None
+    attempt: int
+    """The highest attempt that there ever was; 0 for none."""
+    end: Claim | CheckpointManifest | None
+    """What the last link says; None where it is damaged, or there is none."""
 
     def last(self, attempt: int) -> Link | None:
         """The last link of an attempt."""
@@ -163,8 +139,11 @@ class Traces:
         return Link(self.attempt, last.index + 1 if last else 1)
 
     def claim_of(self, attempt: int) -> Claim | None:
+        """The claim of an attempt, where there is one."""
         link = self.last(attempt - 1)
-        found = self.read(link) if link else None
+        if link is None:
+            return None
+        found = self.end if link == self.links[-1] else _read(self.run_url, link)
         return found if isinstance(found, Claim) and found.attempt == attempt else None
 
     def leases_of(self, attempt: int) -> list[str]:
@@ -172,16 +151,34 @@ class Traces:
 
 
 def read_traces(run_url: str) -> Traces:
-    """List all that there is of a run."""
+    """List all that there is of a run, and read its last link: only of that its name does not say
+    what it is."""
     links, manifests = list_links(run_url)
-    return Traces(
-        run_url,
-        links,
-        manifests,
-        [n for n in objects.list_names(lease_url(run_url)) if LEASE_PATTERN.fullmatch(n)],
-        objects.list_names(checkpoint_url(run_url, ObjectEntry.folder)),
-        objects.list_names(checkpoint_url(run_url, SegmentEntry.folder)),
-    )
+    leases = [n for n in objects.list_names(lease_url(run_url)) if LEASE_PATTERN.fullmatch(n)]
+    written = objects.list_names(checkpoint_url(run_url, ObjectEntry.folder))
+    segments = objects.list_names(checkpoint_url(run_url, SegmentEntry.folder))
+    attempts = {
+        0,
+        *_attempts(LEASE_PATTERN, leases),
+        *_attempts(MANIFEST_PATTERN, manifests),
+        *_attempts(ObjectEntry.pattern, written),
+        *_attempts(SegmentEntry.pattern, segments),
+    }
+    end = None
+    for link in links[-1:]:
+        end = _read(run_url, link)
+        attempts |= {link.attempt, link.attempt + isinstance(end, Claim)}
+    return Traces(run_url, links, manifests, leases, written, segments, max(attempts), end)
+
+
+def _read(run_url: str, link: Link) -> Claim | CheckpointManifest | None:
+    """What a link says; None where it is damaged or gone. One of a newer format is an error."""
+    try:
+        return read_link(run_url, link.name)
+    except NewerFormatError:
+        raise
+    except (NotFoundError, CheckpointError):
+        return None
 
 
 def _attempts(pattern: re.Pattern[str], names: Iterable[str]) -> set[int]:

@@ -10,7 +10,7 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from shards.errors import DataError
+from shards.errors import NotFoundError
 from shards.store import objects
 from trainer.checkpoint.chain import list_links, read_link
 from trainer.checkpoint.errors import CheckpointError, NewerFormatError
@@ -75,6 +75,8 @@ def named_generations(run_url: str) -> Iterator[tuple[str, Generation | str]]:
     for _, name in sorted(ranked, reverse=True):
         try:
             found = _read_generation(run_url, name)
+        except NotFoundError:
+            continue  # an owner has pruned it since
         except NewerFormatError as error:
             if not whole:
                 raise
@@ -90,7 +92,7 @@ def named_generations(run_url: str) -> Iterator[tuple[str, Generation | str]]:
             found = _read_generation(run_url, link.name)
         except NewerFormatError:
             raise
-        except CheckpointError:
+        except (NotFoundError, CheckpointError):
             continue
         if found:
             yield link.name, found
@@ -108,7 +110,10 @@ def find_generation(path: str) -> Generation:
         run_url = folder.removesuffix("/checkpoints")
         if run_url == folder:
             raise CheckpointError(f"{path} is not in a run's folder")
-        named = _read_generation(run_url, name)
+        try:
+            named = _read_generation(run_url, name)
+        except NotFoundError as error:
+            raise CheckpointError(str(error)) from None
         if named is None:
             raise CheckpointError(f"{path} is the claim of an attempt, not a checkpoint")
         return named
@@ -132,11 +137,12 @@ def _read_generation(run_url: str, name: str) -> Generation | None:
 
 
 def read_entry(run_url: str, entry: Entry) -> bytes:
-    """Read and verify what a manifest names; CheckpointError names it when it is not whole."""
+    """Read and verify what a manifest names; CheckpointError names it when it is not whole,
+    DataError when the store cannot be reached."""
     url = entry.url(run_url)
     try:
         data = objects.read_bytes(url)
-    except DataError as error:
+    except NotFoundError as error:
         raise CheckpointError(str(error)) from None
     if len(data) != entry.size or sha256_of(data) != entry.sha256:
         raise CheckpointError(f"{url} is damaged: size or sha256 differ from the manifest's")

@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shards.errors import DataError
 from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.generations import Generation, read_fragments
 from trainer.checkpoint.zero_state import list_fragments, refresh_weights, write
 from trainer.config import ConfigError
+from trainer.ranks import gather_objects
 
 log = logging.getLogger("lxscale")
 
@@ -73,10 +75,11 @@ def _none_is_whole(run_url: str, problem: str) -> CheckpointError:
 
 
 def _load(engine: Any, generation: Generation, shapes: dict[str, list[int]]) -> str:
-    """Load one generation on every rank; what is wrong with it on any of them, or ""."""
+    """Load one generation on every rank; what is wrong with it on any of them, or "". DataError on
+    all of them when a rank cannot reach the store: that is no reason to go back further."""
     check_same_model(generation, shapes)
     fragments = list_fragments(engine)
-    problem = ""
+    problem, fault = "", ""
     try:
         # A fragment may come piece by piece, from objects of another world size.
         for i, start, values in read_fragments(generation, [f.span for f in fragments]):
@@ -84,9 +87,12 @@ def _load(engine: Any, generation: Generation, shapes: dict[str, list[int]]) -> 
                 write(engine, fragments[i], kind, torch.from_numpy(part), generation.step, start)
     except CheckpointError as error:
         problem = str(error)
-    told: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(told, problem)
-    return next((t for t in told if t), "")
+    except DataError as error:
+        fault = str(error)
+    told = gather_objects((problem, fault))
+    if faults := [f for _, f in told if f]:
+        raise DataError(faults[0])
+    return next((p for p, _ in told if p), "")
 
 
 def check_same_model(generation: Generation, shapes: dict[str, list[int]]) -> None:
