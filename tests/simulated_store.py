@@ -32,6 +32,10 @@ class Crash(BaseException):
     """The process dies here. Not an Exception: no code of a dead process goes on."""
 
 
+class Wrong(BaseException):
+    """Something that must hold does not. Not an Exception: no code takes it for the store's."""
+
+
 class _RefusedError(OSError):
     """An answer with an error status, as s3fs raises it."""
 
@@ -135,6 +139,8 @@ class Store:
         """Objects of saves under way, by attempt."""
         self.first: dict[str, bytes] = {}
         """What generations were when they were committed."""
+        self.last = 0, 0
+        """The last link that there ever was."""
         self.dead: set[str] = set()
 
     @property
@@ -161,7 +167,10 @@ class Store:
             raise DataError("away")
         if event == "409" and what == "create":
             raise _RefusedError(409)
-        result = action()
+        try:
+            result = action()
+        except AssertionError as error:
+            raise Wrong(str(error)) from error
         if event == "crash-after":
             raise Crash
         if event == "unknown":
@@ -229,8 +238,9 @@ class Store:
         newest = self.attempt
         if isinstance(link, Claim):
             # One that comes late, to a name that retention had freed, does not count.
-            if any(c.attempt == link.attempt for _, c in self.claims):
+            if (attempt, index) < self.last:
                 return
+            self.last = attempt, index
             assert (link.attempt, attempt) == (newest + 1, newest), "attempts in a wrong order"
             self.claims.append((self.committed[-1].name if self.committed else "", link))
             return
@@ -241,6 +251,7 @@ class Store:
         last = [g.name for g in self.committed if g.manifest.attempt == attempt]
         assert index == len(last) + 1, f"{name} leaves a gap"
         self.first[name] = data
+        self.last = attempt, index
         self.committed.append(Generation(RUN, name, link))
         self._check_whole(self.committed[-1])
 

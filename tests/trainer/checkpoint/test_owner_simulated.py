@@ -18,7 +18,7 @@ import pytest
 
 from shards.errors import DataError
 from shards.order.sampler import SamplerState
-from tests.simulated_store import RUN, Crash, Events, Scheduler, Store, simulated
+from tests.simulated_store import RUN, Crash, Events, Scheduler, Store, Wrong, simulated
 from trainer.checkpoint.errors import CheckpointError, OwnedError, StaleAttemptError
 from trainer.checkpoint.evidence import check_never_committed
 from trainer.checkpoint.format import (
@@ -220,7 +220,7 @@ def check(world: World, jobs: dict[str, tuple[int, bool]], schedule: str) -> int
     _world[:] = [world]
     try:
         world.run(jobs)
-    except (Exception, Crash) as error:
+    except (Exception, Crash, Wrong) as error:
         shown = "\n".join(world.store.log)
         pytest.fail(f"{schedule}: {type(error).__name__}: {error}\n{shown}")
     return len(world.store.log)
