@@ -139,9 +139,24 @@ class Store:
         """Objects of saves under way, by attempt."""
         self.first: dict[str, bytes] = {}
         """What generations were when they were committed."""
+        self.damaged: set[str] = set()
+        """Names of generations that lack an object, by no fault of an owner's."""
         self.last = 0, 0
         """The last link that there ever was."""
         self.dead: set[str] = set()
+
+    @property
+    def newest(self) -> Generation | None:
+        """Where an owner is to go on."""
+        whole = (g for g in reversed(self.committed) if g.name not in self.damaged)
+        return next(whole, None)
+
+    def damage(self) -> None:
+        """Lose an object of the newest generation, where there is another one to go back to."""
+        *others, newest = [g for g in self.committed if g.url in self.data] or [None]
+        if newest and others:
+            self.data.pop(newest.manifest.objects[0].url(RUN))
+            self.damaged.add(newest.name)
 
     @property
     def attempt(self) -> int:
@@ -242,7 +257,7 @@ class Store:
                 return
             self.last = attempt, index
             assert (link.attempt, attempt) == (newest + 1, newest), "attempts in a wrong order"
-            self.claims.append((self.committed[-1].name if self.committed else "", link))
+            self.claims.append((self.newest.name if self.newest else "", link))
             return
         if any(g.name == name for g in self.committed):
             assert data == self.first[name], f"{name} is another generation now"
@@ -264,8 +279,7 @@ class Store:
 
     def _check_one_is_whole(self) -> None:
         """Of the generations, the newest is there and whole, whatever else happens."""
-        if self.committed:
-            newest = self.committed[-1]
+        if newest := self.newest:
             assert newest.url in self.data, f"{newest.name}, the newest generation, is gone"
             self._check_whole(newest)
 

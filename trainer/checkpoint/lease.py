@@ -81,10 +81,10 @@ def read_lease(url: str) -> bytes:
         return b""
 
 
-def watch(url: str, before: bytes, seconds: float = DEAD_S) -> bytes:
-    """What a lease says once it is no more what it was `before`; `before` again if it has not
-    changed for so long."""
-    end = time.monotonic() + seconds
+def watch(url: str, before: bytes) -> bytes:
+    """What a lease says once it is no more what it was `before`; `before` again if it does not
+    change for DEAD_S seconds."""
+    end = time.monotonic() + DEAD_S
     while time.monotonic() < end:
         time.sleep(_POLL_S)
         if (now := read_lease(url)) != before:
