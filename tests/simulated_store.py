@@ -153,10 +153,10 @@ class Store:
 
     def damage(self) -> None:
         """Lose an object of the newest generation, where there is another one to go back to."""
-        *others, newest = [g for g in self.committed if g.url in self.data] or [None]
-        if newest and others:
-            self.data.pop(newest.manifest.objects[0].url(RUN))
-            self.damaged.add(newest.name)
+        stored = [g for g in self.committed if g.url in self.data]
+        if len(stored) > 1:
+            self.data.pop(stored[-1].manifest.objects[0].url(RUN))
+            self.damaged.add(stored[-1].name)
 
     @property
     def attempt(self) -> int:

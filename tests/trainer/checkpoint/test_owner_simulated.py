@@ -97,7 +97,7 @@ class World:
         """The objects of a save, in use from now on; empty where that fails."""
         value = float(next(self.values))
         live = self.store.live.setdefault(owner.attempt, set())
-        entries = []
+        entries: list[ObjectEntry] = []
         for rank, spans in enumerate(PARTS):
             arrays = {k: np.full(len(spans), value, np.float32) for k in KINDS}
             try:
