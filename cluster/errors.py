@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from model.errors import ModelError
 from shards.errors import DataError, StoreError
-from trainer.checkpoint.errors import CheckpointError, UnsavedError
+from trainer.checkpoint.errors import (
+    CheckpointError,
+    OwnedError,
+    StaleAttemptError,
+    UnsavedError,
+)
 from trainer.config import ConfigError
 from trainer.errors import DivergedError
 
@@ -21,6 +26,8 @@ class LostError(AgainError):
     """Workers, nodes or Ray were lost, more often than the run puts up with."""
 
 
+# The run is another job's, or has become it.
+OWNER_ERRORS = (OwnedError, StaleAttemptError)
 # What a worker may raise that no new attempt can mend.
 FINAL_ERRORS = (
     ConfigError,
@@ -30,6 +37,7 @@ FINAL_ERRORS = (
     CheckpointError,
     UnsavedError,
     DivergedError,
+    *OWNER_ERRORS,
 )
 # Of these, what another command may find mended.
 AGAIN_ERRORS = (StoreError, UnsavedError)
@@ -37,6 +45,8 @@ USER_ERRORS = (*FINAL_ERRORS, LaunchError, AgainError)
 
 
 def exit_status(error: BaseException) -> int:
-    """What a command ends with: 75 where it should be run again (EX_TEMPFAIL of sysexits.h), 2
-    where that would change nothing."""
+    """What a command ends with: 75 where it should be run again (EX_TEMPFAIL of sysexits.h), 3
+    where another job does its work, 2 where all that would change nothing."""
+    if isinstance(error, OWNER_ERRORS):
+        return 3
     return 75 if isinstance(error, (*AGAIN_ERRORS, AgainError)) else 2

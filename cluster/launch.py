@@ -8,7 +8,6 @@ with which error, is in `_verdict`.
 from __future__ import annotations
 
 import os
-import secrets
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from cluster.nodes import unreachable
 from cluster.ray_session import RaySession, ray_session
 from cluster.stopping import Stop, stop_signals
 from cluster.worker import Loop, Work
+from trainer.checkpoint.owner import Claimant, check_free
 from trainer.config import RunConfig, parse_config
 from trainer.loop import TrainResult, train
 from trainer.progress import tensorboard_folder
@@ -35,13 +35,15 @@ def launch(
 ) -> TrainResult:
     """Run `loop` in config.cluster.workers workers; returns its result on rank 0.
 
-    ray_address: a Ray cluster to join; None starts a local one and ends it.
+    ray_address: a Ray cluster to join; None starts a local one and ends it. take_over: the run from
+    a job that is alive.
     The first SIGINT, SIGTERM or SIGUSR1 asks for a clean stop (the loop saves and returns), a
     second SIGINT aborts. Raises one of FINAL_ERRORS with the worker's message; AgainError where the
     same command goes on; LaunchError otherwise.
     """
     config = absolute_paths(config)
-    work = Work(config.given(), loop, secrets.token_hex(8), take_over)
+    claimant = check_free(run_url(config), Claimant(take_over=take_over))
+    work = Work(config.given(), loop, claimant)
     budget = Budget(config.cluster.max_failures, newest_generation(run_url(config)))
     with scratch() as folder, stop_signals(config.cluster.stop_timeout_s) as stop:
         while True:

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from cluster.errors import AGAIN_ERRORS, FINAL_ERRORS
 from cluster.interfaces import interface_of
 from cluster.worker_output import Lines, collected
+from trainer.checkpoint.owner import Claimant
 from trainer.config import RunConfig, parse_config
 from trainer.loop import Control, TrainResult
 
@@ -82,8 +83,7 @@ class Work:
     config: dict[str, Any]
     """As given; see RunConfig.given."""
     loop: Loop
-    job: str
-    take_over: bool
+    claimant: Claimant
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,7 @@ class Worker:
             try:
                 config = parse_config(work.config, "the configuration")
                 self._join(config, seat)
-                control = Control(
-                    self._stop.is_set, self._enter, job=work.job, take_over=work.take_over
-                )
+                control = Control(self._stop.is_set, self._enter, work.claimant)
                 return work.loop(config, control)
             except (KeyboardInterrupt, SystemExit):
                 raise

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
 
+from trainer.checkpoint.owner import Claimant
 from trainer.config import RunConfig
 from trainer.progress import setup_logging
 from trainer.run import (
+    Run,
+    TrainState,
     active_objectives,
     finish,
+    leave,
     load,
     save,
     skip,
@@ -38,8 +42,8 @@ class Control:
     enter: Callable[[str], None] = lambda phase: None
     """Told what the rank is at: "start", "data", "step", "save", "validation", "end". Who watches
     it knows by this how long that may take."""
-    job: str = ""
-    take_over: bool = False
+    claimant: Claimant = field(default_factory=Claimant)
+    """Who wants to own the run; rank 0's counts."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,20 @@ class TrainResult:
 
 
 def train(config: RunConfig, control: Control) -> TrainResult:
-    """Train to the end of the run, going on from its newest whole checkpoint."""
+    """Train to the end of the run, going on from its newest whole checkpoint.
+
+    Raises OwnedError when another job owns the run, StaleAttemptError when one takes it over.
+    """
     setup_logging(dist.get_rank())
-    run, state = start(config)
+    run, state = start(config, control.claimant)
+    try:
+        return _train(run, state, control)
+    finally:
+        leave(run.owner)
+
+
+def _train(run: Run, state: TrainState, control: Control) -> TrainResult:
+    config = run.config
     steps, stopped = load(run, state), False
     validate_every = config.train.validate_every
     while state.consumed < run.length.total:

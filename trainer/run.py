@@ -1,4 +1,5 @@
-"""A run and its verbs: start (with restore), load, wants, step, save, validate, skip, finish.
+"""A run and its verbs: start (with restore), load, wants, step, save, validate, skip, finish and
+leave.
 
 trainer/loop.py says in which order. Every rank calls each verb at the same steps.
 """
@@ -16,12 +17,16 @@ from model.objectives import objectives_of
 from shards.dataset import Dataset
 from shards.errors import DataError
 from shards.order.sampler import Sampler, SamplerState, Step
+from shards.store.create import check_create_only
 from trainer import setup
-from trainer.checkpoint.attempts import claim_attempt
+from trainer.checkpoint.errors import StaleAttemptError
+from trainer.checkpoint.evidence import check_never_committed
 from trainer.checkpoint.generations import Generation, generations
 from trainer.checkpoint.journal import Journal, StepLine
+from trainer.checkpoint.owner import Claimant, Owner, check_free, claim
 from trainer.checkpoint.restore import (
     check_data_state,
+    check_goes_on,
     check_settings,
     parameter_shapes,
     restore,
@@ -87,44 +92,64 @@ class Run:
     engine: Any
     length: setup.Length
     saver: Saver
+    owner: Owner | None
+    """Rank 0's, as are the next."""
     journal: Journal | None
-    """Rank 0's, as is the next."""
     progress: Progress | None
 
 
 # --- start --------------------------------------------------------------------------------------
 
 
-def start(config: RunConfig) -> tuple[Run, TrainState]:
-    """Claim the run, build it, and go to its newest whole generation, or to the start."""
+def start(config: RunConfig, claimant: Claimant) -> tuple[Run, TrainState]:
+    """Build the run, claim it, and go to its newest whole generation, or to the start.
+
+    The claim ends the attempt before, so it comes when all that may be wrong with this one's
+    configuration, data and model has been looked at.
+    """
     setup.check_timeouts(config)
     url = setup.run_url(config)
-    attempt = from_rank_0(lambda: claim_attempt(url))
+    free = from_rank_0(lambda: check_free(url, claimant))
     data = setup.open_training_data(config)
     sampler = data.sampler(config.sampler, config.run.seed)
     objectives = setup.resolve_objectives(config, data)
     validation = setup.open_validation_data(config, data)
     batch = setup.batch_settings(config, data)
     config = config.model_copy(update={"model": setup.resolve_model(config, data)})
-    # Rank 0 lists: all must try the same generations, whatever is committed or pruned meanwhile.
-    found = from_rank_0(lambda: list(generations(url)))
-    check_settings(found, config, objectives)
-    engine, shapes = _engine(config, new=not found)
+    before = from_rank_0(lambda: _generations(url))
+    check_settings(before, config, objectives)
+    engine, shapes = _engine(config, new=not before)
     description = setup.describe(config, data, objectives, shapes)
+    now = description.data_state
+    check_goes_on(before, url, shapes, now, config.checkpoint.override_data_state)
 
-    generation = restore(engine, found, url, shapes)
-    state = _position(generation, config, description.data_state, sampler)
-    length = setup.run_length(config, data.manifest.pairs, state.step, state.consumed)
     rank, world = dist.get_rank(), dist.get_world_size()
-    journal, progress = None, None
-    if rank == 0:
-        setup.announce(config, url, attempt, world, state.step, length, data)
-        setup.write_run_files(config, url, data)
-        urls = tuple(s.url for s in data.specs)
-        segments = generation.manifest.journal if generation else ()
-        journal = Journal(urls, description.data_state, segments, state.sampler)
-        progress = Progress(config, attempt, state.step, length.steps)
-    saver = Saver(url, attempt, config.checkpoint, description, journal, generation)
+    owner, journal, progress = None, None, None
+
+    def own() -> tuple[int, list[Generation | str]]:
+        nonlocal owner
+        check_create_only(url)
+        owner = claim(url, free)
+        return owner.attempt, owner.found
+
+    try:
+        # Rank 0's list: all must try the same generations. They may be others than before.
+        attempt, found = from_rank_0(own)
+        check_goes_on(found, url, shapes, now, config.checkpoint.override_data_state)
+        generation = restore(engine, found, url, shapes)
+        state = _position(generation, config, now, sampler)
+        length = setup.run_length(config, data.manifest.pairs, state.step, state.consumed)
+        if rank == 0:
+            setup.announce(config, url, attempt, world, state.step, length, data)
+            setup.write_run_files(config, url, data)
+            urls = tuple(s.url for s in data.specs)
+            segments = generation.manifest.journal if generation else ()
+            journal = Journal(urls, now, segments, state.sampler)
+            progress = Progress(config, attempt, state.step, length.steps)
+        saver = Saver(url, attempt, config.checkpoint, description, owner, journal, generation)
+    except BaseException:
+        leave(owner)
+        raise
     run = Run(
         config=config,
         url=url,
@@ -139,10 +164,25 @@ def start(config: RunConfig) -> tuple[Run, TrainState]:
         engine=engine,
         length=length,
         saver=saver,
+        owner=owner,
         journal=journal,
         progress=progress,
     )
     return run, state
+
+
+def leave(owner: Owner | None) -> None:
+    """The end of an attempt, however it comes, as far as it can be said."""
+    if owner:
+        owner.close()
+
+
+def _generations(url: str) -> list[Generation | str]:
+    """Those of the run, newest first; none only where there never was one."""
+    found = list(generations(url))
+    if not found:
+        check_never_committed(url)
+    return found
 
 
 def _engine(config: RunConfig, new: bool) -> tuple[Any, dict[str, list[int]]]:
@@ -202,6 +242,8 @@ def load(run: Run, state: TrainState) -> Generator[Loaded, None, None]:
 def wants(run: Run, state: TrainState, stop: bool) -> Wants:
     """What this rank brings to the sync of the next step beside its data."""
     error = run.saver.problem(state.step)
+    if run.owner and (other := run.owner.lost()):
+        error = StaleAttemptError(other)
     return Wants(stop, run.saver.due(state.step + 1), run.saver.full(), error)
 
 

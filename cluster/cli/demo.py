@@ -42,7 +42,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     config = load_config(str(files("configs") / "demo.yaml"), [*with_full, *arguments.overrides])
     build_data(Path(config.data.specs()[0].url).parent)
     built = time.monotonic()
-    result = launch(config, ray_address=arguments.ray_address)
+    result = launch(config, ray_address=arguments.ray_address, take_over=arguments.take_over)
     if result.stopped:
         return 75
     trained = time.monotonic()

@@ -22,8 +22,8 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Exit status: 0 done, 1 problems found, 2 a user's error, 130 stopped, 141
-    ended because nobody reads its output any more (`| head`)."""
+    """Run one command. Exit status: 0 done, 1 problems found, 2 a user's error, 3 the run is
+    another job's, 130 stopped, 141 ended because nobody reads its output any more (`| head`)."""
     open_closed_streams()
     arguments = parse(sys.argv[1:] if argv is None else argv)
     from cluster.errors import USER_ERRORS, exit_status

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
-    result = launch(config, ray_address=arguments.ray_address)
+    result = launch(config, ray_address=arguments.ray_address, take_over=arguments.take_over)
     url = run_url(config)
     if result.stopped:
         print(f"stopped at step {result.step}, saved in {url}; the same command goes on")

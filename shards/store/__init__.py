@@ -3,6 +3,7 @@
 s3.py          a process's connections to S3
 retry.py       which faults are tried again, for how long
 objects.py     whole files by URL, in a folder or on S3
+create.py      objects that only one of several writers can create
 stored.py      where a file is, and what it must be
 atomic.py      files that are whole as soon as they are seen
 folders.py     folders that go with the process that owns them

@@ -84,11 +84,12 @@ def read_bytes(url: str, retry: Retry | None = None) -> bytes:
     return target.getvalue()
 
 
-def write_bytes(url: str, data: bytes, retry: Retry | None = None) -> None:
-    """Write the whole object at once: a reader sees all of it or nothing."""
+def write_bytes(url: str, data: bytes, retry: Retry | None = None, *, durable: bool = True) -> None:
+    """Write the whole object at once: a reader sees all of it or nothing. durable: a local file is
+    on the disk then."""
     if path := local_path(url):
         try:
-            with written_whole(path) as temporary:
+            with written_whole(path, durable=durable) as temporary:
                 temporary.write_bytes(data)
         except OSError as error:
             raise DataError(f"cannot write {path}: {error.strerror}") from None

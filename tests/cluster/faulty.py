@@ -34,7 +34,7 @@ PLACES = {
     "optimizer step": "torch.optim:AdamW.step",
     "snapshot": "trainer.checkpoint.saver:snapshot",
     "upload": "trainer.checkpoint.saver:write_object",
-    "commit": "trainer.checkpoint.saver:commit",
+    "commit": "trainer.checkpoint.owner:Owner.commit",
 }
 
 

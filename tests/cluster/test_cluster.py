@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from shards.format.build import BuildSettings, build
 from tests.conftest import small_records, subprocess_environment
 from tests.ranks import config_tree
 from trainer.checkpoint.generations import find_generation
+from trainer.checkpoint.owner import Claimant, claim
 
 
 class Job:
@@ -117,16 +118,18 @@ Start = Callable[..., Job]
 
 @pytest.fixture
 def start(data: Path, tmp_path: Path) -> Iterator[Start]:
-    """Starts a job on a run named `run`; keyword arguments are sections of its configuration, and
-    the address of the Ray cluster to join."""
+    """Starts a job on a run named `run`; keyword arguments are sections of its configuration, the
+    address of the Ray cluster to join, and more arguments of the command."""
     jobs: list[Job] = []
 
-    def start(address: str | None = None, **sections: dict[str, Any]) -> Job:
+    def start(
+        address: str | None = None, arguments: Sequence[str] = (), **sections: dict[str, Any]
+    ) -> Job:
         tree = config_tree(data, tmp_path, "run", **sections)
         tree.setdefault("cluster", {"workers": 2, "cpus_per_worker": 0.5})
         path = tmp_path / "run.yaml"
         path.write_text(yaml.safe_dump(tree))
-        jobs.append(Job(path, *(["--ray-address", address] if address else [])))
+        jobs.append(Job(path, *(["--ray-address", address] if address else []), *arguments))
         return jobs[-1]
 
     yield start
@@ -190,6 +193,33 @@ def test_an_error_of_the_users_in_a_worker_ends_the_run_at_once(start: Start) ->
     assert eventually(lambda: not job.processes(), 10), job.processes()
 
 
+def test_a_run_with_a_live_owner_is_refused_at_once(start: Start, tmp_path: Path) -> None:
+    """Before Ray is started, with a status of its own."""
+    with contextlib.closing(claim(str(tmp_path / "run"), Claimant())):
+        job = start()
+        assert job.finish() == 3, job.output
+    (line,) = job.output.splitlines()
+    assert re.match(rf"error: the run .* live job \(host .*, process {os.getpid()}, since", line)
+    assert "--take-over" in line
+
+
+@pytest.mark.faults
+def test_a_run_is_taken_from_a_live_job(start: Start, tmp_path: Path) -> None:
+    sections = {"train": {"steps": 100_000}, "checkpoint": {"every": 20}}
+    first = start(**sections)
+    first.wait_for("checkpoint of step 20 ")
+    second = start(**sections, arguments=["--take-over"])
+    second.wait_for("checkpoint of step ")
+    assert first.finish() == 3, first.output
+    assert "error: attempt 1 of" in first.output and "attempt 2 (host" in first.output
+    # Ray starts lost workers again: the take-over is over, but the job is the owner.
+    os.kill(second.workers()[0], signal.SIGKILL)
+    second.wait_for("attempt 3 |")
+    second.wait_for("checkpoint of step ")
+    second.ctrl_c()
+    assert second.finish() == 130, second.output
+
+
 @pytest.mark.faults
 def test_more_workers_than_cores(start: Start, tmp_path: Path) -> None:
     workers = (os.cpu_count() or 1) + 1
@@ -217,7 +247,7 @@ def test_everything_on_object_storage(
         "checkpoint": {"every": 20},
     }
     job = start(**sections)
-    job.wait_for("checkpoint step-00000020")
+    job.wait_for("checkpoint of step 20 ")
     job.process.send_signal(signal.SIGTERM)
     assert job.finish() == 75, job.output
     first = find_generation(f"{s3}/runs/run")

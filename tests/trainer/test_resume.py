@@ -13,7 +13,12 @@ from shards.format.build import BuildSettings, build
 from tests.conftest import small_records
 from tests.ranks import config_tree, run_ranks, step_record
 from trainer.checkpoint.format import KINDS, Span
-from trainer.checkpoint.generations import Generation, find_generation, read_fragments
+from trainer.checkpoint.generations import (
+    Generation,
+    find_generation,
+    generations,
+    read_fragments,
+)
 from trainer.export import export_huggingface
 
 CASES = [(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
@@ -124,7 +129,8 @@ def test_another_world_size_goes_on_with_the_pairs_that_follow(
 def test_a_finished_run_has_nothing_left_to_do(data: Path, tmp_path: Path) -> None:
     tree = config_tree(data, tmp_path, "run")
     assert not run_ranks(1, [(tree, None, False), (tree, None, False)])
-    assert len(list((tmp_path / "run" / "checkpoints").glob("*.json"))) == 3
+    found = generations(str(tmp_path / "run"))
+    assert [g.step for g in found if isinstance(g, Generation)] == [8, 6, 3]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -7,8 +7,12 @@ In the order data passes:
     journal.py      what the run consumed: a line a step, written in segments
     schedule.py     when a save is due, and for how long none has landed
     saver.py        a save: copy to host memory, then upload and commit behind the training
-    attempts.py     which attempt a job is, and whether a later one has started since
-    generations.py  committed checkpoints: commit, prune, list, find, read
+    process.py      who a process is, and whether it has ended
+    lease.py        the file that an owner rewrites every two seconds, for rivals to watch
+    chain.py        claims and generations, one after the other: who may commit next
+    owner.py        claim a run, commit to it, prune it; or learn that another does
+    generations.py  committed checkpoints: list, find, read
+    evidence.py     whether a run without a generation ever had one
     restore.py      the newest whole generation back into an engine
     errors.py       what may be wrong with all of this
 

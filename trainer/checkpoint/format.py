@@ -1,9 +1,11 @@
 """What a checkpoint is on the store: names, the manifest's fields, its JSON and its own hash.
 
-    storage/name/attempts/000002-1f3a….json                claimed when an attempt starts
+    storage/name/attempts/000002-1f3a….json                the lease of attempt 2's owner
     storage/name/checkpoints/objects/step-…-a…-r…-….safetensors   one a rank: its fragments
     storage/name/checkpoints/record/step-…-…-a…-….jsonl    a segment of the journal
-    storage/name/checkpoints/step-00001000-a000002.json    the manifest: written last
+    storage/name/checkpoints/a000002-000001.json           a link of the chain (chain.py): the
+                                                           manifest of a generation, or a claim
+    storage/name/checkpoints/step-00001000-a000002.json    a manifest of lxscale 0.1.0
 
 The journal is called "record" in its folder's name and in the manifest's JSON.
 """
@@ -21,7 +23,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from shards.order.sampler import SamplerState
 from shards.store import objects
-from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.errors import CheckpointError, NewerFormatError
 
 FORMAT = "lxscale-checkpoint-2"
 
@@ -75,7 +77,7 @@ class SegmentEntry(Entry):
     """A segment of the journal: the lines of some steps in a row."""
 
     folder = "record"
-    pattern = re.compile(r"step-\d+-(?P<step>\d+)-a(?P<attempt>\d+)-[0-9a-f]+\.jsonl")
+    pattern = re.compile(r"step-(?P<first>\d+)-(?P<step>\d+)-a(?P<attempt>\d+)-[0-9a-f]+\.jsonl")
 
     first: int
     """Its first step."""
@@ -88,7 +90,12 @@ def checkpoint_url(run_url: str, *parts: str) -> str:
     return objects.join(run_url, "checkpoints", *parts)
 
 
-# The random end keeps apart what two jobs write that take themselves for the same attempt.
+def lease_url(run_url: str, *name: str) -> str:
+    """The folder of a run's leases, or one of them."""
+    return objects.join(run_url, "attempts", *name)
+
+
+# The random end keeps apart what a save that is tried again writes.
 def object_name(step: int, attempt: int, rank: int) -> str:
     return f"step-{step:08d}-a{attempt:06d}-r{rank:05d}-{secrets.token_hex(4)}.safetensors"
 
@@ -103,7 +110,10 @@ def sha256_of(data: bytes) -> str:
 
 # --- the manifest -------------------------------------------------------------------------------
 
+LINK_PATTERN = re.compile(r"a(?P<attempt>\d+)-(?P<index>\d+)\.json")
 MANIFEST_PATTERN = re.compile(r"step-(?P<step>\d+)-a(?P<attempt>\d+)\.json")
+"""Of lxscale 0.1.0."""
+LEASE_PATTERN = re.compile(r"(?P<attempt>\d+)-(?P<token>[0-9a-f]+)\.json")
 
 
 @dataclass(frozen=True)
@@ -146,40 +156,62 @@ class CheckpointManifest(RunDescription):
 _MANIFEST: TypeAdapter[CheckpointManifest] = TypeAdapter(CheckpointManifest)
 
 
-def manifest_name(manifest: CheckpointManifest) -> str:
-    return f"step-{manifest.step:08d}-a{manifest.attempt:06d}.json"
-
-
 def manifest_bytes(manifest: CheckpointManifest) -> bytes:
     """The manifest as it is stored, with its format and its own hash."""
-    document = {"format": FORMAT, **_MANIFEST.dump_python(manifest, by_alias=True)}
+    document = _MANIFEST.dump_python(manifest, by_alias=True)
     if not manifest.skipped_updates:
         del document["skipped_updates"]
-    return json.dumps({**document, "sha256": _self_hash(document)}).encode()
+    return document_bytes(FORMAT, document)
 
 
 def parse_manifest(data: bytes, url: str) -> CheckpointManifest:
     """The manifest in `data`; CheckpointError naming `url` and what is wrong with it."""
-    document = parse_document(data, url, FORMAT)
-    # Over all that was read: a key or a digit that the fields would drop counts, too.
-    if document.get("sha256") != _self_hash(document):
-        raise CheckpointError(f"{url}: its own hash does not match, it is damaged")
+    checked_document(data, url, FORMAT)
     try:
         return _MANIFEST.validate_json(data, strict=True)
     except ValidationError as error:
         raise CheckpointError(f"{url}: not a checkpoint manifest: {what_is_wrong(error)}") from None
 
 
+# --- documents ----------------------------------------------------------------------------------
+
+
+def document_bytes(format_: str, fields: dict[str, Any]) -> bytes:
+    """A JSON object with its format and its own hash."""
+    document = {"format": format_, **fields}
+    return json.dumps({**document, "sha256": _self_hash(document)}).encode()
+
+
+def checked_document(data: bytes, url: str, expected: str) -> dict[str, Any]:
+    """`parse_document` of one with its own hash, which is checked."""
+    document = parse_document(data, url, expected)
+    # Over all that was read: a key or a digit that the fields would drop counts, too.
+    if document.get("sha256") != _self_hash(document):
+        raise CheckpointError(f"{url}: its own hash does not match, it is damaged")
+    return document
+
+
 def parse_document(data: bytes, url: str, expected: str) -> dict[str, Any]:
-    """A JSON object of the expected format; CheckpointError names `url` and what it is instead."""
+    """A JSON object of the expected format; CheckpointError names `url` and what it is instead,
+    NewerFormatError if that is a later version of the format."""
     try:
         document = json.loads(data)
         found = document.get("format")
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{url}: not a JSON object: {error}") from None
+    if _is_newer(found, expected):
+        raise NewerFormatError(
+            f"{url} was written by a newer lxscale (format {found}): upgrade lxscale"
+        )
     if found != expected:
         raise CheckpointError(f"{url}: format {found!r}, this lxscale reads {expected!r}")
     return dict(document)
+
+
+def _is_newer(found: Any, expected: str) -> bool:
+    kind, _, version = expected.rpartition("-")
+    other, _, number = str(found).rpartition("-")
+    return other == kind and number.isdecimal() and int(number) > int(version)
 
 
 def what_is_wrong(error: ValidationError) -> str:

@@ -1,4 +1,4 @@
-"""Committed checkpoints: commit, prune, list, find, and read whole or in part."""
+"""Committed checkpoints: list, find, and read whole or in part."""
 
 from __future__ import annotations
 
@@ -10,22 +10,17 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from shards.errors import DataError
+from shards.errors import NotFoundError
 from shards.store import objects
-from trainer.checkpoint.attempts import check_not_stale
-from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.chain import list_links, read_link
+from trainer.checkpoint.errors import CheckpointError, NewerFormatError
 from trainer.checkpoint.format import (
     KINDS,
     MANIFEST_PATTERN,
     CheckpointManifest,
     Entry,
-    ObjectEntry,
-    SegmentEntry,
     Span,
     checkpoint_url,
-    manifest_bytes,
-    manifest_name,
-    parse_manifest,
     sha256_of,
 )
 
@@ -37,6 +32,8 @@ class Generation:
     """One committed checkpoint."""
 
     run_url: str
+    name: str
+    """Of the manifest's file."""
     manifest: CheckpointManifest
 
     @property
@@ -44,61 +41,61 @@ class Generation:
         return self.manifest.step
 
     @property
-    def name(self) -> str:
-        return manifest_name(self.manifest)
-
-    @property
     def url(self) -> str:
         return checkpoint_url(self.run_url, self.name)
-
-
-# --- committing ---------------------------------------------------------------------------------
-
-
-def commit(run_url: str, manifest: CheckpointManifest, keep: int) -> Generation:
-    """Make a generation visible by writing its manifest, then remove what it makes superfluous.
-
-    Everything that the manifest names must have been written. Raises StaleAttemptError, and writes
-    nothing, when a later attempt has started.
-    """
-    check_not_stale(run_url, manifest.attempt)
-    generation = Generation(run_url, manifest)
-    objects.write_bytes(generation.url, manifest_bytes(manifest))
-    prune(run_url, keep, manifest.attempt)
-    return generation
-
-
-def prune(run_url: str, keep: int, attempt: int) -> None:
-    """Keep the newest generations; remove older ones and what dead attempts left uncommitted."""
-    names = _manifest_names(run_url)
-    for name in names[keep:]:
-        objects.delete(checkpoint_url(run_url, name))
-    used = set()
-    for name in names[:keep]:
-        try:
-            manifest = _read_generation(run_url, name).manifest
-        except CheckpointError:
-            return  # a damaged manifest: remove no object that it might name
-        used |= {entry.name for entry in (*manifest.objects, *manifest.journal)}
-    newest = max((int(m["step"]) for m in map(MANIFEST_PATTERN.fullmatch, names) if m), default=0)
-    for kind in (ObjectEntry, SegmentEntry):
-        for name in objects.list_names(checkpoint_url(run_url, kind.folder)):
-            m = kind.pattern.fullmatch(name)
-            # An object of this attempt that is not yet in a manifest may be a save under way.
-            if m and name not in used and (int(m["attempt"]) < attempt or int(m["step"]) < newest):
-                objects.delete(checkpoint_url(run_url, kind.folder, name))
 
 
 # --- finding ------------------------------------------------------------------------------------
 
 
 def generations(run_url: str) -> Iterator[Generation | str]:
-    """Committed generations, newest first; a str says what is wrong with a damaged manifest."""
-    for name in _manifest_names(run_url):
+    """Committed generations, newest first; a str says what is wrong with a damaged manifest.
+
+    Raises NewerFormatError when there is one of a newer format before all that are whole.
+    """
+    for _, found in named_generations(run_url):
+        yield found
+
+
+def named_generations(run_url: str) -> Iterator[tuple[str, Generation | str]]:
+    """As `generations`, each with its manifest's name.
+
+    The last link of an attempt that is not the last is a claim, by its name; there is one for each
+    attempt, and they are not read. Unless nothing else is whole: in a copy without claims these
+    are generations, too.
+    """
+    links, manifests = list_links(run_url)
+    ends = {link.attempt: link for link in links}
+    claims = [link for link in ends.values() if link != links[-1]]
+    # A later attempt descends from the earlier ones.
+    ranked = [((link.attempt, 1, link.index), link.name) for link in set(links).difference(claims)]
+    for m in filter(None, map(MANIFEST_PATTERN.fullmatch, manifests)):
+        ranked.append(((int(m["attempt"]), 0, int(m["step"])), m[0]))
+    whole = False
+    for _, name in sorted(ranked, reverse=True):
         try:
-            yield _read_generation(run_url, name)
+            found = _read_generation(run_url, name)
+        except NotFoundError:
+            continue  # an owner has pruned it since
+        except NewerFormatError as error:
+            if not whole:
+                raise
+            yield name, str(error)
         except CheckpointError as error:
-            yield str(error)
+            yield name, str(error)
+        else:
+            whole = whole or found is not None
+            if found:
+                yield name, found
+    for link in [] if whole else sorted(claims, reverse=True):
+        try:
+            found = _read_generation(run_url, link.name)
+        except NewerFormatError:
+            raise
+        except (NotFoundError, CheckpointError):
+            continue
+        if found:
+            yield link.name, found
 
 
 def find_generation(path: str) -> Generation:
@@ -113,7 +110,13 @@ def find_generation(path: str) -> Generation:
         run_url = folder.removesuffix("/checkpoints")
         if run_url == folder:
             raise CheckpointError(f"{path} is not in a run's folder")
-        return _read_generation(run_url, name)
+        try:
+            named = _read_generation(run_url, name)
+        except NotFoundError as error:
+            raise CheckpointError(str(error)) from None
+        if named is None:
+            raise CheckpointError(f"{path} is the claim of an attempt, not a checkpoint")
+        return named
     problems = []
     for candidate in generations(path):
         if isinstance(candidate, Generation):
@@ -124,31 +127,22 @@ def find_generation(path: str) -> Generation:
     )
 
 
-def _manifest_names(run_url: str) -> list[str]:
-    """Names of manifests, newest first: a later attempt descends from the earlier ones."""
-    names = objects.list_names(checkpoint_url(run_url))
-    found = [m for m in map(MANIFEST_PATTERN.fullmatch, names) if m]
-    found.sort(key=lambda m: (int(m["attempt"]), int(m["step"])), reverse=True)
-    return [m[0] for m in found]
-
-
-def _read_generation(run_url: str, name: str) -> Generation:
-    url = checkpoint_url(run_url, name)
-    try:
-        return Generation(run_url, parse_manifest(objects.read_bytes(url), url))
-    except DataError as error:
-        raise CheckpointError(str(error)) from None
+def _read_generation(run_url: str, name: str) -> Generation | None:
+    """The generation of that name; None for a claim."""
+    link = read_link(run_url, name)
+    return Generation(run_url, name, link) if isinstance(link, CheckpointManifest) else None
 
 
 # --- reading ------------------------------------------------------------------------------------
 
 
 def read_entry(run_url: str, entry: Entry) -> bytes:
-    """Read and verify what a manifest names; CheckpointError names it when it is not whole."""
+    """Read and verify what a manifest names; CheckpointError names it when it is not whole,
+    DataError when the store cannot be reached."""
     url = entry.url(run_url)
     try:
         data = objects.read_bytes(url)
-    except DataError as error:
+    except NotFoundError as error:
         raise CheckpointError(str(error)) from None
     if len(data) != entry.size or sha256_of(data) != entry.sha256:
         raise CheckpointError(f"{url} is damaged: size or sha256 differ from the manifest's")

@@ -15,10 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.objectives import OBJECTIVES
+from shards.errors import DataError, StoreError
 from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.generations import Generation, read_fragments
 from trainer.checkpoint.zero_state import list_fragments, refresh_weights, write
 from trainer.config import ConfigError, RunConfig
+from trainer.ranks import gather_objects
 
 log = logging.getLogger("lxscale")
 
@@ -50,19 +52,42 @@ def restore(
         if dist.get_rank() == 0:
             log.warning("%s; falling back to the generation before", problem)
     if problems:
-        raise CheckpointError(
-            f"no generation of {run_url} is whole ({problems[0]}): restore the objects, or give "
-            "the run another run.name to start from scratch"
-        )
+        raise _none_is_whole(run_url, problems[0])
     return None
 
 
+def check_goes_on(
+    found: Sequence[Generation | str],
+    run_url: str,
+    shapes: dict[str, list[int]],
+    data_state: dict[str, Any],
+    override: bool,
+) -> None:
+    """Raise what restoring the newest of these generations would, as far as its manifest says: a
+    run that cannot go on so need not be claimed."""
+    newest = next((g for g in found if isinstance(g, Generation)), None)
+    if newest:
+        check_same_model(newest, shapes)
+        if not override:
+            check_data_state(newest.manifest.data_state, data_state, override)
+    elif found:
+        raise _none_is_whole(run_url, str(found[0]))
+
+
+def _none_is_whole(run_url: str, problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"no generation of {run_url} is whole ({problem}): restore the objects, or give "
+        "the run another run.name to start from scratch"
+    )
+
+
 def _load(engine: Any, generation: Generation, shapes: dict[str, list[int]]) -> str:
-    """Load one generation on every rank; what is wrong with it on any of them, or ""."""
+    """Load one generation on every rank; what is wrong with it on any of them, or "". StoreError on
+    all of them when a rank cannot reach the store: that is no reason to go back further."""
     check_same_model(generation, shapes)
     fragments = list_fragments(engine)
     updates = generation.step - generation.manifest.skipped_updates
-    problem = ""
+    problem, fault = "", ""
     try:
         # A fragment may come piece by piece, from objects of another world size.
         for i, start, values in read_fragments(generation, [f.span for f in fragments]):
@@ -70,9 +95,12 @@ def _load(engine: Any, generation: Generation, shapes: dict[str, list[int]]) -> 
                 write(engine, fragments[i], kind, torch.from_numpy(part), updates, start)
     except CheckpointError as error:
         problem = str(error)
-    told: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(told, problem)
-    return next((t for t in told if t), "")
+    except DataError as error:
+        fault = str(error)
+    told = gather_objects((problem, fault))
+    if faults := [f for _, f in told if f]:
+        raise StoreError(faults[0])
+    return next((p for p, _ in told if p), "")
 
 
 def check_same_model(generation: Generation, shapes: dict[str, list[int]]) -> None:

@@ -35,8 +35,9 @@ from trainer.checkpoint.format import (
     object_name,
     sha256_of,
 )
-from trainer.checkpoint.generations import Generation, commit
+from trainer.checkpoint.generations import Generation
 from trainer.checkpoint.journal import Journal
+from trainer.checkpoint.owner import Owner
 from trainer.checkpoint.schedule import Schedule, newest_is
 from trainer.checkpoint.zero_state import Fragment, list_fragments, read
 from trainer.config import CheckpointSection
@@ -136,13 +137,14 @@ class Saver:
         attempt: int,
         settings: CheckpointSection,
         description: RunDescription,
+        owner: Owner | None,
         journal: Journal | None,
         newest: Generation | None,
     ) -> None:
-        """journal: rank 0's, written with every generation; None on the other ranks. newest: the
-        generation that the run goes on from, if any."""
+        """owner, journal: rank 0's, which commits and writes a segment with every generation; None
+        on the other ranks. newest: the generation that the run goes on from, if any."""
         self._run_url, self._attempt, self._settings = run_url, attempt, settings
-        self._description, self._journal = description, journal
+        self._description, self._owner, self._journal = description, owner, journal
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         # Ranks wait here for the slowest upload and for rank 0's commit, each a few times the
         # store's deadline at the worst.
@@ -319,7 +321,7 @@ class Saver:
             return Failure("; ".join(f.message for f in failed), final)
         entries = tuple(p for p in parts if isinstance(p, ObjectEntry))
         try:
-            assert self._journal
+            assert self._owner and self._journal
             segments = self._journal.write(self._run_url, self._attempt, save.step)
             manifest = CheckpointManifest(
                 **vars(self._description),
@@ -330,13 +332,14 @@ class Saver:
                 journal=segments,
                 skipped_updates=save.skipped_updates,
             )
-            generation = commit(self._run_url, manifest, self._settings.keep)
+            generation = self._owner.commit(manifest, self._settings.keep)
             self._journal.committed(segments)
         except Exception as error:
             return Failure(str(error), error if isinstance(error, StaleAttemptError) else None)
         log.info(
-            "checkpoint %s | %.1f MB, stall %.2f s, commit %.2f s",
-            generation.name,
+            "checkpoint of step %d (%s) | %.1f MB, stall %.2f s, commit %.2f s",
+            save.step,
+            generation.name.removesuffix(".json"),
             sum(e.size for e in entries) / 1e6,
             save.stall,
             time.monotonic() - began,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,18 +13,17 @@ import numpy as np
 import pytest
 
 from shards.order.sampler import SamplerState
-from shards.store import objects
-from trainer.checkpoint.attempts import claim_attempt
-from trainer.checkpoint.errors import CheckpointError
+from shards.store import create, objects
+from trainer.checkpoint.errors import CheckpointError, StaleAttemptError
 from trainer.checkpoint.format import KINDS, CheckpointManifest, RunDescription, Span
 from trainer.checkpoint.generations import (
     Generation,
-    commit,
     find_generation,
     generations,
     load_weights,
 )
 from trainer.checkpoint.journal import Journal, StepLine
+from trainer.checkpoint.owner import Claimant, Owner, claim
 from trainer.checkpoint.saver import Snapshot, write_object
 
 RUN = RunDescription(
@@ -37,8 +39,14 @@ RUN = RunDescription(
 START = SamplerState(0, (0,), (0,), (0,))
 
 
-def save(run: str, attempt: int, step: int, value: float, keep: int = 2) -> None:
+def own(run: str) -> Owner:
+    """Claim a run, whoever has it."""
+    return claim(run, Claimant(take_over=True))
+
+
+def save(owner: Owner, step: int, value: float, keep: int = 2) -> None:
     """A generation of two ranks' objects, all values equal to `value`, and a segment."""
+    run, attempt = owner.run_url, owner.attempt
     entries = []
     for rank, spans in enumerate([(Span("a", 0, 8),), (Span("a", 8, 4), Span("b", 0, 5))]):
         size = sum(span.length for span in spans)
@@ -54,7 +62,7 @@ def save(run: str, attempt: int, step: int, value: float, keep: int = 2) -> None
         objects=tuple(entries),
         journal=journal.write(run, attempt, step),
     )
-    commit(run, manifest, keep)
+    owner.commit(manifest, keep)
 
 
 def newest_whole(run: str) -> float:
@@ -75,14 +83,20 @@ class CrashError(Exception):
     pass
 
 
-OPERATIONS = ("write_bytes", "delete", "list_names", "read_bytes")
+OPERATIONS = {
+    "write_bytes": objects,
+    "create_bytes": create,
+    "delete": objects,
+    "list_names": objects,
+    "read_bytes": objects,
+}
 
 
 def count_or_crash(monkeypatch: pytest.MonkeyPatch, at: int | None) -> list[str]:
     """Log every operation on the store; raise instead of the `at`-th."""
     log: list[str] = []
-    for name in OPERATIONS:
-        real = getattr(objects, name)
+    for name, module in OPERATIONS.items():
+        real = getattr(module, name)
 
         def wrapped(
             *args: Any, _real: Callable[..., Any] = real, _name: str = name, **kw: Any
@@ -92,7 +106,7 @@ def count_or_crash(monkeypatch: pytest.MonkeyPatch, at: int | None) -> list[str]
             log.append(_name)
             return _real(*args, **kw)
 
-        monkeypatch.setattr(objects, name, wrapped)
+        monkeypatch.setattr(module, name, wrapped)
     return log
 
 
@@ -108,30 +122,32 @@ def test_a_crash_at_any_operation_leaves_a_whole_generation(
 ) -> None:
     base = place(kind, tmp_path, request)
 
-    def prepared(name: str) -> str:
-        run = f"{base}-{name}"
-        attempt = claim_attempt(run)
+    def prepared(name: str) -> Owner:
+        owner = own(f"{base}-{name}")
         for step in (10, 20):
-            save(run, attempt, step, float(step))
-        return run
+            save(owner, step, float(step))
+        owner.close()  # its lease would be written at any moment
+        return owner
 
-    run = prepared("count")
+    owner = prepared("count")
     with pytest.MonkeyPatch.context() as patch:
         log = count_or_crash(patch, None)
-        save(run, 1, 30, 30.0)
-    assert newest_whole(run) == 30.0
-    assert log.count("write_bytes") == 4
-    commit_point = len(log) - 1 - log[::-1].index("write_bytes")
+        save(owner, 30, 30.0)
+    assert newest_whole(owner.run_url) == 30.0
+    # Two objects and a segment, then the manifest; no read, whatever there is.
+    commit_point = log.index("create_bytes")
+    assert log.count("write_bytes") == 3 == commit_point and "read_bytes" not in log
     for at in range(len(log)):
-        run = prepared(str(at))
+        owner = prepared(str(at))
+        run = owner.run_url
         with pytest.MonkeyPatch.context() as patch:
             count_or_crash(patch, at)
             with pytest.raises(CrashError):
-                save(run, 1, 30, 30.0)
+                save(owner, 30, 30.0)
         assert newest_whole(run) == (30.0 if at > commit_point else 20.0), log[at]
         # The next attempt saves and cleans up whatever was left.
-        attempt = claim_attempt(run)
-        save(run, attempt, 40, 40.0)
+        with contextlib.closing(own(run)) as owner:
+            save(owner, 40, 40.0)
         assert newest_whole(run) == 40.0
         kept = [g.manifest for g in generations(run) if isinstance(g, Generation)]
         assert len(kept) == 2
@@ -143,9 +159,9 @@ def test_a_crash_at_any_operation_leaves_a_whole_generation(
 
 def test_a_torn_or_altered_manifest_is_not_a_generation(tmp_path: Path) -> None:
     run = str(tmp_path / "run")
-    attempt = claim_attempt(run)
-    save(run, attempt, 1, 1.0)
-    save(run, attempt, 2, 2.0)
+    owner = own(run)
+    save(owner, 1, 1.0)
+    save(owner, 2, 2.0)
     path = Path(find_generation(run).url)
     whole = path.read_bytes()
     for damaged in (whole[:-40], whole.replace(b'"step": 2', b'"step": 3'), b"", b"[]"):
@@ -156,7 +172,7 @@ def test_a_torn_or_altered_manifest_is_not_a_generation(tmp_path: Path) -> None:
 
 def test_any_damage_to_an_object_is_found_and_named(tmp_path: Path) -> None:
     run = str(tmp_path / "run")
-    save(run, claim_attempt(run), 1, 1.0)
+    save(own(run), 1, 1.0)
     generation = find_generation(run)
     entry = generation.manifest.objects[1]
     path = Path(run) / "checkpoints" / "objects" / entry.name
@@ -172,22 +188,25 @@ def test_any_damage_to_an_object_is_found_and_named(tmp_path: Path) -> None:
 
 def test_a_stale_attempt_commits_nothing(tmp_path: Path) -> None:
     run = str(tmp_path / "run")
-    old = claim_attempt(run)
-    save(run, old, 1, 1.0)
-    new = claim_attempt(run)
-    assert new == old + 1
-    with pytest.raises(CheckpointError, match=f"attempt {old} .* stale.*attempt {new}"):
-        save(run, old, 2, 2.0)
+    old = own(run)
+    save(old, 1, 1.0)
+    new = own(run)
+    assert new.attempt == old.attempt + 1
+    who = f"host {socket.gethostname()}, process {os.getpid()}, since 20"
+    with pytest.raises(
+        StaleAttemptError, match=rf"attempt 1 of .* is stale: attempt 2 \({who}.* has started"
+    ):
+        save(old, 2, 2.0)
     assert newest_whole(run) == 1.0
-    save(run, new, 2, 5.0)
+    save(new, 2, 5.0)
     assert newest_whole(run) == 5.0
 
 
 def test_a_later_attempt_counts_before_a_higher_step(tmp_path: Path) -> None:
     """It descends from an older generation because the higher one was given up."""
     run = str(tmp_path / "run")
-    save(run, claim_attempt(run), 50, 50.0)
-    save(run, claim_attempt(run), 40, 40.0)
+    save(own(run), 50, 50.0)
+    save(own(run), 40, 40.0)
     assert newest_whole(run) == 40.0
 
 
@@ -202,7 +221,7 @@ def test_a_manifest_may_be_named_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "runs" / "run"
-    save(str(run), claim_attempt(str(run)), 1, 1.0)
+    save(own(str(run)), 1, 1.0)
     name = find_generation(str(run)).name
     for place, given in (
         (tmp_path, f"runs/run/checkpoints/{name}"),
@@ -223,9 +242,9 @@ def test_a_manifest_may_be_named_from_anywhere(
 
 def test_keeping_removes_the_oldest_with_their_objects(tmp_path: Path) -> None:
     run = str(tmp_path / "run")
-    attempt = claim_attempt(run)
+    owner = own(run)
     for step in range(1, 6):
-        save(run, attempt, step, float(step), keep=3)
+        save(owner, step, float(step), keep=3)
     steps = [g.step for g in generations(run) if isinstance(g, Generation)]
     assert steps == [5, 4, 3]
     assert len(list((Path(run) / "checkpoints" / "objects").iterdir())) == 6

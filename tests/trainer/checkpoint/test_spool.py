@@ -30,6 +30,7 @@ from tests.trainer.test_resume import assert_bitwise, losses
 from trainer.audit import audit
 from trainer.checkpoint.errors import StaleAttemptError
 from trainer.checkpoint.generations import Generation, generations
+from trainer.checkpoint.owner import Owner
 from trainer.checkpoint.schedule import Schedule
 from trainer.config import CheckpointSection
 from trainer.run import Run
@@ -164,14 +165,14 @@ def fail_first(count: int, log: Path, rank: int) -> None:
 
 def fail_from(step: int, error: type[Exception], rank: int) -> None:
     """No generation from that step on can be committed; a step waits for room in the spool."""
-    real = saver.commit
+    real = Owner.commit
 
-    def commit(run_url: str, manifest: Any, *arguments: Any) -> Any:
+    def commit(owner: Owner, manifest: Any, keep: int) -> Any:
         if manifest.step >= step:
             raise error(f"refused at step {manifest.step}")
-        return real(run_url, manifest, *arguments)
+        return real(owner, manifest, keep)
 
-    saver.commit = commit  # type: ignore[assignment]
+    Owner.commit = commit  # type: ignore[method-assign]
     after_step(settle)
 
 
