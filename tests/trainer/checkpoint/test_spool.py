@@ -172,7 +172,7 @@ def fail_from(step: int, error: type[Exception], rank: int) -> None:
             raise error(f"refused at step {manifest.step}")
         return real(owner, manifest, keep)
 
-    Owner.commit = commit  # type: ignore[method-assign]
+    Owner.commit = commit  # type: ignore[assignment, method-assign]
     after_step(settle)
 
 
@@ -240,7 +240,7 @@ def test_a_store_that_hangs_stops_no_step_and_saves_land_in_order(
     hung = tree_of(data, tmp_path, "hung", spool=2)
     assert not run_ranks(2, [(hung, None, False)], prepare=partial(hang_until, 8, tmp_path / "log"))
     log = (tmp_path / "log").read_text()
-    commits = [int(step) for step in re.findall(r"^checkpoint step-(\d+)-", log, re.M)]
+    commits = [int(step) for step in re.findall(r"^checkpoint of step (\d+) ", log, re.M)]
     assert commits[:2] == [1, 2] and commits[2] > 8 and commits[-1] == STEPS
     assert commits == sorted(commits) == saved_steps(tmp_path / "hung")
     copies = [int(n) for n in re.findall(r"^copies (\d+)", log, re.M)]
