@@ -7,12 +7,9 @@ gives the same stream, and none has a state to save.
 from __future__ import annotations
 
 import multiprocessing
-import os
-import threading
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
@@ -24,6 +21,7 @@ from model.batch import Batch
 from shards.dataset import Dataset
 from shards.order.lookahead import next_use, next_windows, windows_at, working_set
 from shards.order.sampler import Sampler, SamplerState, Step
+from shards.processes import end_with_parent
 from shards.store.prefetch import LookAhead, ShardError, check_limit
 from trainer.config import LoaderSettings
 from trainer.data.batch import BatchSettings, make_batch
@@ -187,7 +185,7 @@ def _in_workers(
         num_workers=settings.loader_workers,
         prefetch_factor=settings.prefetch,
         multiprocessing_context=context,
-        worker_init_fn=_end_with_parent,
+        worker_init_fn=_begin_worker,
     )
     return iter(loader)
 
@@ -218,17 +216,10 @@ def _read(
         data.shards.stop()
 
 
-def _end_with_parent(worker: int) -> None:
-    """End this worker when the process that it works for is killed. torch looks at the parent's
-    id, which is the server's here: the two would keep each other alive, and files in use."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, name="lxscale-parent", daemon=True).start()
+def _begin_worker(_worker: int) -> None:
+    # torch looks at the parent's id, which is the server's here: the two would keep each other
+    # alive, and files in use.
+    end_with_parent()
 
 
 class _Once:
