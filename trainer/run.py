@@ -19,7 +19,7 @@ from shards.order.sampler import Sampler, SamplerState, Step
 from trainer import setup
 from trainer.checkpoint.attempts import claim_attempt
 from trainer.checkpoint.generations import Generation, generations
-from trainer.checkpoint.journal import Journal, StepLine
+from trainer.checkpoint.journal import Journal, StepLine, verify_behind
 from trainer.checkpoint.restore import check_data_state, parameter_shapes, restore, set_masters
 from trainer.checkpoint.saver import Saver
 from trainer.config import RunConfig
@@ -110,6 +110,7 @@ def start(config: RunConfig) -> tuple[Run, TrainState]:
         setup.write_run_files(config, url, data)
         urls = tuple(s.url for s in data.specs)
         segments = generation.manifest.journal if generation else ()
+        verify_behind(url, segments)
         journal = Journal(urls, description.data_state, segments, state.sampler)
         progress = Progress(config, attempt, state.step, length.steps)
     saved_step = state.step if generation else None
