@@ -16,6 +16,7 @@ import torch
 
 from cluster import reaper
 from cluster.errors import LaunchError
+from shards.processes import sweep_homes
 from shards.store.folders import owned_folder
 from trainer.config import ClusterSection
 
@@ -84,6 +85,7 @@ def local_ray(cluster: ClusterSection, folder: Path, options: dict[str, Any]) ->
         finally:
             ray.shutdown()
             reaper.reap(session)
+            sweep_homes()
             reaper.stop(watch)
 
 

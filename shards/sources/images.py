@@ -31,7 +31,7 @@ from PIL import Image
 from shards.errors import DataError
 from shards.format.record import ImageRecord, Report, Sentence, check_sentence
 from shards.json_files import read_list
-from shards.processes import end_with_parent, without_sigint
+from shards.processes import end_with_parent, make_home, without_sigint
 from shards.progress import Progress, no_progress
 from shards.sources.source import Source, given_name
 
@@ -233,6 +233,7 @@ def _described(
         for chunk in chunks:
             yield chunk, _describe_files([e.path for e in chunk], layout, feature_dim)
         return
+    make_home()
     # Spawned: a forked child inherits locks that other threads of this process may hold.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)

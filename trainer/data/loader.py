@@ -21,7 +21,7 @@ from model.batch import Batch
 from shards.dataset import Dataset
 from shards.order.lookahead import next_use, next_windows, windows_at, working_set
 from shards.order.sampler import Sampler, SamplerState, Step
-from shards.processes import end_with_parent
+from shards.processes import end_with_parent, make_home
 from shards.store.prefetch import LookAhead, ShardError, check_limit
 from trainer.config import LoaderSettings
 from trainer.data.batch import BatchSettings, make_batch
@@ -174,6 +174,7 @@ def load_steps(
 def _in_workers(
     maker: _StepBatches, steps: Iterator[Step], settings: LoaderSettings
 ) -> Iterator[_Made]:
+    make_home()
     context = multiprocessing.get_context(settings.loader_start)
     if settings.loader_start == "forkserver":
         # Workers share the pages of what the server that they are forked from has imported.
