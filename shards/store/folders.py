@@ -29,6 +29,7 @@ def owned_folder(parent: Path, prefix: str, keep: Keep = _keep_none) -> Iterator
     unless `keep` says otherwise. A block that renames its folder keeps it from being removed at
     the end, and has `keep` decide for how long.
     """
+    owner = os.getpid()
     made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     parent.mkdir(parents=True, exist_ok=True)
     sweep(parent, prefix, keep)
@@ -40,10 +41,11 @@ def owned_folder(parent: Path, prefix: str, keep: Keep = _keep_none) -> Iterator
             os.rename(folder / "unlocked", folder / "lock")
             yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # not empty
-            for above in made:
-                above.rmdir()
+        if os.getpid() == owner:  # and not a forked child, which drops what it has of the block
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # not empty
+                for above in made:
+                    above.rmdir()
 
 
 def sweep(parent: Path, prefix: str, keep: Keep = _keep_none) -> None:
