@@ -16,14 +16,18 @@ import torch
 
 from cluster import reaper
 from cluster.errors import LaunchError, LostError
+from shards.processes import sweep_homes
 from shards.store.folders import owned_folder
 from trainer.config import ClusterSection
 
 # Ray's object store carries a configuration and log lines here: its smallest size will do.
 _OBJECT_STORE_BYTES = 80 << 20
 _PREFIX = "lxscale-"
+# Ray lets everybody into the folder that it is given: it gets one inside of ours, which lets in its
+# owner alone.
+_RAY = "ray"
 # Below this folder Ray makes sockets, whose whole paths may have 107 bytes.
-_LONGEST_ROOT = 24
+_LONGEST_ROOT = 20
 _FAILED, _KEEP_FAILED_S = "-failed", 7 * 86400
 
 _ENVIRONMENT = {
@@ -54,7 +58,10 @@ def local_ray(
     cluster: ClusterSection, folder: Path, started: Callable[..., AbstractContextManager[None]]
 ) -> Iterator[None]:
     """Have Ray `started` for cluster.workers workers and end it. Cores may be over-subscribed,
-    GPUs not."""
+    GPUs not.
+
+    folder: of `scratch`; all that belongs to this Ray is in it.
+    """
     gpus = torch.cuda.device_count() if cluster.gpus_per_worker else 0
     if cluster.workers * cluster.gpus_per_worker > gpus:
         raise LaunchError(
@@ -73,11 +80,12 @@ def local_ray(
                 num_cpus=max(cores, os.cpu_count() or 1),
                 num_gpus=gpus,
                 object_store_memory=_OBJECT_STORE_BYTES,
-                _temp_dir=str(folder),
+                _temp_dir=str(folder / _RAY),
             ):
                 yield
         finally:
             reaper.reap(session)
+            sweep_homes()
             reaper.stop(watch)
 
 
@@ -114,7 +122,7 @@ def scratch() -> Iterator[Path]:
         try:
             yield folder
         except (LaunchError, LostError) as error:
-            if not any(folder.glob("session_*")):
+            if not any((folder / _RAY).glob("session_*")):
                 raise
             logs = folder.with_name(f"{folder.name}{_FAILED}")
             folder.rename(logs)

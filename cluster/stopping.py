@@ -12,6 +12,10 @@ from collections.abc import Iterator
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
+# A second signal within these seconds is the first: `timeout` sends it to the process and to its
+# group, of which it is.
+_SAME_S = 1.0
+
 # Of cluster.stop_timeout_s, what is left for ending the workers and Ray.
 _TO_END_S = 5.0
 
@@ -22,7 +26,6 @@ class Stop:
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
         self._asked: float | None = None
-        self._count = 0
         self.ended = threading.Event()
 
     def take_signals(self) -> None:
@@ -40,12 +43,12 @@ class Stop:
         return self._asked is not None and time.monotonic() - self._asked > patience
 
     def handle(self, number: int, _frame: object) -> None:
-        """The signals' handler, which may interrupt anything, and so does hardly anything. A second
-        Ctrl-C aborts."""
-        self._count += number == signal.SIGINT
+        """The signals' handler, which may interrupt anything, and so does hardly anything. A Ctrl-C
+        after the first signal aborts."""
+        now = time.monotonic()
         if self._asked is None:
-            self._asked = time.monotonic()
-        elif self._count > 1:
+            self._asked = now
+        elif number == signal.SIGINT and now - self._asked > _SAME_S:
             raise KeyboardInterrupt
 
     def watch(self) -> None:

@@ -47,6 +47,8 @@ _TRUNK = ("embeddings.", "encoder.", "pooler.")
 # One parameter under two names: files may have either.
 _EMBEDDING = "lxmert.embeddings.word_embeddings.weight"
 _TIED = "cls.predictions.decoder.weight"
+# Under what training scripts, Lightning and DeepSpeed keep the state_dict in a checkpoint's file.
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
 
 def config_to_huggingface(config: ModelConfig) -> dict[str, Any]:
@@ -209,6 +211,25 @@ def _read_file(path: Path) -> dict[str, Tensor]:
                 "that was saved of a model's state_dict"
             )
         raise ModelError(f"{path} is not a file of weights: {why}") from None
-    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise ModelError(f"{path} is not a dictionary of tensors: name a file of weights")
+    return _named_tensors(weights, path)
+
+
+def _named_tensors(found: Any, path: Path) -> dict[str, Tensor]:
+    """The weights of what a file holds: the tensors of a state_dict, or of one in a wrapper as
+    training scripts save, without what else lies beside them (counts, settings)."""
+    if not isinstance(found, dict):
+        raise ModelError(
+            f"{path} holds a {type(found).__name__}, not weights by name: name a file that was "
+            "saved of a model's state_dict"
+        )
+    for wrapper in _WRAPPERS:
+        if isinstance(found.get(wrapper), dict):
+            return _named_tensors(found[wrapper], path)
+    weights = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if not weights:
+        keys = ", ".join(f"{key!r:.40}" for key in list(found)[:3]) or "none"
+        raise ModelError(
+            f"{path} holds no tensor under a parameter's name (its first keys: {keys}): name a "
+            "file that was saved of a model's state_dict"
+        )
     return weights

@@ -223,9 +223,10 @@ class TrainSection(Section):
     """Steps between validations; 0 = only at the end."""
     validation_batch: int = Field(256, ge=1)
     init_from: Place | None = None
-    """Initial weights; by default from scratch. A Hugging Face folder of an LXMERT, or a released
-    .pth: every weight; a Hugging Face folder of an LxmertModel: all but the heads; one of a BERT:
-    embeddings and language encoder. Read where the run has no checkpoint yet, not needed later."""
+    """Initial weights; by default from scratch. A Hugging Face folder of an LXMERT, or a .pth (a
+    released one, or any with a state_dict in it): every weight; a Hugging Face folder of an
+    LxmertModel: all but the heads; one of a BERT: embeddings and language encoder. Read where the
+    run has no checkpoint yet, not needed later."""
     init_fresh: tuple[str, ...] = ()
     """Parts of the model that keep their random weights although `init_from` is given, by the
     beginning of their parameters' names ("answer_head", "lxmert.embeddings.word_embeddings"). The
@@ -346,7 +347,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path} is not UTF-8 text (line {line}): save it as UTF-8") from None
     except ValueError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+        raise ConfigError(f"{path} is not valid YAML, {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of sections at the top level")
     for override in overrides:
@@ -362,15 +363,43 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         try:
             node[last] = _parse_yaml(value)
         except ValueError as error:
-            raise ConfigError(f"override {override!r}: {error}") from None
+            raise ConfigError(f"override {override!r}: no valid YAML value, {error}") from None
     return parse_config(tree, str(path))
 
 
+class _Loader(yaml.SafeLoader):
+    """Says where a value is that cannot be, as a date of month 13."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            value = f"{node.value:.40}" if isinstance(node, yaml.ScalarNode) else "this"
+            problem = f"{value} is no {node.tag.rpartition(':')[2]}"
+            if isinstance(error, ValueError):  # the others' words are of its own code
+                problem += f" ({error})"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
+
 def _parse_yaml(text: str) -> Any:
-    """ValueError where it is not YAML, or has a value that cannot be, as a date of month 13."""
+    """ValueError, one line that begins with line and column, where it is not YAML."""
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, AttributeError) as error:  # the latter of a tag on a wrong value
-        raise ValueError(str(error)) from None
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark, context = error.problem_mark, error.context_mark
+        what = str(error.problem)
+        if context:
+            what += f" ({error.context} from {_at(context.line, context.column)} on)"
+        if mark:
+            what = f"{_at(mark.line, mark.column)}: {what}"
+        raise ValueError(" ".join(what.split())) from None
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position].split("\n")
+        what = f"the character U+{error.character:04X} is not allowed"
+        raise ValueError(f"{_at(len(before) - 1, len(before[-1]))}: {what}") from None
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+
+
+def _at(line: int, column: int) -> str:
+    return f"line {line + 1}, column {column + 1}"

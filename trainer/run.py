@@ -22,7 +22,7 @@ from trainer import setup
 from trainer.checkpoint.errors import StaleAttemptError
 from trainer.checkpoint.evidence import check_never_committed
 from trainer.checkpoint.generations import Generation, generations
-from trainer.checkpoint.journal import Journal, StepLine
+from trainer.checkpoint.journal import Journal, StepLine, verify_behind
 from trainer.checkpoint.owner import Claimant, Owner, check_free, claim
 from trainer.checkpoint.restore import (
     check_data_state,
@@ -144,6 +144,7 @@ def start(config: RunConfig, claimant: Claimant) -> tuple[Run, TrainState]:
             setup.write_run_files(config, url, data)
             urls = tuple(s.url for s in data.specs)
             segments = generation.manifest.journal if generation else ()
+            verify_behind(url, segments)
             journal = Journal(urls, now, segments, state.sampler)
             progress = Progress(config, attempt, state.step, length.steps)
         saver = Saver(url, attempt, config.checkpoint, description, owner, journal, generation)

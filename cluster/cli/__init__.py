@@ -10,5 +10,6 @@ export      `export`: a checkpoint for Hugging Face
 demo        `demo`: all of it on easy-VQA
 common      arguments and output that several commands share
 progress    bars and lines for long work
+signals     what Ctrl-C and SIGTERM do at any moment
 streams     stdout and stderr that are closed, full or read by nobody
 """

@@ -7,6 +7,7 @@ import errno
 import importlib
 import sys
 
+from cluster.cli.signals import Signals
 from cluster.cli.streams import open_closed_streams, reader_has_gone, say, silence, stdout_problem
 
 # The module of each command offers `add_arguments(parser)`, which sets `func`: called with the
@@ -23,7 +24,12 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Exit status: 0 done, 1 problems found, 2 a user's error, 3 the run is
-    another job's, 130 stopped, 141 ended because nobody reads its output any more (`| head`)."""
+    another job's, 75 run it again, 130 ended by SIGINT (Ctrl-C), 143 by SIGTERM, 141 as nobody
+    reads its output any more (`| head`).
+
+    argv: by default the process's, whose signals are then handled here to its end.
+    """
+    signals = Signals(own_process=argv is None)
     open_closed_streams()
     arguments = parse(sys.argv[1:] if argv is None else argv)
     from cluster.errors import USER_ERRORS, exit_status
@@ -32,13 +38,13 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging()
     status = 141
     try:
-        status = arguments.func(arguments)
+        with signals.at_work():
+            status = arguments.func(arguments)
     except USER_ERRORS as error:
         say(f"error: {error}")
         status = exit_status(error)
     except KeyboardInterrupt:
-        say("aborted")
-        status = 130
+        status = signals.aborted()
     except OSError as error:
         # Of stdout; what else is written has errors of its own, with the file's name.
         if error.errno == errno.ENOSPC and error.filename is None:

@@ -31,6 +31,7 @@ from PIL import Image
 from shards.errors import DataError
 from shards.format.record import ImageRecord, Report, Sentence, check_sentence
 from shards.json_files import read_list
+from shards.processes import end_with_parent, make_home, without_sigint
 from shards.progress import Progress, no_progress
 from shards.sources.source import Source, given_name
 
@@ -232,19 +233,22 @@ def _described(
         for chunk in chunks:
             yield chunk, _describe_files([e.path for e in chunk], layout, feature_dim)
         return
+    make_home()
     # Spawned: a forked child inherits locks that other threads of this process may hold.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
     waiting: deque[tuple[list[ImageEntry], Future[list[Described]]]] = deque()
     try:
         for chunk in chunks:
             paths = [e.path for e in chunk]
-            waiting.append((chunk, pool.submit(_describe_files, paths, layout, feature_dim)))
+            with without_sigint():  # the first starts the processes
+                future = pool.submit(_describe_files, paths, layout, feature_dim)
+            waiting.append((chunk, future))
             if len(waiting) > 3 * workers:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        for first, future in waiting:
-            yield first, future.result()
+                first, ready = waiting.popleft()
+                yield first, ready.result()
+        for first, ready in waiting:
+            yield first, ready.result()
     finally:
         pool.shutdown(cancel_futures=True)
 

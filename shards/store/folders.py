@@ -22,12 +22,15 @@ def _keep_none(_folder: Path) -> bool:
 
 @contextlib.contextmanager
 def owned_folder(parent: Path, prefix: str, keep: Keep = _keep_none) -> Iterator[Path]:
-    """A new folder `<prefix>…` in `parent`, with nothing in it but `lock`; removed at the end.
+    """A new folder `<prefix>…` in `parent`, with nothing in it but `lock`; removed at the end, and
+    with it what had to be made of `parent`, if that is then empty.
 
     First, other folders of the prefix are removed whose processes are dead, however they ended,
     unless `keep` says otherwise. A block that renames its folder keeps it from being removed at
     the end, and has `keep` decide for how long.
     """
+    owner = os.getpid()
+    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     parent.mkdir(parents=True, exist_ok=True)
     sweep(parent, prefix, keep)
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
@@ -38,7 +41,11 @@ def owned_folder(parent: Path, prefix: str, keep: Keep = _keep_none) -> Iterator
             os.rename(folder / "unlocked", folder / "lock")
             yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if os.getpid() == owner:  # and not a forked child, which drops what it has of the block
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # not empty
+                for above in made:
+                    above.rmdir()
 
 
 def sweep(parent: Path, prefix: str, keep: Keep = _keep_none) -> None:

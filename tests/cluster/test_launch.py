@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def test_a_bug_is_shown_and_the_logs_are_kept(
     message = str(caught.value)
     assert "printing_loop" in message and "KeyError: 'a bug in the loop'" in message
     kept = Path(message.rpartition(" ")[2])
-    assert list(kept.glob("session_*/logs/worker-*")), message
+    assert list(kept.glob("ray/session_*/logs/worker-*")), message
     shutil.rmtree(kept)
     output = capfd.readouterr().out
     assert output.count("[worker 0] from a library\n") == 1
@@ -56,6 +57,36 @@ def test_a_bug_is_shown_and_the_logs_are_kept(
     child = output.partition("[worker 0] child ")[2].split()[0]
     assert not Path("/proc", child).exists()
     assert local_ray.ray_constants.ENABLE_RAY_CLUSTER
+
+
+def test_rays_folder_is_its_owners_alone_and_may_lie_deep() -> None:
+    """Ray opens it to everybody; its sockets' paths fit below the longest place that is taken."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:
+        root = Path(place, "x" * 40)
+        root = Path(str(root)[: local_ray._LONGEST_ROOT])
+        script = f"""
+import os, stat, tempfile
+from pathlib import Path
+os.umask(0)
+tempfile.tempdir = {str(root)!r}
+Path(tempfile.tempdir).mkdir()
+from cluster.local_ray import local_ray, scratch
+from trainer.config import ClusterSection
+with scratch() as folder, local_ray(ClusterSection(), folder, {{}}):
+    assert str(folder).startswith(tempfile.tempdir + "/"), folder
+    sockets = [p for p in folder.rglob("*") if p.is_socket()]
+    print(max(len(str(p)) for p in sockets), oct(stat.S_IMODE(folder.stat().st_mode)))
+print(os.listdir(tempfile.tempdir))
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env=subprocess_environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        longest, mode, left = done.stdout.split()
+        assert int(longest) <= 107 and (mode, left) == ("0o700", "[]"), done
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")

@@ -23,13 +23,36 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(ModelError, match=r"text\.pth is not a file of weights"):
         read_tensors(tmp_path / "text.pth")
-    torch.save({"config": 3}, tmp_path / "other.pth")
-    with pytest.raises(ModelError, match=r"other\.pth is not a dictionary of tensors"):
-        read_tensors(tmp_path / "other.pth")
+    for content, message in (
+        ({"config": 3}, r"no tensor under a parameter's name \(its first keys: 'config'\)"),
+        ({0: torch.zeros(2), 1: torch.ones(2)}, r"a parameter's name \(its first keys: 0, 1\)"),
+        ({"model": {0: torch.zeros(2)}}, r"a parameter's name \(its first keys: 0\)"),
+        ({}, r"a parameter's name \(its first keys: none\)"),
+        ([torch.zeros(2)], "holds a list, not weights by name"),
+        (torch.zeros(2), "holds a Tensor, not weights by name"),
+    ):
+        torch.save(content, tmp_path / "other.pth")
+        with pytest.raises(ModelError, match=rf"other\.pth .*{message}.* state_dict$"):
+            read_tensors(tmp_path / "other.pth")
     for text in ("[1]", "hello"):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ModelError, match=r"config\.json"):
             read_config(tmp_path)
+
+
+def test_weights_in_a_training_scripts_file_are_read(tmp_path: Path) -> None:
+    """In a wrapper, and beside what is no weight."""
+    weights, path = {"a.b": torch.ones(2)}, tmp_path / "w.pth"
+    beside = {0: torch.zeros(3), 1: "x", "epoch": 3, "lr": [0.1]}
+    for content in (
+        weights | beside,
+        {"model": weights} | beside,
+        {"state_dict": weights | beside, "loss": torch.zeros(())},
+        {"model_state_dict": weights},
+        {"module": {"model": weights}, "optimizer": {"state": {0: torch.zeros(2)}}},
+    ):
+        torch.save(content, path)
+        assert {k: w.tolist() for k, w in read_tensors(path).items()} == {"a.b": [1.0, 1.0]}
 
 
 def test_torchs_advice_is_not_passed_on(tmp_path: Path) -> None:

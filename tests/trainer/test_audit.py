@@ -16,10 +16,11 @@ from cluster.cli.main import main
 from shards.errors import DataError
 from shards.format.build import BuildSettings, build
 from tests.conftest import small_records
-from tests.ranks import config_tree, run_ranks
+from tests.ranks import config_tree, fresh_server, run_ranks
 from trainer.audit import audit
 from trainer.checkpoint.format import manifest_bytes
 from trainer.checkpoint.generations import find_generation
+from trainer.checkpoint.journal import verify_behind
 
 OFF = {"dropout": 0.0, "attention_dropout": 0.0}
 
@@ -181,3 +182,34 @@ def test_another_data_set_and_a_damaged_segment_are_errors(
     segment.write_bytes(segment.read_bytes()[:-1])
     assert main(["shards", "audit", str(copy)]) == 2
     assert f"{segment} is damaged" in capsys.readouterr().err
+
+
+def test_segments_that_are_not_whole_are_said_when_the_run_goes_on(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fresh_server()  # prints to where the test reads
+    shutil.copytree(run, tmp_path / run.name)
+    tree = config_tree(
+        run.parent / "set",
+        tmp_path,
+        run.name,
+        model=OFF,
+        train={"steps": 40},
+        sampler={"window": 2},
+    )
+    first, second, *_ = find_generation(str(run)).manifest.journal
+    Path(first.url(str(tmp_path / run.name))).unlink()
+    path = Path(second.url(str(tmp_path / run.name)))
+    path.write_bytes(path.read_bytes()[:-1])
+    assert not run_ranks(1, [(tree, None, False)])
+    out, err = capfd.readouterr()
+    (line,) = (line for line in (out + err).splitlines() if "segments of the journal" in line)
+    assert "2 of the " in line and first.name in line
+    assert f"prove steps {first.first}-{first.last}, {second.first}-{second.last}" in line
+    assert find_generation(str(tmp_path / run.name)).step == 40
+    fresh_server()
+
+
+def test_whole_segments_are_not_spoken_of(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    verify_behind(str(run), find_generation(str(run)).manifest.journal).join()
+    assert not caplog.records

@@ -145,6 +145,33 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: bytes) -> None:
         load_config(tmp_path / "absent.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1,\n 2\nb: 3\n", r"line 3, column 2: expected ',' or '\]', but got ':'"),
+        ("run:\n  name: b: c\n", "line 2, column 10: mapping values are not allowed here"),
+        ("run:\n\tname: x\n", r"line 2, column 1: found character '\\t'"),
+        ("run:\n  name: 'x\n", "line 3, column 1: .* a quoted scalar from line 2, column 9 on"),
+        ("run: {name: *x}\n", "line 1, column 13: found undefined alias 'x'"),
+        ("run:\n  name: 2020-13-01\n", "line 2, column 9: 2020-13-01 is no timestamp"),
+        ("run: {seed: !!bool x}\n", "line 1, column 13: x is no bool$"),
+        ("run:\n  größe: \x01\n", r"line 2, column 10: the character U\+0001 is not allowed"),
+    ],
+)
+def test_wrong_yaml_is_said_in_one_line_with_its_place(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"run\.yaml is not valid YAML, {message}") as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+    path.write_text(MINIMAL)
+    with pytest.raises(ConfigError, match=r"override .*, line \d, column \d") as caught:
+        load_config(path, [f"run={text}"])
+    assert "\n" not in str(caught.value)
+
+
 def test_a_file_is_utf_8(tmp_path: Path) -> None:
     path, text = tmp_path / "run.yaml", "run: {name: größer}\n" + MINIMAL
     for coding in ("utf-8", "utf-8-sig"):

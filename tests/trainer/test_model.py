@@ -81,8 +81,9 @@ def test_the_released_layout_loads(tmp_path: Path, prefix: str) -> None:
         prefix + name.replace("lxmert.", "bert.", 1): value
         for name, value in model.state_dict().items()
     }
-    torch.save(released, tmp_path / "model_LXRT.pth")
-    equal(build_model(CONFIG, 9, tmp_path / "model_LXRT.pth"), model)
+    for content in (released, {"model": released, "epoch": 3}, {0: torch.zeros(1), **released}):
+        torch.save(content, tmp_path / "model_LXRT.pth")
+        equal(build_model(CONFIG, 9, tmp_path / "model_LXRT.pth"), model)
 
 
 def test_an_older_folder_with_a_bin_loads(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ lost in a crash are in nobody's history. `lxscale shards audit` proves a journal
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import logging
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -28,6 +30,8 @@ from trainer.checkpoint.format import (
     what_is_wrong,
 )
 from trainer.checkpoint.generations import read_entry
+
+log = logging.getLogger("lxscale")
 
 FORMAT = "lxscale-record-1"
 
@@ -106,6 +110,35 @@ def read_segments(
     """Read and verify segments, one at a time; CheckpointError names the one that is damaged."""
     for entry in entries:
         yield _parse_segment(read_entry(run_url, entry), entry.url(run_url))
+
+
+def verify_behind(run_url: str, entries: Sequence[SegmentEntry]) -> threading.Thread:
+    """Read and verify segments in a thread, behind the training: the weights do not depend on them,
+    and they grow in number with every save. A warning names those that are not whole."""
+
+    def verify() -> None:
+        damaged, problem = [], ""
+        for entry in entries:
+            try:
+                read_entry(run_url, entry)
+            except CheckpointError as error:
+                damaged.append(entry)
+                problem = problem or str(error)
+        if damaged:
+            steps = ", ".join(f"{entry.first}-{entry.last}" for entry in damaged[:5])
+            log.warning(
+                "%d of the %d segments of the journal are not whole (%s): training goes on, as the "
+                "weights are, but until they are restored no audit can prove steps %s%s",
+                len(damaged),
+                len(entries),
+                problem,
+                steps,
+                ", …" if len(damaged) > 5 else "",
+            )
+
+    thread = threading.Thread(target=verify, name="lxscale-journal", daemon=True)
+    thread.start()
+    return thread
 
 
 def _parse_segment(data: bytes, url: str) -> tuple[SegmentHead, list[StepLine]]:

@@ -7,12 +7,9 @@ gives the same stream, and none has a state to save.
 from __future__ import annotations
 
 import multiprocessing
-import os
-import threading
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
@@ -24,6 +21,7 @@ from model.batch import Batch
 from shards.dataset import Dataset
 from shards.order.lookahead import next_use, next_windows, windows_at, working_set
 from shards.order.sampler import Sampler, SamplerState, Step
+from shards.processes import end_with_parent, make_home
 from shards.store.prefetch import LookAhead, ShardError, check_limit
 from trainer.config import LoaderSettings
 from trainer.data.batch import BatchSettings, make_batch
@@ -176,6 +174,7 @@ def load_steps(
 def _in_workers(
     maker: _StepBatches, steps: Iterator[Step], settings: LoaderSettings
 ) -> Iterator[_Made]:
+    make_home()
     context = multiprocessing.get_context(settings.loader_start)
     if settings.loader_start == "forkserver":
         # Workers share the pages of what the server that they are forked from has imported.
@@ -187,7 +186,7 @@ def _in_workers(
         num_workers=settings.loader_workers,
         prefetch_factor=settings.prefetch,
         multiprocessing_context=context,
-        worker_init_fn=_end_with_parent,
+        worker_init_fn=_begin_worker,
     )
     return iter(loader)
 
@@ -218,17 +217,10 @@ def _read(
         data.shards.stop()
 
 
-def _end_with_parent(worker: int) -> None:
-    """End this worker when the process that it works for is killed. torch looks at the parent's
-    id, which is the server's here: the two would keep each other alive, and files in use."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, name="lxscale-parent", daemon=True).start()
+def _begin_worker(_worker: int) -> None:
+    # torch looks at the parent's id, which is the server's here: the two would keep each other
+    # alive, and files in use.
+    end_with_parent()
 
 
 class _Once:

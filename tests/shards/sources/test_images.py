@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -144,3 +147,49 @@ def test_easy_vqa_and_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture
     (out / "answers.json").write_text("[]")
     assert cli("verify", out) == 1
     assert "answers.json has 2 bytes" in capsys.readouterr().out
+
+
+_READER = """
+import sys, time
+from pathlib import Path
+from shards.sources.images import read_images
+if __name__ == "__main__":
+    for record in read_images(Path(sys.argv[1]), Path(sys.argv[2]), boxes=10, workers=2):
+        print("up", flush=True)
+        try:
+            sys.stdin.read()
+        except KeyboardInterrupt:
+            time.sleep(1)
+            sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_processes_end_with_the_one_that_they_read_for(tmp_path: Path, number: int) -> None:
+    """And say nothing of a Ctrl-C, which a terminal sends to all of them."""
+    entries = []
+    for i in range(100):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+        entries.append({"image": f"{i}.png", "sentences": [{"text": "a"}]})
+    (tmp_path / "s.json").write_text(json.dumps(entries))
+    (tmp_path / "reader.py").write_text(_READER)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "reader.py", tmp_path, tmp_path / "s.json"],
+        env=subprocess_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+    )
+    assert process.stdout and process.stdout.readline() == "up\n"
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.kill()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGKILL) and "Traceback" not in errors
+    _, alive = psutil.wait_procs(children, 10)
+    assert not alive

@@ -73,4 +73,37 @@ def test_a_renamed_folder_outlives_its_block(tmp_path: Path) -> None:
         (folder / "log").touch()
         folder.rename(tmp_path / "kept")
     assert (tmp_path / "kept" / "log").exists()
-    assert not list((tmp_path / "new").iterdir())
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_had_to_be_made_for_a_folder_goes_with_it(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for parent in (tmp_path / "there", tmp_path / "new" / "deep", tmp_path / "used" / "deep"):
+        with owned_folder(parent, "kind-"):
+            if parent.parent.name == "used":
+                (parent.parent / "file").touch()
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "there", "used"]
+
+
+_FORK = """
+import os, sys
+from pathlib import Path
+from shards.store.folders import owned_folder, sweep
+with owned_folder(Path(sys.argv[1]), "kind-") as folder:
+    child = os.fork()
+    if not child:
+        sys.exit()
+    os.waitpid(child, 0)
+    print(folder.exists())
+print(folder.exists())
+"""
+
+
+def test_a_forked_child_leaves_the_folder_alone(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _FORK, str(tmp_path)],
+        env=subprocess_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["True", "False"], done
