@@ -1,9 +1,17 @@
-"""Where workers run: Ray places, watches and restarts them. No tensor passes through here.
+"""Where workers run: Ray places and ends them, the driver watches. No tensor passes through here.
 
 cli/            the commands
-launch          a run on Ray: workers placed, lost ones replaced, signals, one error at the end
-driver_channel  log lines and results from the workers to the driver, the wish to stop to them
-local_ray       a Ray of this machine alone, for one command
+launch          a run: groups of workers, one after the other, and the one result or error at the end
+group           a group: placed together, watched for losses and hangs, ended together
+worker          the Ray actor in which the trainer runs
+worker_output   its log and what is printed there, in lines for the driver
+budget          how often a run may fail without getting any further
+stopping        signals, and the time within which a stop is granted
+nodes           nodes that a run should not use
+interfaces      network interfaces by address
+ray_session     Ray for one command, joined or started; whether it lives
+local_ray       a Ray of this machine alone
 reaper          ends what a killed driver leaves behind
-errors          which errors end a command with one line, and which no new attempt can mend
+bounded         calls that may never return
+errors          which errors end a command with one line, and with which status
 """
