@@ -156,14 +156,11 @@ def _all(refs: list[Any], seconds: float, wishes: Wishes) -> list[Any]:
 
 
 def seats(placed: Sequence[Placed], master: tuple[str, int]) -> list[Seat]:
-    """The part of each worker, given in the order of ranks, in which a node's are neighbours."""
+    """The part of each worker, given in the order of ranks."""
     found = []
     for rank, worker in enumerate(placed):
-        same = [p for p in placed if p.node == worker.node]
-        gpus = tuple(dict.fromkeys(g for p in same for g in p.gpus))
         before = sum(p.node == worker.node for p in placed[:rank])
-        local = gpus.index(worker.gpus[0]) if worker.gpus else before
-        found.append(Seat(rank, len(placed), local, gpus, master))
+        found.append(Seat(rank, len(placed), 0 if worker.gpu else before, worker.gpu, master))
     return found
 
 

@@ -58,8 +58,8 @@ class Placed:
     """Ray's id."""
     address: str
     """Of its node, in the cluster's network."""
-    gpus: tuple[str, ...]
-    """Which of the node's it has."""
+    gpu: bool
+    """Whether it has one."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,8 @@ class Seat:
     rank: int
     world: int
     local_rank: int
-    """Its device's index among `gpus`; without GPUs, its index among the node's workers."""
-    gpus: tuple[str, ...]
-    """Of all workers of the node, which see all of them."""
+    """0 with GPUs, as a worker sees its own alone; else its index among the node's workers."""
+    gpu: bool
     master: tuple[str, int]
     """Address and port of rank 0's store."""
 
@@ -133,7 +132,7 @@ class Worker:
         return Placed(
             ray.get_runtime_context().get_node_id(),
             ray.util.get_node_ip_address(),
-            tuple(str(g) for g in ray.get_gpu_ids()),
+            bool(ray.get_gpu_ids()),
         )
 
     def listen(self, address: str) -> int:
@@ -184,8 +183,7 @@ class Worker:
             "MASTER_ADDR": address,
             "MASTER_PORT": str(port),
         }
-        if seat.gpus:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(seat.gpus)
+        if seat.gpu:
             torch.cuda.set_device(seat.local_rank)
         store = dist.TCPStore(
             address,
@@ -196,7 +194,7 @@ class Worker:
             wait_for_workers=False,
             master_listen_fd=self._listener.detach() if self._listener else None,
         )
-        backend = "cpu:gloo,cuda:nccl" if seat.gpus else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if seat.gpu else "gloo"
         dist.init_process_group(
             backend, store=store, rank=seat.rank, world_size=seat.world, timeout=timeout
         )

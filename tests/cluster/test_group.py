@@ -53,21 +53,14 @@ def test_the_cause_among_failures_is_not_the_peers_broken_connection() -> None:
     ]
 
 
-def test_seats_number_the_devices_of_a_node() -> None:
-    placed = [
-        Placed("a", "10.0.0.1", ("2",)),
-        Placed("a", "10.0.0.1", ("0",)),
-        Placed("b", "10.0.0.2", ("1",)),
-    ]
+def test_seats_number_workers_by_node_and_devices_by_worker() -> None:
+    placed = [Placed(node, f"10.0.0.{i}", False) for i, node in enumerate("aab")]
     found = seats(placed, ("10.0.0.1", 5))
     assert [s.rank for s in found] == [0, 1, 2] and {s.world for s in found} == {3}
-    assert [s.gpus for s in found] == [("2", "0"), ("2", "0"), ("1",)]
     assert [s.local_rank for s in found] == [0, 1, 0]
-    # Two workers on one device, and workers without.
-    halves = [dataclasses.replace(p, node="a", gpus=("0",)) for p in placed]
-    assert [s.local_rank for s in seats(halves, ("", 0))] == [0, 0, 0]
-    none = [dataclasses.replace(p, gpus=()) for p in placed]
-    assert [s.local_rank for s in seats(none, ("", 0))] == [0, 1, 0]
+    # Ray shows each worker its own device alone.
+    with_gpu = [dataclasses.replace(p, gpu=True) for p in placed]
+    assert [s.local_rank for s in seats(with_gpu, ("", 0))] == [0, 0, 0]
 
 
 def test_only_failures_without_progress_are_counted() -> None:
