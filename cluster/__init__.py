@@ -1,7 +1,7 @@
 """Where workers run: Ray places and ends them, the driver watches. No tensor passes through here.
 
 cli/            the commands
-launch          a run: groups of workers, one after the other, and the one result or error at the end
+launch          a run: one group of workers after the other; its one result or error
 group           a group: placed together, watched for losses and hangs, ended together
 worker          the Ray actor in which the trainer runs
 worker_output   its log and what is printed there, in lines for the driver
