@@ -46,7 +46,7 @@ def test_a_hang_is_when_nobody_is_within_the_time_for_what_he_does(
 def test_the_cause_among_failures_is_not_the_peers_broken_connection() -> None:
     failures = [Failure(kind, kind, "") for kind in ("lost", "code", "again", "user")]
     assert [_cause(failures[: n + 1]).kind for n in range(4)] == [
-        "network",
+        "lost",
         "code",
         "again",
         "user",
