@@ -348,6 +348,7 @@ def test_drawn_schedules() -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(1800)
 def test_a_hundred_thousand_drawn_schedules() -> None:
     begin = random.SystemRandom().randrange(1 << 40)
     for seed in range(begin, begin + 100_000):
