@@ -153,7 +153,13 @@ class Traces:
 def read_traces(run_url: str) -> Traces:
     """List all that there is of a run, and read its last link: only of that its name does not say
     what it is."""
-    links, manifests = list_links(run_url)
+    while True:
+        links, manifests = list_links(run_url)
+        end = _read(run_url, links[-1]) if links else None
+        # Between the two, a late claim may have taken a name that retention had freed, and does not
+        # count. One that counts is the last link still.
+        if not isinstance(end, Claim) or list_links(run_url)[0][-1] == links[-1]:
+            break
     leases = [n for n in objects.list_names(lease_url(run_url)) if LEASE_PATTERN.fullmatch(n)]
     written = objects.list_names(checkpoint_url(run_url, ObjectEntry.folder))
     segments = objects.list_names(checkpoint_url(run_url, SegmentEntry.folder))
@@ -164,10 +170,8 @@ def read_traces(run_url: str) -> Traces:
         *_attempts(ObjectEntry.pattern, written),
         *_attempts(SegmentEntry.pattern, segments),
     }
-    end = None
-    for link in links[-1:]:
-        end = _read(run_url, link)
-        attempts |= {link.attempt, link.attempt + isinstance(end, Claim)}
+    if links:
+        attempts.add(links[-1].attempt + isinstance(end, Claim))
     return Traces(run_url, links, manifests, leases, written, segments, max(attempts), end)
 
 
