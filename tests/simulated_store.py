@@ -142,8 +142,6 @@ class Store:
         """What a generation names, by its name: URLs."""
         self.live: dict[int, set[str]] = {}
         """Objects of saves under way, by attempt."""
-        self.first: dict[str, bytes] = {}
-        """What generations were when they were committed."""
         self.damaged: set[str] = set()
         """Names of generations that lack an object, by no fault of an owner's."""
         self.last = 0, 0
@@ -256,21 +254,21 @@ class Store:
         link, (attempt, index) = parse_link(data, url), (int(m["attempt"]), int(m["index"]))
         newest = self.attempt
         if isinstance(link, Claim):
-            self.claim_urls.add(url)
             # One that comes late, to a name that retention had freed, does not count.
             if (attempt, index) < self.last:
                 return
+            self.claim_urls.add(url)
             self.last = attempt, index
             assert (link.attempt, attempt) == (newest + 1, newest), "attempts in a wrong order"
             self.claims.append((self.newest.name if self.newest else "", link))
             return
         if any(g.name == name for g in self.committed):
-            assert data == self.first[name], f"{name} is another generation now"
-            return  # a lost answer's second try, when retention had freed the name
+            # A second try after a lost answer, when retention had freed the name.
+            assert attempt < newest, f"{name} is committed twice by its owner"
+            return
         assert attempt == link.attempt == newest, f"{name} is committed by a stale owner"
         last = [g.name for g in self.committed if g.manifest.attempt == attempt]
         assert index == len(last) + 1, f"{name} leaves a gap"
-        self.first[name] = data
         self.last = attempt, index
         self.committed.append(Generation(RUN, name, link))
         self.needs[name] = {e.url(RUN) for e in (*link.objects, *link.journal)}
