@@ -8,10 +8,10 @@ An owner writes only the link after the last one that it knows. Where that name 
 the owner is stale, and stays so: what it finds there is a claim, and claims are never removed.
 Generations are, but that opens no name to a stale owner: the first link after an attempt's last
 commit is a claim, as nobody else commits for that attempt. So an owner that slept for however long
-cannot commit. (A claimant that slept may find a name free again: it lists the links once more after
-its claim, which counts only as the last link of all. And a commit whose answer was lost may be
-written again after its retention ended, with the same bytes: an old generation without objects,
-which nothing goes back to and the next owner removes.)
+cannot commit. Where it cannot know its last commit, as an answer was lost, it or a claimant that
+slept may find a name free again that retention had freed. Both look once more after they wrote: a
+claim counts only as the last link of all, a commit only without a claim after it. What was written
+so is an old generation, which nothing goes back to and the next owner removes.
 
 Runs of lxscale 0.1.0 have manifests named `step-00001000-a000002.json` instead, which still count,
 after the links of higher attempts.
@@ -153,7 +153,13 @@ class Traces:
 def read_traces(run_url: str) -> Traces:
     """List all that there is of a run, and read its last link: only of that its name does not say
     what it is."""
-    links, manifests = list_links(run_url)
+    while True:
+        links, manifests = list_links(run_url)
+        end = _read(run_url, links[-1]) if links else None
+        # Between the two, a late claim may have taken a name that retention had freed, and does not
+        # count. One that counts is the last link still.
+        if not isinstance(end, Claim) or list_links(run_url)[0][-1] == links[-1]:
+            break
     leases = [n for n in objects.list_names(lease_url(run_url)) if LEASE_PATTERN.fullmatch(n)]
     written = objects.list_names(checkpoint_url(run_url, ObjectEntry.folder))
     segments = objects.list_names(checkpoint_url(run_url, SegmentEntry.folder))
@@ -164,10 +170,8 @@ def read_traces(run_url: str) -> Traces:
         *_attempts(ObjectEntry.pattern, written),
         *_attempts(SegmentEntry.pattern, segments),
     }
-    end = None
-    for link in links[-1:]:
-        end = _read(run_url, link)
-        attempts |= {link.attempt, link.attempt + isinstance(end, Claim)}
+    if links:
+        attempts.add(links[-1].attempt + isinstance(end, Claim))
     return Traces(run_url, links, manifests, leases, written, segments, max(attempts), end)
 
 

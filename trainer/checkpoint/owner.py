@@ -199,6 +199,11 @@ class Owner:
             self._tried[data] = manifest
         generation = self._add(manifest)
         try:
+            # The name may have been free again: of an earlier try without an answer, which a
+            # successor went on from and removed at last. Then there is its claim.
+            if _read_claim(self.run_url, self._next):
+                self._lost = self._who()
+                raise StaleAttemptError(self._lost)
             self._prune(keep, manifest.step, swept)
         except DataError as error:
             log.warning(
