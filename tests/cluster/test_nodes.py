@@ -6,13 +6,14 @@ Each prints what it cost: seconds from the fault to the next step's line, or to 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import ray
 import yaml
@@ -21,6 +22,7 @@ from ray.cluster_utils import Cluster
 
 from shards.format.build import BuildSettings, build
 from tests.cluster.faulty import write_plan
+from tests.cluster.namespaces import ENVIRONMENT, Network, why_no_namespaces
 from tests.cluster.test_fault_table import Watched
 from tests.conftest import small_records, subprocess_environment
 from tests.ranks import config_tree
@@ -106,7 +108,7 @@ def raylet(node: Node) -> int:
 
 
 def drain(cluster: Cluster, node: Node, notice: float = 60) -> None:
-    client = ray._raylet.GcsClient(address=cluster.address)
+    client = ray._raylet.GcsClient(address=cluster.address)  # type: ignore[attr-defined]
     until = int((time.time() + notice) * 1000)
     accepted, why = client.drain_node(node.node_id, PREEMPTION, "the machine is needed", until)
     assert accepted, why
@@ -164,22 +166,29 @@ def test_a_lost_node_of_all_workers_costs_seconds_and_no_step(
     runs.check(name)
 
 
-def test_a_stopped_raylet_costs_seconds_and_no_step(
-    runs: Runs, cluster: Cluster, name: str
+@pytest.mark.parametrize("stopped", ["the raylet", "all"])
+def test_a_node_that_is_stopped_costs_seconds_and_no_step(
+    stopped: str, runs: Runs, cluster: Cluster, name: str
 ) -> None:
+    """It still takes connections."""
     nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
     job = runs.start(name, "--ray-address", cluster.address)
     job.wait_for_step(50)
     cluster.add_node(num_cpus=1)
     moment = time.time()
-    os.kill(raylet(nodes[0]), signal.SIGSTOP)
+    victims = [psutil.Process(raylet(nodes[0]))]
+    victims += victims[0].children(recursive=True) if stopped == "all" else []
+    for victim in victims:
+        victim.suspend()
     try:
         status = job.finish()
     finally:
-        os.kill(raylet(nodes[0]), signal.SIGCONT)
+        for victim in victims:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.resume()
     assert status == 0, job.text()
     print(job.text()[-3000:])
-    say("a stopped raylet", job.next_step_after(moment))
+    say(f"a node of which {stopped} is stopped", job.next_step_after(moment))
     runs.check(name)
 
 
@@ -222,11 +231,29 @@ def test_a_drained_node_without_room_elsewhere_ends_the_run(
 
 
 def _kill_gcs(cluster: Cluster) -> None:
-    cluster.head_node.kill_gcs_server()
+    cluster.head_node.kill_gcs_server()  # type: ignore[attr-defined]
 
 
 def _lose_head(cluster: Cluster) -> None:
     cluster.remove_node(cluster.head_node, allow_graceful=False)
+
+
+def test_a_run_whose_worker_was_on_the_lost_head_ends(runs: Runs, name: str) -> None:
+    """Nothing can be placed any more, and nothing of Ray's answers."""
+    head = {"num_cpus": 1, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        cluster.add_node(num_cpus=1)
+        job = runs.start(name, "--ray-address", cluster.address, steps=MANY)
+        job.wait_for_step(50)
+        moment = time.time()
+        _lose_head(cluster)
+        job.finish()
+    finally:
+        cluster.shutdown()
+    print(job.text()[-3000:])
+    say("the head is gone with a worker, to the end", time.time() - moment)
+    assert_ended(job, 75, "head")
 
 
 @pytest.mark.parametrize("lose", [_kill_gcs, _lose_head])
@@ -257,3 +284,130 @@ def test_no_room_and_no_cluster_are_one_line(runs: Runs, cluster: Cluster, name:
         job.finish()
         say(f"no cluster at {address}, to the end", time.time() - began)
         assert_ended(job, 2, f"cannot join Ray at {address}")
+
+
+# --- links --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Network]:
+    """Two machines with room for a worker each, beside the head's."""
+    if reason := why_no_namespaces():
+        pytest.skip(reason)
+    for key, value in ENVIRONMENT.items():
+        monkeypatch.setenv(key, value)
+    with contextlib.closing(Network(tmp_path)) as network:
+        network.add()
+        network.add()
+        yield network
+
+
+def on(network: Network, runs: Runs, name: str, **settings: Any) -> Watched:
+    """A job, on the head's machine."""
+    address = ("--ray-address", network.address)
+    return runs.start(name, *address, within=network.on(0), **settings)
+
+
+def _of_rank_0(network: Network) -> int:
+    """The machine whose worker listens most: for the store, too."""
+
+    def count(number: int) -> int:
+        return sum("Worker" in process for _, process in network.listeners(number))
+
+    return max((1, 2), key=count)
+
+
+def test_workers_listen_on_the_clusters_interface_only(
+    network: Network, runs: Runs, name: str
+) -> None:
+    """Rank 0's store and gloo; each worker has one more socket, Ray's own."""
+    job = on(network, runs, name, steps=MANY)
+    job.wait_for_step(3)
+    found = {
+        number: [address for address, process in network.listeners(number) if "Worker" in process]
+        for number in (1, 2)
+    }
+    job.process.send_signal(signal.SIGTERM)
+    assert job.finish() == 75, job.text()
+    sizes = []
+    for number, addresses in found.items():
+        own = [a for a in addresses if a not in ("*", "0.0.0.0", "[::]")]
+        assert set(own) == {network.address_of(number)} and len(addresses) - len(own) <= 1, found
+        sizes.append(len(own))
+    assert max(sizes) > min(sizes), found  # the store is seen
+
+
+@pytest.mark.parametrize("victim", ["rank 0", "the other"])
+def test_a_cut_link_costs_seconds_and_no_step(
+    victim: str, network: Network, runs: Runs, name: str
+) -> None:
+    """For good; a third machine takes over."""
+    job = on(network, runs, name)
+    job.wait_for_step(50)
+    network.add()
+    first = _of_rank_0(network)
+    moment = time.time()
+    network.cut(first if victim == "rank 0" else 3 - first)
+    assert job.finish() == 0, job.text()
+    say(f"a cut link to {victim}, with room elsewhere", job.next_step_after(moment))
+    runs.check(name)
+
+
+def test_a_link_cut_for_a_moment_costs_no_attempt(network: Network, runs: Runs, name: str) -> None:
+    job = on(network, runs, name)
+    job.wait_for_step(50)
+    moment = time.time()
+    network.cut(1)
+    time.sleep(5)
+    network.mend(1)
+    assert job.finish() == 0, job.text()
+    say("a link cut for 5 s", next(t for t, _ in job.steps() if t > moment + 5) - moment)
+    assert "attempt 2 |" not in job.text(), job.text()
+    runs.check(name)
+
+
+@pytest.mark.parametrize("seconds", [20, 60])
+def test_a_link_cut_for_a_while_is_waited_for(
+    seconds: int, network: Network, runs: Runs, name: str
+) -> None:
+    """Without room elsewhere. Of a node that was away for longer, Ray ends what is left, and who
+    keeps the machine starts it again; the time for which a run waits is no failure."""
+    job = on(network, runs, name, start_timeout_s=180, max_failures=1)
+    job.wait_for_step(50)
+    moment = time.time()
+    network.cut(1)
+    time.sleep(seconds)
+    network.mend(1)
+    if seconds > 30:
+        network.kill(1)
+        network.join(1)
+    status = job.finish()
+    print(job.text()[-3000:])
+    say(f"a link cut for {seconds} s, without room elsewhere", job.next_step_after(moment))
+    assert status == 0, job.text()
+    runs.check(name)
+
+
+def test_a_cut_link_without_room_elsewhere_ends_the_run(
+    network: Network, runs: Runs, name: str
+) -> None:
+    job = on(network, runs, name, start_timeout_s=20, max_failures=1)
+    job.wait_for_step(50)
+    moment = time.time()
+    network.cut(1)
+    job.finish()
+    say("a cut link without room elsewhere, to the end", time.time() - moment)
+    assert_ended(job, 75, "no room for 2 workers within cluster.start_timeout_s=20")
+
+
+def test_sigterm_ends_a_run_with_a_cut_link(network: Network, runs: Runs, name: str) -> None:
+    job = on(network, runs, name, hang_timeout_s=100, stop_timeout_s=15)
+    job.wait_for_step(50)
+    network.cut(1)
+    time.sleep(2)
+    moment = time.time()
+    job.process.send_signal(signal.SIGTERM)
+    job.finish()
+    took = time.time() - moment
+    say("SIGTERM with a cut link, to the end (stop_timeout_s=15)", took)
+    assert_ended(job, 75, "cluster.stop_timeout_s=15")
