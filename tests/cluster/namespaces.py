@@ -47,6 +47,7 @@ class Network:
     def __init__(self, folder: Path) -> None:
         self._folder, self._name = folder, f"lxs-{secrets.token_hex(3)}"
         self._count = 0
+        self._rays: dict[int, subprocess.Popen[bytes]] = {}
         self._hub = f"{self._name}-hub"
         _ip("netns", "add", self._hub)
         _ip("-n", self._hub, "link", "add", "name", "hub", "type", "bridge")
@@ -90,10 +91,17 @@ class Network:
                 stderr=output,
                 env=subprocess_environment(**ENVIRONMENT),
             )
+        self._rays[number] = process
         deadline = time.monotonic() + 90
         while "Ray runtime started" not in log.read_text():
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
+
+    def keep(self, number: int) -> None:
+        """Start the Ray node of a machine again if it has ended, as who runs machines does."""
+        if self._rays[number].poll() is not None:
+            self.kill(number)
+            self.join(number)
 
     def _namespace(self, number: int) -> str:
         return f"{self._name}-{number}"
