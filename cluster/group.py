@@ -7,6 +7,7 @@ worker how it is twice a second: messages grow with workers, and not with anythi
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.bounded import bounded
+from cluster.bounded import StillBusyError, bounded
 from cluster.worker import Failure, Placed, Report, Seat, Work, Worker
 from shards.store.retry import Retry
 from trainer.config import ClusterSection
@@ -25,6 +26,10 @@ from trainer.config import ClusterSection
 _ASK_S, _LOOK_S = 0.5, 0.1
 # Seconds to wait, after a worker's failure, for those of others that may be its cause.
 _CAUSES_S = 2.0
+# Seconds between two looks at which nodes to avoid, while there is no room.
+_ROOM_S = 3.0
+# Seconds for an answer of Ray's head, which never comes where it is gone.
+_ANSWER_S = 20.0
 # Seconds to give room back: for ever, where Ray's head is gone.
 _CLOSE_S = 3.0
 
@@ -94,27 +99,20 @@ def _close(room: PlacementGroup, workers: Sequence[Any]) -> None:
 
 
 def place(
-    cluster: ClusterSection, environment: dict[str, str], avoid: frozenset[str], wishes: Wishes
+    cluster: ClusterSection,
+    environment: dict[str, str],
+    avoid: Callable[[], frozenset[str]],
+    wishes: Wishes,
 ) -> Group | End:
     """Room for all workers or for none, and the workers in it, ready to train.
 
-    avoid: nodes that are not to be used. Waits for cluster.start_timeout_s.
+    avoid: nodes that are not to be used, asked for again while there is no room. Waits for
+    cluster.start_timeout_s.
     """
-    resources = {"CPU": cluster.cpus_per_worker}
-    if cluster.gpus_per_worker:
-        resources["GPU"] = cluster.gpus_per_worker
-    selector = {"ray.io/node-id": f"!in({','.join(sorted(avoid))})"} if avoid else {}
-    room = placement_group(
-        [resources] * cluster.workers, bundle_label_selector=[selector] * cluster.workers
-    )
+    room: PlacementGroup | None = None
     workers: list[Any] = []
     try:
-        deadline = time.monotonic() + cluster.start_timeout_s
-        while not room.wait(_LOOK_S):
-            if wishes.stop():
-                raise _NotPlacedError("stopped")
-            if time.monotonic() > deadline:
-                raise _NotPlacedError("no room")
+        room = _room(cluster, avoid, wishes)
         options = {
             "num_cpus": cluster.cpus_per_worker,
             "num_gpus": cluster.gpus_per_worker,
@@ -125,17 +123,57 @@ def place(
             actor = ray.remote(Worker).options(scheduling_strategy=strategy, **options)
             workers.append(actor.remote(environment))
         placed = _all([w.prepare.remote() for w in workers], cluster.start_timeout_s, wishes)
-    except _NotPlacedError as error:
-        _close(room, workers)
-        return End(str(error), f"within cluster.start_timeout_s={cluster.start_timeout_s:g}")
     except BaseException as error:
-        _close(room, workers)
+        if room:
+            _close(room, workers)
+        if isinstance(error, _NotPlacedError):
+            return End(str(error), f"within cluster.start_timeout_s={cluster.start_timeout_s:g}")
+        if isinstance(error, StillBusyError):
+            return End("lost", "Ray's head does not answer")
         if isinstance(error, ray.exceptions.RayError):
             return End("lost", f"a worker could not be started: {_first_line(error)}")
         raise
     # Ranks of a node are neighbours.
     order = sorted(range(len(workers)), key=lambda i: (placed[i].node, i))
     return Group(room, [workers[i] for i in order], [placed[i] for i in order])
+
+
+def _room(
+    cluster: ClusterSection, avoid: Callable[[], frozenset[str]], wishes: Wishes
+) -> PlacementGroup:
+    """Room for all workers that is there. It is asked for anew when what is to be avoided has
+    changed, as a link may have come back."""
+    deadline = time.monotonic() + cluster.start_timeout_s
+    avoided = avoid()
+    room = _ask_for_room(cluster, avoided)
+    look = time.monotonic() + _ROOM_S
+    try:
+        while not bounded(functools.partial(room.wait, _LOOK_S), _ANSWER_S):
+            if wishes.stop():
+                raise _NotPlacedError("stopped")
+            if time.monotonic() > deadline:
+                raise _NotPlacedError("no room")
+            if time.monotonic() > look:
+                if (now := avoid()) != avoided:
+                    avoided = now
+                    _close(room, [])
+                    room = _ask_for_room(cluster, avoided)
+                look = time.monotonic() + _ROOM_S
+    except BaseException:
+        _close(room, [])
+        raise
+    return room
+
+
+def _ask_for_room(cluster: ClusterSection, avoided: frozenset[str]) -> PlacementGroup:
+    resources = {"CPU": cluster.cpus_per_worker}
+    if cluster.gpus_per_worker:
+        resources["GPU"] = cluster.gpus_per_worker
+    selector = {"ray.io/node-id": f"!in({','.join(sorted(avoided))})"} if avoided else {}
+    n = cluster.workers
+    ask = functools.partial(placement_group, [resources] * n, bundle_label_selector=[selector] * n)
+    room: PlacementGroup = bounded(ask, _ANSWER_S)
+    return room
 
 
 class _NotPlacedError(Exception):

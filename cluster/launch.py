@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from cluster.budget import Budget, newest_generation
@@ -59,7 +60,11 @@ def _groups(
     config: RunConfig, work: Work, session: RaySession, stop: Stop, budget: Budget
 ) -> tuple[End, Budget]:
     """Groups one after the other; how the last one ended."""
-    avoid: frozenset[str] = frozenset()
+    suspects: frozenset[str] = frozenset()
+
+    def avoid() -> frozenset[str]:
+        return session.draining() | unreachable(suspects)
+
     while True:
         end, moving = _group(config, work, session, stop, avoid)
         lost = session.lost()
@@ -67,7 +72,6 @@ def _groups(
             if lost:
                 return End("ray lost", lost), budget
             _show(f"{moving}; starting again elsewhere")
-            avoid |= session.draining()
             continue
         if not end.is_loss:
             return end, budget
@@ -76,12 +80,16 @@ def _groups(
             return end, budget
         if lost:
             return End("ray lost", lost), budget
-        avoid |= unreachable(end.nodes)
+        suspects |= end.nodes
         _show(f"{end.text}; starting again")
 
 
 def _group(
-    config: RunConfig, work: Work, session: RaySession, stop: Stop, avoid: frozenset[str]
+    config: RunConfig,
+    work: Work,
+    session: RaySession,
+    stop: Stop,
+    avoid: Callable[[], frozenset[str]],
 ) -> tuple[End, str]:
     """One group: how it ended, and why it was asked to save and end if the run is to go on."""
     moving, nodes, since, said = "", frozenset[str](), 0.0, False

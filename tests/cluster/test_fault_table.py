@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,13 @@ STEPS = 900
 class Watched:
     """A job whose lines are noted with their times."""
 
-    def __init__(self, config: Path, faults: Path, *arguments: str) -> None:
+    def __init__(
+        self, config: Path, faults: Path, *arguments: str, within: Sequence[str] = ()
+    ) -> None:
+        """within: a command that runs the job's."""
         self.lines: list[tuple[float, str]] = []
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.cluster.faulty", str(config), *arguments],
+            [*within, sys.executable, "-m", "tests.cluster.faulty", str(config), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -59,8 +63,12 @@ class Watched:
 
     def step(self) -> int:
         """The last step that was told of."""
-        told = [line for _, line in list(self.lines) if f"/{STEPS} |" in line]
-        return int(told[-1].split("step ")[1].split("/")[0]) if told else 0
+        return ([0] + [step for _, step in self.steps()])[-1]
+
+    def steps(self) -> list[tuple[float, int]]:
+        """Each step that was told of, and when."""
+        told = [(t, re.search(r" step (\d+)/\d+ \|", line)) for t, line in list(self.lines)]
+        return [(t, int(found[1])) for t, found in told if found]
 
     def wait_for_step(self, step: int, seconds: float = 180) -> None:
         deadline = time.monotonic() + seconds
@@ -87,7 +95,7 @@ class Watched:
     def next_step_after(self, moment: float) -> float | None:
         """Seconds from `moment` to the first step of a later attempt."""
         told = [t for t, line in self.lines if t > moment and ", attempt " in line]
-        steps = [t for t, line in self.lines if told and t > told[0] and f"/{STEPS} |" in line]
+        steps = [t for t, _ in self.steps() if told and t > told[0]]
         return steps[0] - moment if steps else None
 
 

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from cluster import nodes
 from cluster.bounded import StillBusyError, bounded, held
 from cluster.budget import Budget
 from cluster.errors import AgainError, LaunchError, LostError, exit_status
@@ -94,6 +95,22 @@ def test_the_exit_status_says_whether_to_run_again() -> None:
 def test_loopback_has_an_interface() -> None:
     assert interface_of("127.0.0.1") in {name for _, name in socket.if_nameindex()}
     assert interface_of("203.0.113.7") is None
+
+
+def test_a_raylet_that_takes_connections_and_does_not_speak_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(nodes, "_CONNECT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        node = {"NodeManagerAddress": "127.0.0.1", "NodeManagerPort": port}
+        assert not nodes._answers(node)
+        server.accept()
+        speaks = threading.Thread(target=lambda: server.accept()[0].sendall(b"x"))
+        speaks.start()
+        assert nodes._answers(node)
+        speaks.join()
+    assert not nodes._answers(node)
 
 
 def test_calls_that_do_not_return_are_left() -> None:

@@ -8,8 +8,6 @@ import signal
 from pathlib import Path
 
 import pytest
-import ray
-from ray.cluster_utils import Cluster
 
 from shards.format.build import BuildSettings, build
 from tests.cluster.test_cluster import Start, data, final_losses, start
@@ -95,25 +93,3 @@ def test_random_kills_of_workers_cost_no_step(start: Start, tmp_path: Path) -> N
     ]
     assert ends[0] == ends[1]
     assert not final_losses(job.output)
-
-
-def test_a_lost_node_of_a_cluster_costs_no_step(start: Start, tmp_path: Path) -> None:
-    """Two Ray nodes beside a head; the one that has the workers dies; the other takes over."""
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
-    )
-    nodes = [cluster.add_node(num_cpus=2), cluster.add_node(num_cpus=2)]
-    try:
-        job = start(
-            address=cluster.address,
-            train={"steps": 600, "log_every": 10, "global_batch": 48},
-            checkpoint={"every": 20},
-            cluster={"workers": 2, "cpus_per_worker": 1},
-        )
-        job.wait_for("step 100/600")
-        cluster.remove_node(nodes[0], allow_graceful=False)
-        assert job.finish(300) == 0, job.output
-        assert find_generation(str(tmp_path / "run")).step == 600
-    finally:
-        ray.shutdown()
-        cluster.shutdown()

@@ -1,0 +1,414 @@
+"""Faults of nodes, links and of Ray's head, on a cluster that a run has joined.
+
+Each prints what it cost: seconds from the fault to the next step's line, or to the run's end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import yaml
+from ray._private.node import Node
+from ray.cluster_utils import Cluster
+
+from shards.format.build import BuildSettings, build
+from tests.cluster.faulty import write_plan
+from tests.cluster.namespaces import ENVIRONMENT, Network, why_no_namespaces
+from tests.cluster.test_fault_table import Watched
+from tests.conftest import small_records, subprocess_environment
+from tests.ranks import config_tree
+from tests.trainer.test_resume import assert_bitwise
+from trainer.audit import audit
+from trainer.checkpoint.generations import find_generation
+
+pytestmark = pytest.mark.faults
+
+STEPS = 300
+# More than are made before the fault is seen.
+MANY = 100_000
+# DRAIN_NODE_REASON_PREEMPTION of Ray's autoscaler.proto.
+PREEMPTION = 2
+
+
+class Runs:
+    """Runs of one configuration in a folder, one of them undisturbed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.data = folder / "set"
+        build(small_records(40), self.data, BuildSettings("faults", "test", images_per_shard=10))
+        write_plan(folder / "faults", [])
+        whole = self.start("whole", cpus_per_worker=0.5)
+        assert whole.finish() == 0, whole.text()
+
+    def start(
+        self,
+        name: str,
+        *arguments: str,
+        steps: int = STEPS,
+        within: Sequence[str] = (),
+        **cluster: float,
+    ) -> Watched:
+        """A job of `lxscale train` with these arguments, steps and settings of its cluster."""
+        tree = config_tree(
+            self.data,
+            self.folder,
+            name,
+            train={"steps": steps, "log_every": 1, "global_batch": 24, "accumulation": 1},
+            checkpoint={"every": 20, "keep": 2},
+            data={"train": str(self.data), "cache": str(self.folder / "cache")},
+            cluster={"workers": 2, "cpus_per_worker": 1, **cluster},
+        )
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return Watched(path, self.folder / "faults", *arguments, within=within)
+
+    def check(self, name: str) -> None:
+        """The run's end is the undisturbed one's, and no pair was lost or repeated."""
+        assert_bitwise(self.folder / "whole", self.folder / name)
+        report = audit(str(self.folder / name), cache=str(self.folder / "cache"))
+        assert not report.problems, report.problems
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("nodes"))
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head without room for workers."""
+    for key, value in subprocess_environment(RAY_worker_niceness="0").items():
+        monkeypatch.setenv(key, value)
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    return re.sub(r"\W+", "-", request.node.name).strip("-")
+
+
+def raylet(node: Node) -> int:
+    pid: int = node.all_processes["raylet"][0].process.pid
+    return pid
+
+
+def drain(cluster: Cluster, node: Node, notice: float = 60) -> None:
+    client = ray._raylet.GcsClient(address=cluster.address)  # type: ignore[attr-defined]
+    until = int((time.time() + notice) * 1000)
+    accepted, why = client.drain_node(node.node_id, PREEMPTION, "the machine is needed", until)
+    assert accepted, why
+
+
+def say(what: str, seconds: float | None) -> None:
+    print(f"\n{what}: ", "not seen" if seconds is None else f"{seconds:.1f} s", flush=True)
+
+
+def errors(job: Watched) -> list[str]:
+    return [line for _, line in job.lines if line.startswith("error:")]
+
+
+def assert_ended(job: Watched, status: int, text: str) -> None:
+    """With one line that says why, and nothing of Ray's own words."""
+    (error,) = errors(job)
+    assert re.search(text, error), job.text()
+    assert job.lines[-1][1] == error, job.text()
+    for noise in ("Traceback", "[20", "C++", "(raylet)", "*** SIG", "StackTrace"):
+        assert noise not in job.text(), (noise, job.text())
+    assert job.process.returncode == status, job.text()
+
+
+# --- lost nodes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("victim", ["rank 0", "the other"])
+def test_a_lost_node_of_two_costs_seconds_and_no_step(
+    victim: str, runs: Runs, cluster: Cluster, name: str
+) -> None:
+    nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
+    job = runs.start(name, "--ray-address", cluster.address)
+    job.wait_for_step(50)
+    cluster.add_node(num_cpus=1)
+    nodes.sort(key=lambda n: n.node_id)  # as ranks are
+    moment = time.time()
+    cluster.remove_node(nodes[victim != "rank 0"], allow_graceful=False)
+    assert job.finish() == 0, job.text()
+    say(f"a lost node, of {victim}", job.next_step_after(moment))
+    assert job.text().count("lost worker") == 1, job.text()
+    runs.check(name)
+
+
+def test_a_lost_node_of_all_workers_costs_seconds_and_no_step(
+    runs: Runs, cluster: Cluster, name: str
+) -> None:
+    node = cluster.add_node(num_cpus=2)
+    job = runs.start(name, "--ray-address", cluster.address)
+    job.wait_for_step(50)
+    cluster.add_node(num_cpus=2)
+    moment = time.time()
+    cluster.remove_node(node, allow_graceful=False)
+    assert job.finish() == 0, job.text()
+    say("a lost node, of all workers", job.next_step_after(moment))
+    runs.check(name)
+
+
+@pytest.mark.parametrize("stopped", ["the raylet", "all"])
+def test_a_node_that_is_stopped_costs_seconds_and_no_step(
+    stopped: str, runs: Runs, cluster: Cluster, name: str
+) -> None:
+    """It still takes connections."""
+    nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
+    job = runs.start(name, "--ray-address", cluster.address)
+    job.wait_for_step(50)
+    cluster.add_node(num_cpus=1)
+    moment = time.time()
+    victims = [psutil.Process(raylet(nodes[0]))]
+    victims += victims[0].children(recursive=True) if stopped == "all" else []
+    for victim in victims:
+        victim.suspend()
+    try:
+        status = job.finish()
+    finally:
+        for victim in victims:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.resume()
+    assert status == 0, job.text()
+    print(job.text()[-3000:])
+    say(f"a node of which {stopped} is stopped", job.next_step_after(moment))
+    runs.check(name)
+
+
+# --- drained nodes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("victim", ["rank 0", "the other"])
+def test_a_drained_node_is_left_without_a_lost_step(
+    victim: str, runs: Runs, cluster: Cluster, name: str
+) -> None:
+    nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
+    job = runs.start(name, "--ray-address", cluster.address)
+    job.wait_for_step(50)
+    cluster.add_node(num_cpus=1)
+    nodes.sort(key=lambda n: n.node_id)
+    moment = time.time()
+    drain(cluster, nodes[victim != "rank 0"])
+    assert job.finish() == 0, job.text()
+    say(f"a drained node, of {victim}", job.next_step_after(moment))
+    assert "starting again elsewhere" in job.text() and "attempt 2 |" in job.text()
+    assert [step for _, step in job.steps()] == list(range(1, STEPS + 1))
+    runs.check(name)
+
+
+def test_a_drained_node_without_room_elsewhere_ends_the_run(
+    runs: Runs, cluster: Cluster, name: str
+) -> None:
+    nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
+    job = runs.start(name, "--ray-address", cluster.address, start_timeout_s=20)
+    job.wait_for_step(50)
+    moment = time.time()
+    drain(cluster, nodes[0])
+    job.finish()
+    say("a drained node without room elsewhere, to the end", time.time() - moment)
+    assert_ended(job, 75, "no room for 2 workers within cluster.start_timeout_s=20")
+    assert find_generation(str(runs.folder / name)).step == job.step()
+
+
+# --- the head -----------------------------------------------------------------------------------
+
+
+def _kill_gcs(cluster: Cluster) -> None:
+    cluster.head_node.kill_gcs_server()  # type: ignore[attr-defined]
+
+
+def _lose_head(cluster: Cluster) -> None:
+    cluster.remove_node(cluster.head_node, allow_graceful=False)
+
+
+def test_a_run_whose_worker_was_on_the_lost_head_ends(runs: Runs, name: str) -> None:
+    """Nothing can be placed any more, and nothing of Ray's answers."""
+    head = {"num_cpus": 1, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        cluster.add_node(num_cpus=1)
+        job = runs.start(name, "--ray-address", cluster.address, steps=MANY)
+        job.wait_for_step(50)
+        moment = time.time()
+        _lose_head(cluster)
+        job.finish()
+    finally:
+        cluster.shutdown()
+    print(job.text()[-3000:])
+    say("the head is gone with a worker, to the end", time.time() - moment)
+    assert_ended(job, 75, "head")
+
+
+@pytest.mark.parametrize("lose", [_kill_gcs, _lose_head])
+def test_a_run_whose_cluster_lost_its_head_saves_and_ends(
+    lose: Callable[[Cluster], None], runs: Runs, cluster: Cluster, name: str
+) -> None:
+    cluster.add_node(num_cpus=2)
+    job = runs.start(name, "--ray-address", cluster.address, steps=MANY)
+    job.wait_for_step(50)
+    moment = time.time()
+    lose(cluster)
+    job.finish()
+    print(job.text()[-3000:])
+    say(f"the head is gone ({lose.__name__}), to the end", time.time() - moment)
+    assert_ended(job, 75, "head has not answered")
+    assert find_generation(str(runs.folder / name)).step == job.step()
+
+
+def test_no_room_and_no_cluster_are_one_line(runs: Runs, cluster: Cluster, name: str) -> None:
+    began = time.time()
+    job = runs.start(name, "--ray-address", cluster.address, start_timeout_s=5)
+    job.finish()
+    say("no room, to the end", time.time() - began)
+    assert_ended(job, 75, "no room for 2 workers within cluster.start_timeout_s=5")
+    for address in ("127.0.0.1:1", "198.51.100.1:6379"):
+        began = time.time()
+        job = runs.start(name, "--ray-address", address)
+        job.finish()
+        say(f"no cluster at {address}, to the end", time.time() - began)
+        assert_ended(job, 2, f"cannot join Ray at {address}")
+
+
+# --- links --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Network]:
+    """Two machines with room for a worker each, beside the head's."""
+    if reason := why_no_namespaces():
+        pytest.skip(reason)
+    for key, value in ENVIRONMENT.items():
+        monkeypatch.setenv(key, value)
+    with contextlib.closing(Network(tmp_path)) as network:
+        network.add()
+        network.add()
+        yield network
+
+
+def on(network: Network, runs: Runs, name: str, **settings: Any) -> Watched:
+    """A job, on the head's machine."""
+    address = ("--ray-address", network.address)
+    return runs.start(name, *address, within=network.on(0), **settings)
+
+
+def _of_rank_0(network: Network) -> int:
+    """The machine whose worker listens most: for the store, too."""
+
+    def count(number: int) -> int:
+        return sum("Worker" in process for _, process in network.listeners(number))
+
+    return max((1, 2), key=count)
+
+
+def test_workers_listen_on_the_clusters_interface_only(
+    network: Network, runs: Runs, name: str
+) -> None:
+    """Rank 0's store and gloo; each worker has one more socket, Ray's own."""
+    job = on(network, runs, name, steps=MANY)
+    job.wait_for_step(3)
+    found = {
+        number: [address for address, process in network.listeners(number) if "Worker" in process]
+        for number in (1, 2)
+    }
+    job.process.send_signal(signal.SIGTERM)
+    assert job.finish() == 75, job.text()
+    sizes = []
+    for number, addresses in found.items():
+        own = [a for a in addresses if a not in ("*", "0.0.0.0", "[::]")]
+        assert set(own) == {network.address_of(number)} and len(addresses) - len(own) <= 1, found
+        sizes.append(len(own))
+    assert max(sizes) > min(sizes), found  # the store is seen
+
+
+@pytest.mark.parametrize("victim", ["rank 0", "the other"])
+def test_a_cut_link_costs_seconds_and_no_step(
+    victim: str, network: Network, runs: Runs, name: str
+) -> None:
+    """For good; a third machine takes over."""
+    job = on(network, runs, name)
+    job.wait_for_step(50)
+    network.add()
+    first = _of_rank_0(network)
+    moment = time.time()
+    network.cut(first if victim == "rank 0" else 3 - first)
+    assert job.finish() == 0, job.text()
+    say(f"a cut link to {victim}, with room elsewhere", job.next_step_after(moment))
+    runs.check(name)
+
+
+def test_a_link_cut_for_a_moment_costs_no_attempt(network: Network, runs: Runs, name: str) -> None:
+    job = on(network, runs, name)
+    job.wait_for_step(50)
+    moment = time.time()
+    network.cut(1)
+    time.sleep(5)
+    network.mend(1)
+    assert job.finish() == 0, job.text()
+    say("a link cut for 5 s", next(t for t, _ in job.steps() if t > moment + 5) - moment)
+    assert "attempt 2 |" not in job.text(), job.text()
+    runs.check(name)
+
+
+@pytest.mark.parametrize("seconds", [20, 60])
+def test_a_link_cut_for_a_while_is_waited_for(
+    seconds: int, network: Network, runs: Runs, name: str
+) -> None:
+    """Without room elsewhere. Ray ends a node that was away for long, and who keeps the machine
+    starts it again; the time for which a run waits is no failure."""
+    job = on(network, runs, name, start_timeout_s=180, max_failures=1)
+    job.wait_for_step(50)
+    moment = time.time()
+    network.cut(1)
+    time.sleep(seconds)
+    network.mend(1)
+    until = time.monotonic() + 240
+    while job.process.poll() is None and time.monotonic() < until:
+        network.keep(1)
+        time.sleep(0.5)
+    status = job.finish(5)
+    print(job.text()[-3000:])
+    say(f"a link cut for {seconds} s, without room elsewhere", job.next_step_after(moment))
+    assert status == 0, job.text()
+    runs.check(name)
+
+
+def test_a_cut_link_without_room_elsewhere_ends_the_run(
+    network: Network, runs: Runs, name: str
+) -> None:
+    job = on(network, runs, name, start_timeout_s=20, max_failures=1)
+    job.wait_for_step(50)
+    moment = time.time()
+    network.cut(1)
+    job.finish()
+    say("a cut link without room elsewhere, to the end", time.time() - moment)
+    assert_ended(job, 75, "no room for 2 workers within cluster.start_timeout_s=20")
+
+
+def test_sigterm_ends_a_run_with_a_cut_link(network: Network, runs: Runs, name: str) -> None:
+    job = on(network, runs, name, hang_timeout_s=100, stop_timeout_s=15)
+    job.wait_for_step(50)
+    network.cut(1)
+    time.sleep(2)
+    moment = time.time()
+    job.process.send_signal(signal.SIGTERM)
+    job.finish()
+    took = time.time() - moment
+    say("SIGTERM with a cut link, to the end (stop_timeout_s=15)", took)
+    assert_ended(job, 75, "cluster.stop_timeout_s=15")
