@@ -21,6 +21,7 @@ from cluster.ray_session import RaySession, ray_session
 from cluster.stopping import Stop, stop_signals
 from cluster.worker import Loop, Work
 from trainer.checkpoint.owner import Claimant, check_free
+from trainer.checkpoint.process import this_process
 from trainer.config import RunConfig, parse_config
 from trainer.loop import TrainResult, train
 from trainer.progress import tensorboard_folder
@@ -43,7 +44,7 @@ def launch(
     same command goes on; LaunchError otherwise.
     """
     config = absolute_paths(config)
-    claimant = check_free(run_url(config), Claimant(take_over=take_over))
+    claimant = check_free(run_url(config), Claimant(take_over=take_over, driver=this_process()))
     work = Work(config.given(), loop, claimant)
     budget = Budget(config.cluster.max_failures, newest_generation(run_url(config)))
     with scratch() as folder, stop_signals(config.cluster.stop_timeout_s) as stop:

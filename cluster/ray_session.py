@@ -16,7 +16,7 @@ import ray._private.state
 import ray._private.worker
 
 from cluster.bounded import StillBusyError, held
-from cluster.errors import AgainError, LaunchError
+from cluster.errors import AgainError, LaunchError, LostError
 from cluster.local_ray import dead_daemon, environment, local_ray
 from cluster.stopping import Stop
 from trainer.config import ClusterSection
@@ -75,6 +75,8 @@ def ray_session(
     """
     settings = {
         "RAY_USAGE_STATS_ENABLED": "0",
+        # torch makes this folder, if only to look into it.
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         # Worker processes share the cores: without this each would take all of them.
         "OMP_NUM_THREADS": str(max(1, int(cluster.cpus_per_worker))),
@@ -107,11 +109,12 @@ def ray_session(
             raise LaunchError(
                 f"{doing}: no answer within cluster.start_timeout_s={cluster.start_timeout_s:g}"
             ) from None
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            if isinstance(error, LaunchError | AgainError):
-                raise
+        except (LaunchError, AgainError):
+            raise
+        except Exception as error:  # Ray's own timeouts among them, which are no class of their own
             first = (str(error).strip().splitlines() or [repr(error)])[0]
-            raise LaunchError(f"{doing}: {first}") from error
+            # A busy machine passes, a wrong address does not.
+            raise (LaunchError if address else LostError)(f"{doing}: {first}") from error
         session = RaySession(local=not address)
         stack.callback(session.close)
         yield session

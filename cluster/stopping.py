@@ -79,6 +79,8 @@ def stop_signals(timeout: float) -> Iterator[Stop]:
     try:
         yield stop
     finally:
-        stop.ended.set()
+        # After a stop, until the process has ended: what is left to do may hang, too.
+        if not stop.asked():
+            stop.ended.set()
         for s, handler in before.items():
             signal.signal(s, handler)

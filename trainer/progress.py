@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -48,13 +49,15 @@ class Progress:
         self._pairs, self._seconds, self._waited = 0, 0.0, 0.0
         self._shares: dict[str, tuple[float, float]] = {}
         self._counted = 0
+        self._complained = False
 
     def step(
         self, step: int, values: Mapping[str, float], pairs: int, seconds: float, waited: float
     ) -> None:
         """Journal a finished step: `pairs` over all ranks, `seconds` in all, of which `waited` for
         data. Validation and saving are not in it."""
-        self._record.write(json.dumps({"step": step, "pairs": pairs, **values}) + "\n")
+        with self._spared():
+            self._record.write(json.dumps({"step": step, "pairs": pairs, **values}) + "\n")
         self._pairs += pairs
         self._seconds += seconds
         self._waited += waited
@@ -63,13 +66,14 @@ class Progress:
         rate = self._pairs / max(self._seconds, 1e-9)
         share = self._waited / max(self._seconds, 1e-9)
         self._pairs, self._seconds, self._waited = 0, 0.0, 0.0
-        for name, value in values.items():
-            self._writer.add_scalar(f"train/{name}", value, step)
-        for name, (planned, counted) in self._shares.items():
-            self._writer.add_scalar(f"share/{name}/planned", planned, step)
-            self._writer.add_scalar(f"share/{name}/actual", counted / self._counted, step)
-        self._writer.add_scalar("speed/pairs_per_second", rate, step)
-        self._writer.add_scalar("speed/share_waiting_for_data", share, step)
+        with self._spared():
+            for name, value in values.items():
+                self._writer.add_scalar(f"train/{name}", value, step)
+            for name, (planned, counted) in self._shares.items():
+                self._writer.add_scalar(f"share/{name}/planned", planned, step)
+                self._writer.add_scalar(f"share/{name}/actual", counted / self._counted, step)
+            self._writer.add_scalar("speed/pairs_per_second", rate, step)
+            self._writer.add_scalar("speed/share_waiting_for_data", share, step)
         losses = " ".join(
             f"{name.removeprefix('loss/')} {value:.3f}"
             for name, value in values.items()
@@ -92,14 +96,27 @@ class Progress:
             self._shares[name] = (share, self._shares.get(name, (share, 0.0))[1] + n)
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(f"validation/{name}", value, step)
-        self._writer.flush()
+        with self._spared():
+            for name, value in metrics.items():
+                self._writer.add_scalar(f"validation/{name}", value, step)
+            self._writer.flush()
         log.info("validation at step %d | %s", step, format_metrics(metrics))
 
     def close(self) -> None:
-        self._writer.close()
-        self._record.close()
+        with self._spared():
+            self._writer.close()
+        with self._spared():
+            self._record.close()
+
+    @contextlib.contextmanager
+    def _spared(self) -> Iterator[None]:
+        """Curves are worth no run: where the disk is full, say so once and train on."""
+        try:
+            yield
+        except (OSError, ValueError) as error:  # ValueError: closed after the first
+            if not self._complained:
+                self._complained = True
+                log.error("curves cannot be written, training goes on: %s", error)
 
 
 def some_of(names: Sequence[str], most: int = 12) -> str:

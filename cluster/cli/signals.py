@@ -82,7 +82,7 @@ class Signals:
 
 
 def _handle_by(handler: Any) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         # Ignored from the start: by nohup, or as a shell's job in the background.
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)

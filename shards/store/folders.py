@@ -8,10 +8,14 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 log = logging.getLogger(__name__)
+
+# Seconds after which a folder without a lock is nobody's.
+_ABANDONED_S = 600
 
 Keep = Callable[[Path], bool]
 
@@ -57,5 +61,10 @@ def sweep(parent: Path, prefix: str, keep: Keep = _keep_none) -> None:
             with open(folder / "lock") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
+        except FileNotFoundError:
+            # Made again by a process that outlived the folder; or just being made.
+            with contextlib.suppress(OSError):
+                if time.time() - folder.stat().st_mtime > _ABANDONED_S:
+                    shutil.rmtree(folder, ignore_errors=True)
         except OSError:
             log.debug("%s is in use, or not ours", folder)

@@ -103,7 +103,7 @@ def interrupted_at(moment: float, number: signal.Signals, *arguments: str) -> bo
     return True
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_imports_are_interrupted_without_a_traceback(number: signal.Signals) -> None:
     assert interrupted_at(0.02, number, "train", "absent.yaml")
     interrupted_at(0.7, number, "train", "absent.yaml")

@@ -71,10 +71,12 @@ class Claim:
     process: Process
     since: str
     """When, in UTC."""
+    driver: Process | None = None
+    """The command that started it, and will start another one where this one is lost."""
 
     @property
     def who(self) -> str:
-        return f"{self.process}, since {self.since}"
+        return f"{self.driver or self.process}, since {self.since}"
 
 
 _CLAIM: TypeAdapter[Claim] = TypeAdapter(Claim)

@@ -51,7 +51,7 @@ from trainer.checkpoint.lease import (
     read_lease,
     watch,
 )
-from trainer.checkpoint.process import has_ended, this_process
+from trainer.checkpoint.process import Process, has_ended, is_alive, this_process
 
 log = logging.getLogger("lxscale")
 
@@ -64,6 +64,9 @@ class Claimant:
     """One for all attempts of a command: a later one supersedes an earlier one at once."""
     take_over: bool = False
     """From a live owner, too: the one that `check_free` meets first, and not from others later."""
+    driver: Process | None = None
+    """The command's own process: while it lives, the run has an owner, though its workers be lost
+    at the moment."""
     over: int = 0
     """The owners of attempts up to this one were found dead, or are to be taken over."""
 
@@ -86,7 +89,14 @@ def claim(run_url: str, claimant: Claimant) -> Owner:
         _check_free(traces, claimant)
         link = traces.next
         now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        mine = Claim(link.attempt + 1, claimant.job, secrets.token_hex(8), this_process(), now)
+        mine = Claim(
+            link.attempt + 1,
+            claimant.job,
+            secrets.token_hex(8),
+            this_process(),
+            now,
+            claimant.driver,
+        )
         url = checkpoint_url(run_url, link.name)
         created = create.create_bytes(url, claim_bytes(mine))
         # After a pause before that, the name may have been free again: then there are later links.
@@ -108,9 +118,10 @@ def _check_free(traces: Traces, claimant: Claimant) -> Claimant:
     if not _may_live(before, url, mark, claimant):
         return free
     now = watch(url, before)
-    if now == before or not _may_live(now, url, mark, claimant):
+    between_workers = mark is not None and mark.driver is not None and is_alive(mark.driver)
+    if (now == before and not between_workers) or not _may_live(now, url, mark, claimant):
         return free
-    said = _said(now, url) or mark
+    said = mark or _said(now, url)
     raise OwnedError(
         f"the run {traces.run_url} is owned by a live job ({said.who if said else url}; attempt "
         f"{attempt}): wait for its end, give this one another run.name, or take the run from it "
@@ -127,7 +138,8 @@ def _may_live(data: bytes, url: str, mark: Claim | None, claimant: Claimant) -> 
     if said is None:
         return True
     ended = isinstance(said, Lease) and said.state == "ended"
-    return not (ended or said.job == claimant.job or has_ended(said.process))
+    process = mark.driver if mark and mark.driver else said.process
+    return not (ended or said.job == claimant.job or has_ended(process))
 
 
 def _said(data: bytes, url: str) -> Lease | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -107,3 +109,11 @@ def test_a_forked_child_leaves_the_folder_alone(tmp_path: Path) -> None:
         text=True,
     )
     assert done.stdout.split() == ["True", "False"], done
+
+
+def test_a_folder_that_a_process_made_again_after_its_end_is_swept(tmp_path: Path) -> None:
+    for name, age in (("kind-new", 0), ("kind-old", 3600), ("other", 3600)):
+        (tmp_path / name / "ray").mkdir(parents=True)
+        os.utime(tmp_path / name, (0, time.time() - age))
+    sweep(tmp_path, "kind-")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["kind-new", "other"]

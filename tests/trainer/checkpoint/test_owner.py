@@ -23,7 +23,7 @@ from shards.store import objects
 from tests.conftest import subprocess_environment
 from tests.object_store import Fault, FaultProxy, ObjectStore, Request
 from tests.trainer.checkpoint.test_checkpoint import newest_whole, own, save
-from trainer.checkpoint import lease, owner
+from trainer.checkpoint import lease, owner, process
 from trainer.checkpoint.errors import CheckpointError, OwnedError, StaleAttemptError
 from trainer.checkpoint.evidence import check_never_committed
 from trainer.checkpoint.format import manifest_bytes
@@ -121,6 +121,26 @@ os.kill(os.getpid(), signal.SIGKILL)
     done = subprocess.run([sys.executable, "-c", program], env=subprocess_environment())
     assert done.returncode == -signal.SIGKILL
     assert claim(run, Claimant()).attempt == 2
+
+
+def test_a_job_whose_workers_are_lost_keeps_its_run_while_its_driver_lives(run: str) -> None:
+    """The next group of workers is on its way."""
+    with subprocess.Popen(["sleep", "600"]) as driver:
+        started = process._started(driver.pid)
+        command = replace(process.this_process(), pid=driver.pid, started=started)
+        program = f"""
+import os, signal
+from trainer.checkpoint.owner import Claimant, claim
+from trainer.checkpoint.process import Process
+claim({run!r}, Claimant("job", driver={command!r}))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+        subprocess.run([sys.executable, "-c", program], env=subprocess_environment())
+        with pytest.raises(OwnedError, match=f"process {driver.pid}, since"):
+            check_free(run, Claimant())
+        assert claim(run, Claimant("job")).attempt == 2  # its own next group
+        driver.kill()
+    assert process.has_ended(command) and not process.is_alive(command)
 
 
 def test_a_dead_owner_on_another_machine_is_followed_in_time(run: str, elsewhere: None) -> None:

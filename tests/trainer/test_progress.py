@@ -1,0 +1,31 @@
+"""What a person on call sees, where it cannot be written."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import config_tree
+from trainer.config import parse_config
+from trainer.progress import Progress, tensorboard_folder
+
+
+def test_a_full_disk_ends_no_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("lxscale"), "propagate", True)
+    caplog.set_level(logging.INFO, "lxscale")
+    config = parse_config(config_tree(tmp_path, tmp_path, "run"), "test")
+    folder = tensorboard_folder(config)
+    folder.mkdir(parents=True)
+    (folder / "steps-a000001.jsonl").symlink_to("/dev/full")
+    progress = Progress(config, 1, 0, 3)
+    for step in (1, 2, 3):
+        progress.step(step, {"loss": 1.0, "lr": 0.1}, 4, 0.1, 0.0)
+    progress.validation(3, {"accuracy": 0.5})
+    progress.close()
+    complaints = [r.message for r in caplog.records if r.levelno == logging.ERROR]
+    assert len(complaints) == 1 and "No space left on device" in complaints[0]
+    assert any("step 3/3" in r.message for r in caplog.records)
