@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from trainer.config import ClusterSection
 _LOOK_S, _LOST_S = 2.0, 20.0
 # Seconds that leaving a Ray may take that is lost.
 _LEAVE_S = 5.0
+# Seconds for a cluster's head to take a connection.
+_REACH_S = 10.0
 
 
 class RaySession:
@@ -101,6 +104,8 @@ def ray_session(
             yield
 
     with environment(settings), contextlib.ExitStack() as stack:
+        if address:
+            _reach(address, stop)
         try:
             stack.enter_context(
                 started(address=address) if address else local_ray(cluster, folder, started)
@@ -118,3 +123,23 @@ def ray_session(
         session = RaySession(local=not address)
         stack.callback(session.close)
         yield session
+
+
+def _reach(address: str, stop: Stop) -> None:
+    """LaunchError where nothing takes a connection at host:port: Ray itself would print a page."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "://" in address:
+        return
+    until = time.monotonic() + _REACH_S
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _LOOK_S).close()
+            return
+        except (OSError, OverflowError) as error:
+            if stop.asked():
+                raise AgainError("stopped while Ray was starting") from None
+            if time.monotonic() > until:
+                raise LaunchError(
+                    f"cannot join Ray at {address}: {error}; is this the address of its head?"
+                ) from None
+        time.sleep(0.2)

@@ -217,7 +217,7 @@ def test_a_drained_node_without_room_elsewhere_ends_the_run(
     runs: Runs, cluster: Cluster, name: str
 ) -> None:
     nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
-    job = runs.start(name, "--ray-address", cluster.address, start_timeout_s=20)
+    job = runs.start(name, "--ray-address", cluster.address, steps=MANY, start_timeout_s=20)
     job.wait_for_step(50)
     moment = time.time()
     drain(cluster, nodes[0])
