@@ -32,7 +32,7 @@ from trainer.checkpoint.generations import find_generation
 
 pytestmark = pytest.mark.faults
 
-STEPS = 300
+STEPS = 600
 # More than are made before the fault is seen.
 MANY = 100_000
 # DRAIN_NODE_REASON_PREEMPTION of Ray's autoscaler.proto.
@@ -278,12 +278,12 @@ def test_no_room_and_no_cluster_are_one_line(runs: Runs, cluster: Cluster, name:
     job.finish()
     say("no room, to the end", time.time() - began)
     assert_ended(job, 75, "no room for 2 workers within cluster.start_timeout_s=5")
-    for address in ("127.0.0.1:1", "198.51.100.1:6379"):
-        began = time.time()
-        job = runs.start(name, "--ray-address", address)
-        job.finish()
-        say(f"no cluster at {address}, to the end", time.time() - began)
-        assert_ended(job, 2, f"cannot join Ray at {address}")
+    address = "127.0.0.1:1"
+    began = time.time()
+    job = runs.start(name, "--ray-address", address)
+    job.finish()
+    say("no cluster at the address, to the end", time.time() - began)
+    assert_ended(job, 2, f"cannot join Ray at {address}")
 
 
 # --- links --------------------------------------------------------------------------------------
