@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -66,6 +67,21 @@ def proxy(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
     yield server
     server.down()
+
+
+@pytest.fixture
+def said() -> Iterator[list[logging.LogRecord]]:
+    """What the project's log says during the test. (pytest's own way depends on whether another
+    test has set the log up for a command.)"""
+    records: list[logging.LogRecord] = []
+    logger, handler = logging.getLogger("lxscale"), logging.Handler(logging.INFO)
+    handler.emit = records.append  # type: ignore[assignment, method-assign]
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield records
+    logger.setLevel(level)
+    logger.removeHandler(handler)
 
 
 MakeRecords = Callable[..., list[ImageRecord]]

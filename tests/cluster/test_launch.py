@@ -55,7 +55,10 @@ def test_a_bug_is_shown_and_the_logs_are_kept(
     assert output.count("[worker 0] from a library\n") == 1
     assert output.count("[worker 0] child ") == 1
     child = output.partition("[worker 0] child ")[2].split()[0]
-    assert not Path("/proc", child).exists()
+    deadline = time.monotonic() + 10
+    while _alive(Path("/proc", child)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _alive(Path("/proc", child))
     assert local_ray.ray_constants.ENABLE_RAY_CLUSTER
 
 
@@ -70,9 +73,11 @@ from pathlib import Path
 os.umask(0)
 tempfile.tempdir = {str(root)!r}
 Path(tempfile.tempdir).mkdir()
-from cluster.local_ray import local_ray, scratch
+from cluster.local_ray import scratch
+from cluster.ray_session import ray_session
+from cluster.stopping import Stop
 from trainer.config import ClusterSection
-with scratch() as folder, local_ray(ClusterSection(), folder, {{}}):
+with scratch() as folder, ray_session(ClusterSection(), None, folder, Stop(60)):
     assert str(folder).startswith(tempfile.tempdir + "/"), folder
     sockets = [p for p in folder.rglob("*") if p.is_socket()]
     print(max(len(str(p)) for p in sockets), oct(stat.S_IMODE(folder.stat().st_mode)))

@@ -22,7 +22,7 @@ OBJECTIVES["again"] = replace(OBJECTIVES["matching"], name="again")
 OBJECTIVES["labels"] = replace(OBJECTIVES["masked_object"], name="labels", needs="labels")
 from tests.ranks import _rank
 jobs = [(json.loads(sys.argv[2]), None, False)]
-_rank(0, 1, int(sys.argv[1]), jobs, multiprocessing.SimpleQueue(), {})
+_rank(0, 1, int(sys.argv[1]), jobs, multiprocessing.SimpleQueue(), {}, None)
 """
 
 

@@ -5,18 +5,12 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import pytest
-
 from tests.ranks import config_tree
 from trainer.config import parse_config
 from trainer.progress import Progress, tensorboard_folder
 
 
-def test_a_full_disk_ends_no_training(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("lxscale"), "propagate", True)
-    caplog.set_level(logging.INFO, "lxscale")
+def test_a_full_disk_ends_no_training(tmp_path: Path, said: list[logging.LogRecord]) -> None:
     config = parse_config(config_tree(tmp_path, tmp_path, "run"), "test")
     folder = tensorboard_folder(config)
     folder.mkdir(parents=True)
@@ -26,6 +20,6 @@ def test_a_full_disk_ends_no_training(
         progress.step(step, {"loss": 1.0, "lr": 0.1}, 4, 0.1, 0.0)
     progress.validation(3, {"accuracy": 0.5})
     progress.close()
-    complaints = [r.message for r in caplog.records if r.levelno == logging.ERROR]
-    assert len(complaints) == 1 and "No space left on device" in complaints[0]
-    assert any("step 3/3" in r.message for r in caplog.records)
+    (complaint,) = [r.getMessage() for r in said if r.levelno == logging.ERROR]
+    assert "No space left on device" in complaint
+    assert any("step 3/3" in r.getMessage() for r in said)

@@ -89,17 +89,15 @@ def test_what_may_change_freely(data: Path, tmp_path: Path) -> None:
 
 
 def test_what_changed_is_logged(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[logging.LogRecord]
 ) -> None:
     assert not run_ranks(1, [(config_tree(data, tmp_path, "run"), 1, False)])
     found = [find_generation(str(tmp_path / "run"))]
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(logging.getLogger("lxscale"), "propagate", True)
     changed = {"checkpoint": {"override_settings": True}, "model": {"dropout": 0.2}}
     tree = config_tree(data, tmp_path, "run", **changed, train={"steps": 40, "global_batch": 7})
-    with caplog.at_level(logging.INFO, "lxscale"):
-        check_settings(found, parse_config(tree, "test"), found[0].manifest.objectives)
-    assert caplog.messages == [
+    check_settings(found, parse_config(tree, "test"), found[0].manifest.objectives)
+    assert [record.getMessage() for record in said] == [
         "changed since the checkpoint: train.global_batch: checkpoint 13, now 7; "
         "train.steps: checkpoint 8, now 40",
         "the checkpoint was trained with other settings: model.dropout: checkpoint 0.1, now 0.2; "

@@ -16,7 +16,7 @@ import pytest
 import s3fs
 from _pytest.mark import ParameterSet
 
-from shards.errors import DataError, NotFoundError
+from shards.errors import DataError, NotFoundError, StoreError
 from shards.store import objects
 from shards.store.retry import Retry, retrying
 from tests.conftest import subprocess_environment
@@ -191,7 +191,7 @@ def test_threads_in_a_storm_block_one_another_by_nothing(
     proxy.begin(lambda request: None if answering.is_set() else Fault("hang"))
     with ThreadPoolExecutor(100) as pool:
         given_up = [pool.submit(objects.read_bytes, f"{s3}/storm", SHORT) for _ in range(100)]
-        assert {type(future.exception()) for future in given_up} == {DataError}
+        assert {type(future.exception()) for future in given_up} == {StoreError}
     answering.set()
     assert objects.read_bytes(f"{s3}/storm", Retry(deadline=5)) == CONTENT
 
