@@ -124,6 +124,16 @@ def config(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path / "run.yaml"
 
 
+def expressions() -> dict[str, str]:
+    """Those that docs/cluster.md gives to who watches the log."""
+    text = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text()
+    part = text.partition("## Lines to watch for")[2].partition("\nNo line of")[0]
+    lines = [line[4:] for line in part.splitlines() if line.startswith("    ")]
+    found = {line[:20].strip(): line[20:] for line in lines}
+    assert len(found) == 8
+    return found
+
+
 def leftovers() -> set[str]:
     """What a run may leave on this machine: temporary folders, shared memory, listening ports,
     processes of this project or of Ray."""
@@ -174,6 +184,8 @@ def test_every_fault_of_workers_and_drivers_costs_seconds_and_no_step(
     inject("kill -9 of a loader process", _loaders(job))
     inject("kill -9 of the raylet", job.children("raylet"))
 
+    said: list[str] = []
+
     def rerun(name: str, end: Any, status: int | None) -> None:
         """The job ends by a fault; the same command again goes on."""
         nonlocal job
@@ -185,6 +197,7 @@ def test_every_fault_of_workers_and_drivers_costs_seconds_and_no_step(
             assert found == status, (name, job.text())
             errors = [line for _, line in job.lines if line.startswith("error:")]
             assert len(errors) <= 1 and "Traceback" not in job.text(), job.text()
+        said.extend(line for _, line in job.lines)
         job = Watched(config, faults)
         job.wait_for_step(job.step() + 1)
         costs[name] = (job.next_step_after(moment) or 0) - (0 if status is None else took)
@@ -196,6 +209,9 @@ def test_every_fault_of_workers_and_drivers_costs_seconds_and_no_step(
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         rerun(number.name, lambda n=number: job.process.send_signal(n), 75)
     assert job.finish() == 0, job.text()
+    said += [line for _, line in job.lines]
+    for what, expression in expressions().items():
+        assert any(re.search(expression, line) for line in said), (what, expression)
 
     print("\nfault".ljust(50), "seconds to the next step")
     for name, seconds in costs.items():
