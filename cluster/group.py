@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -195,10 +196,11 @@ def _all(refs: list[Any], seconds: float, wishes: Wishes) -> list[Any]:
 
 def seats(placed: Sequence[Placed], master: tuple[str, int]) -> list[Seat]:
     """The part of each worker, given in the order of ranks."""
-    found = []
+    found, before = [], Counter[str]()
     for rank, worker in enumerate(placed):
-        before = sum(p.node == worker.node for p in placed[:rank])
-        found.append(Seat(rank, len(placed), 0 if worker.gpu else before, worker.gpu, master))
+        local = 0 if worker.gpu else before[worker.node]
+        found.append(Seat(rank, len(placed), local, worker.gpu, master))
+        before[worker.node] += 1
     return found
 
 

@@ -74,7 +74,8 @@ def ray_session(
 ) -> Iterator[RaySession]:
     """Join the Ray cluster at `address`, or start one on this machine and remove it at the end.
 
-    Raises LaunchError where that cannot be, AgainError where a stop is asked for before.
+    Raises LaunchError where that cannot be, LostError where a Ray of its own does not start,
+    AgainError where a stop is asked for before.
     """
     settings = {
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -88,6 +89,8 @@ def ray_session(
     # launcher says it in one.
     vars(ray._private.worker)["print_to_stdstream"] = lambda *_, **__: None
     doing = f"cannot join Ray at {address}" if address else "cannot start Ray"
+    # A busy machine passes, a wrong address does not.
+    kind = LaunchError if address else LostError
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
     def keep_signals() -> None:
@@ -111,15 +114,14 @@ def ray_session(
                 started(address=address) if address else local_ray(cluster, folder, started)
             )
         except StillBusyError:
-            raise LaunchError(
+            raise kind(
                 f"{doing}: no answer within cluster.start_timeout_s={cluster.start_timeout_s:g}"
             ) from None
         except (LaunchError, AgainError):
             raise
         except Exception as error:  # Ray's own timeouts among them, which are no class of their own
             first = (str(error).strip().splitlines() or [repr(error)])[0]
-            # A busy machine passes, a wrong address does not.
-            raise (LaunchError if address else LostError)(f"{doing}: {first}") from error
+            raise kind(f"{doing}: {first}") from error
         session = RaySession(local=not address)
         stack.callback(session.close)
         yield session

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import statistics
 import threading
@@ -214,8 +213,3 @@ class Worker:
         first = (text.splitlines() or [""])[0]
         at = f"{os.path.basename(frame.filename)}:{frame.lineno} in {frame.name}"
         return Failure("code", name, f"{name}: {first} ({at})")
-
-
-def ignore_ctrl_c() -> None:
-    """A terminal sends Ctrl-C to every process: the driver alone acts on it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -17,13 +17,15 @@ import pytest
 import torch
 
 from cluster import local_ray, reaper
-from cluster.errors import LaunchError
+from cluster.errors import LaunchError, LostError, exit_status
 from cluster.launch import launch
+from cluster.ray_session import ray_session
+from cluster.stopping import Stop
 from cluster.worker_output import Printed
 from shards.store.folders import sweep
 from tests.conftest import subprocess_environment
 from tests.ranks import config_tree
-from trainer.config import RunConfig, parse_config
+from trainer.config import ClusterSection, RunConfig, parse_config
 from trainer.loop import Control
 
 
@@ -99,6 +101,25 @@ def test_gpus_that_are_not_there_are_an_error_and_no_wait(tmp_path: Path) -> Non
     with pytest.raises(LaunchError, match="more than the 0 GPUs") as caught:
         launch(config(tmp_path, workers=2, gpus_per_worker=1))
     assert "Logs" not in str(caught.value)
+
+
+@pytest.mark.parametrize("how", ["raises", "hangs"])
+def test_a_ray_that_does_not_start_on_a_busy_machine_is_worth_another_try(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**_: Any) -> None:
+        if how == "hangs":
+            time.sleep(60)
+        raise Exception("The current node timed out during startup\nand more")
+
+    monkeypatch.setattr("ray.init", init)
+    cluster = ClusterSection(start_timeout_s=0.3 if how == "hangs" else 60)
+    with (
+        pytest.raises(LostError, match=r"cannot start Ray: [^\n]*$") as caught,
+        ray_session(cluster, None, tmp_path, Stop(60)),
+    ):
+        pass
+    assert exit_status(caught.value) == 75
 
 
 def test_what_a_killed_driver_leaves_is_ended_and_removed(tmp_path: Path) -> None:

@@ -187,7 +187,6 @@ def test_a_node_that_is_stopped_costs_seconds_and_no_step(
             with contextlib.suppress(psutil.NoSuchProcess):
                 victim.resume()
     assert status == 0, job.text()
-    print(job.text()[-3000:])
     say(f"a node of which {stopped} is stopped", job.next_step_after(moment))
     runs.check(name)
 
@@ -251,7 +250,6 @@ def test_a_run_whose_worker_was_on_the_lost_head_ends(runs: Runs, name: str) -> 
         job.finish()
     finally:
         cluster.shutdown()
-    print(job.text()[-3000:])
     say("the head is gone with a worker, to the end", time.time() - moment)
     assert_ended(job, 75, "head")
 
@@ -266,7 +264,6 @@ def test_a_run_whose_cluster_lost_its_head_saves_and_ends(
     moment = time.time()
     lose(cluster)
     job.finish()
-    print(job.text()[-3000:])
     say(f"the head is gone ({lose.__name__}), to the end", time.time() - moment)
     assert_ended(job, 75, "head has not answered")
     assert find_generation(str(runs.folder / name)).step == job.step()
@@ -383,7 +380,6 @@ def test_a_link_cut_for_a_while_is_waited_for(
         network.keep(1)
         time.sleep(0.5)
     status = job.finish(5)
-    print(job.text()[-3000:])
     say(f"a link cut for {seconds} s, without room elsewhere", job.next_step_after(moment))
     assert status == 0, job.text()
     runs.check(name)
