@@ -20,6 +20,7 @@ from cluster.nodes import unreachable
 from cluster.ray_session import RaySession, ray_session
 from cluster.stopping import Stop, stop_signals
 from cluster.worker import Loop, Work
+from trainer.checkpoint.lease import keep_job_lease
 from trainer.checkpoint.owner import Claimant, check_free
 from trainer.checkpoint.process import this_process
 from trainer.config import RunConfig, parse_config
@@ -47,7 +48,11 @@ def launch(
     claimant = check_free(run_url(config), Claimant(take_over=take_over, driver=this_process()))
     work = Work(config.given(), loop, claimant)
     budget = Budget(config.cluster.max_failures, newest_generation(run_url(config)))
-    with scratch() as folder, stop_signals(config.cluster.stop_timeout_s) as stop:
+    with (
+        scratch() as folder,
+        stop_signals(config.cluster.stop_timeout_s) as stop,
+        keep_job_lease(run_url(config), claimant.job),
+    ):
         while True:
             with ray_session(config.cluster, ray_address, folder, stop) as session:
                 end, budget = _groups(config, work, session, stop, budget)

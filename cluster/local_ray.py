@@ -16,7 +16,7 @@ import torch
 
 from cluster import reaper
 from cluster.errors import LaunchError, LostError
-from shards.processes import sweep_homes
+from shards.processes import STOP_SIGNALS, sweep_homes, without_signals
 from shards.store.folders import owned_folder
 from trainer.config import ClusterSection
 
@@ -71,7 +71,8 @@ def local_ray(
         )
     cores = int(cluster.workers * cluster.cpus_per_worker + 0.999)
     session = str(folder)
-    watch = reaper.start(folder)
+    with without_signals(*STOP_SIGNALS):
+        watch = reaper.start(folder)
     with environment({**_ENVIRONMENT, reaper.MARK: session}), _one_node():
         try:
             with started(
@@ -82,11 +83,20 @@ def local_ray(
                 object_store_memory=_OBJECT_STORE_BYTES,
                 _temp_dir=str(folder / _RAY),
             ):
+                _end_at_once()
                 yield
         finally:
             reaper.reap(session)
             sweep_homes()
             reaper.stop(watch)
+
+
+def _end_at_once() -> None:
+    """Have Ray's daemons killed at the end: SIGTERM does not reach them, and is waited for."""
+    node = ray._private.worker._global_node
+    assert node
+    kill = node.kill_all_processes
+    node.kill_all_processes = lambda **_: kill(check_alive=False, allow_graceful=False)
 
 
 def dead_daemon() -> str | None:

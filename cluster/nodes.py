@@ -13,8 +13,10 @@ from cluster.bounded import StillBusyError, bounded
 
 # Seconds for a node's answer, and for that of Ray's head.
 _CONNECT_S, _ANSWER_S = 2.0, 5.0
-# The beginning of HTTP/2 with no settings, which every gRPC server answers.
-_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+# The beginning of HTTP/2 with no settings, which every gRPC server answers with its own: the length
+# of a frame's head, and the kind that it begins with (RFC 9113, 3.4 and 4.1).
+_FRAME, _SETTINGS = 9, b"\x04"
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, *_SETTINGS, 0, 0, 0, 0, 0])
 
 
 def unreachable(nodes: Iterable[str]) -> frozenset[str]:
@@ -33,11 +35,18 @@ def unreachable(nodes: Iterable[str]) -> frozenset[str]:
 
 def _answers(node: dict) -> bool:
     """Whether its raylet speaks: one that is stopped still takes connections."""
-    address = node["NodeManagerAddress"], node["NodeManagerPort"]
     try:
-        with socket.create_connection(address, _CONNECT_S) as s:
-            s.sendall(_HELLO)
-            s.recv(1)
+        greet(node["NodeManagerAddress"], node["NodeManagerPort"])
     except OSError:
         return False
     return True
+
+
+def greet(host: str, port: int) -> None:
+    """Raises OSError where nothing takes a connection or answers, ConnectionRefusedError where what
+    answers does not speak as Ray does."""
+    with socket.create_connection((host, port), _CONNECT_S) as s:
+        s.sendall(_HELLO)
+        answer = s.recv(_FRAME, socket.MSG_WAITALL)
+    if answer[3:4] != _SETTINGS:
+        raise ConnectionRefusedError("another kind of server answers there")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +17,9 @@ import ray._private.worker
 from cluster.bounded import StillBusyError, held
 from cluster.errors import AgainError, LaunchError, LostError
 from cluster.local_ray import dead_daemon, environment, local_ray
+from cluster.nodes import greet
 from cluster.stopping import Stop
+from shards.processes import STOP_SIGNALS, without_signals
 from trainer.config import ClusterSection
 
 # Seconds between two looks at the cluster's nodes; without an answer for so long its head is lost
@@ -101,7 +101,11 @@ def ray_session(
 
     @contextlib.contextmanager
     def started(**more: Any) -> Iterator[None]:
-        begin = functools.partial(ray.init, **options, **more)
+        def begin() -> None:
+            # Workers that have to save outlive a signal to all processes of the job.
+            with without_signals(*STOP_SIGNALS):
+                ray.init(**options, **more)
+
         with held(begin, ray.shutdown, cluster.start_timeout_s, _LEAVE_S, keep_signals):
             stop.take_signals()
             yield
@@ -128,14 +132,15 @@ def ray_session(
 
 
 def _reach(address: str, stop: Stop) -> None:
-    """LaunchError where nothing takes a connection at host:port: Ray itself would print a page."""
+    """LaunchError where nothing at host:port speaks as Ray's head does: Ray itself would try for a
+    minute and print a page."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "://" in address:
         return
     until = time.monotonic() + _REACH_S
     while True:
         try:
-            socket.create_connection((host.strip("[]"), int(port)), _LOOK_S).close()
+            greet(host.strip("[]"), int(port))
             return
         except (OSError, OverflowError) as error:
             if stop.asked():

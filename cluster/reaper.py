@@ -3,7 +3,7 @@
 The kernel ends Ray's daemons with their driver, but not their agents, which try for a minute to
 reach them, nor processes that workers started. All of them carry a mark in their environment, but
 some cannot be seen to: Ray's agents and workers write their titles over it, in part or whole. Those
-print into the session's folder.
+have files of the session's folder open to write to.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -64,10 +65,18 @@ def _belongs(pid: int, session: str) -> bool:
         mark = f"{MARK}={session}".encode()
         if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
             return True
-        prints_to = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (1, 2)]
+        return any(_writes(Path(fd.path), session) for fd in os.scandir(f"/proc/{pid}/fd"))
     except OSError:
         return False
-    return any(path.startswith(f"{session}/") for path in prints_to)
+
+
+def _writes(fd: Path, session: str) -> bool:
+    """Whether a process's descriptor is of a file of the session's, and for writing: a person may
+    read its logs."""
+    try:
+        return os.readlink(fd).startswith(f"{session}/") and bool(fd.lstat().st_mode & stat.S_IWUSR)
+    except OSError:
+        return False  # closed meanwhile
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from shards.processes import STOP_SIGNALS
 
 # A second signal within these seconds is the first: `timeout` sends it to the process and to its
 # group, of which it is.
@@ -31,7 +31,7 @@ class Stop:
     def take_signals(self) -> None:
         """Handle the signals, in the main thread; again where something else has taken them."""
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            for number in STOP_SIGNALS:
                 signal.signal(number, self.handle)
 
     def asked(self) -> bool:
@@ -73,7 +73,7 @@ def stop_signals(timeout: float) -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {s: signal.getsignal(s) for s in SIGNALS}
+    before = {s: signal.getsignal(s) for s in STOP_SIGNALS}
     stop.take_signals()
     threading.Thread(target=stop.watch, name="lxscale-stop", daemon=True).start()
     try:

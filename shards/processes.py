@@ -10,7 +10,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator
-from multiprocessing import process, util
+from multiprocessing import process, resource_tracker, util
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -34,11 +34,16 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, name="lxscale-parent", daemon=True).start()
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""By which people, `timeout` and schedulers ask for an end, often of all processes at once: the
+first one answers for the others."""
+
+
 @contextlib.contextmanager
-def without_sigint() -> Iterator[None]:
-    """What is started in the block does not get SIGINT, which a terminal sends to all processes:
-    each would print a traceback, from its first moment on. This process gets it after the block."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def without_signals(*numbers: signal.Signals) -> Iterator[None]:
+    """Processes and threads that are started in the block do not get these signals. This thread
+    gets them after the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:
@@ -56,6 +61,9 @@ def make_home() -> None:
     settings = vars(process.current_process())["_config"]
     settings |= {"tempdir": str(folder), "semprefix": f"/{folder.name}"}
     util.Finalize(None, home.close, exitpriority=-100)  # when multiprocessing has removed the rest
+    # Where it starts later, it unblocks signals that others have blocked.
+    with without_signals():
+        resource_tracker.ensure_running()
 
 
 def sweep_homes() -> None:

@@ -11,7 +11,7 @@ import functools
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from queue import SimpleQueue
 from types import SimpleNamespace
@@ -320,8 +320,8 @@ def simulated(patch: pytest.MonkeyPatch, current: Callable[[], Store]) -> Iterat
     yield
 
 
-def _watch(url: str, before: bytes) -> bytes:
-    now = before
+def _watch(urls: Sequence[str], before: Sequence[bytes]) -> list[bytes]:
+    now = list(before)
     for _ in range(2):
-        now = lease.read_lease(url)
+        now = [lease.read_lease(url) for url in urls]
     return now

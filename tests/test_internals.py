@@ -51,6 +51,11 @@ INTERNALS = (
     Internal(SESSION, "ray._private.state:state.get_draining_nodes"),
     Internal(LOCAL, "ray._private.worker:_global_node"),
     Internal(LOCAL, "ray._private.node:Node.dead_processes"),
+    Internal(
+        LOCAL,
+        "ray._private.node:Node.kill_all_processes",
+        ("check_alive", "allow_graceful"),
+    ),
     Internal(LOCAL, "ray._private.ray_constants:PROCESS_TYPE_GCS_SERVER"),
     Internal(LOCAL, "ray._private.ray_constants:PROCESS_TYPE_RAYLET"),
     Internal(LOCAL, "ray:init", ("_temp_dir",)),
@@ -64,6 +69,11 @@ INTERNALS = (
     Internal(OBJECTS, "s3fs:S3FileSystem._pipe_file", ("self", "path", "data")),
     Internal(OBJECTS, "s3fs:S3FileSystem._rm_file", ("self", "path")),
     Internal(ENGINE, "deepspeed.ops:__compatible_ops__"),
+    Internal(
+        "trainer/data/loader.py",
+        "torch.utils.data.dataloader:_MultiProcessingDataLoaderIter._try_get_data",
+        ("timeout",),
+    ),
     Internal("trainer/data/shared_batches.py", "multiprocessing.reduction:DupFd", ("fd",)),
 )
 

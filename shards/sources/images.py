@@ -17,6 +17,7 @@ good enough for simple pictures, demonstrations and tests: everything after them
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from argparse import ArgumentParser, Namespace
 from collections import deque
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from PIL import Image
 from shards.errors import DataError
 from shards.format.record import ImageRecord, Report, Sentence, check_sentence
 from shards.json_files import read_list
-from shards.processes import end_with_parent, make_home, without_sigint
+from shards.processes import end_with_parent, make_home, without_signals
 from shards.progress import Progress, no_progress
 from shards.sources.source import Source, given_name
 
@@ -241,7 +242,7 @@ def _described(
     try:
         for chunk in chunks:
             paths = [e.path for e in chunk]
-            with without_sigint():  # the first starts the processes
+            with without_signals(signal.SIGINT):  # the first starts the processes
                 future = pool.submit(_describe_files, paths, layout, feature_dim)
             waiting.append((chunk, future))
             if len(waiting) > 3 * workers:

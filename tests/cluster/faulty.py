@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 import cluster.cli.train as command
 from cluster.cli.main import main
 from cluster.launch import launch
@@ -44,10 +46,11 @@ class Fault:
     step: int
     """It happens when so many steps have been begun in the run."""
     place: str
-    """Of PLACES."""
+    """Of PLACES, or "end": the loop has returned."""
     rank: int
     how: str
-    """kill: of the worker; stop: SIGSTOP of it; freeze: the thread sleeps for ever; raise."""
+    """kill: of the worker; stop: SIGSTOP of it; freeze: the thread sleeps for ever; raylet: kill -9
+    of that of its node; raise."""
 
 
 def write_plan(folder: Path, faults: list[Fault]) -> None:
@@ -70,9 +73,11 @@ def faulty_train(config: RunConfig, control: Control) -> TrainResult:
     import trainer.loop
 
     trainer.loop.step = trainer.run.step
-    for place in {f.place for f in mine}:
+    for place in {f.place for f in mine} & PLACES.keys():
         _wrap(PLACES[place], functools.partial(_maybe, place, mine, at, folder))
-    return train(config, control)
+    result = train(config, control)
+    _maybe("end", mine, at, folder)
+    return result
 
 
 def _wrap(name: str, before: Callable[..., Any]) -> None:
@@ -103,6 +108,10 @@ def _maybe(place: str, faults: list[Fault], at: list[int], folder: Path, *_: Any
             os.kill(os.getpid(), signal.SIGSTOP)
         elif fault.how == "freeze":
             threading.Event().wait()
+        elif fault.how == "raylet":
+            (raylet,) = [p for p in psutil.Process().parents() if p.name() == "raylet"]
+            raylet.kill()
+            continue
         raise KeyError(f"injected: {fault.name}")
 
 

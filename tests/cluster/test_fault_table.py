@@ -208,6 +208,16 @@ def test_every_fault_of_workers_and_drivers_costs_seconds_and_no_step(
     rerun("kill -9 of the GCS", lambda: job.children("gcs_server")[0].kill(), 75)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         rerun(number.name, lambda n=number: job.process.send_signal(n), 75)
+
+    def everywhere(number: signal.Signals) -> None:
+        """As schedulers do, to all processes of a job."""
+        for process in (*job.me.children(recursive=True), job.me):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        rerun(f"{number.name} to all processes", lambda n=number: everywhere(n), 75)
+        assert "stopped at step" in said[-1], said[-9:]
     assert job.finish() == 0, job.text()
     said += [line for _, line in job.lines]
     for what, expression in expressions().items():
@@ -258,3 +268,15 @@ def test_a_worker_that_fails_at_the_same_step_again_and_again_ends_the_run(
     for folder in Path(tempfile.gettempdir()).glob("lxscale-*-failed"):
         if str(folder) in error:
             assert os.listdir(folder)
+
+
+@pytest.mark.parametrize("place", ["commit", "end"])
+def test_a_raylet_that_dies_as_a_run_ends(place: str, config: Path, tmp_path: Path) -> None:
+    """At its last commit, or when all is done: the run is done all the same."""
+    faults = tmp_path / "faults"
+    write_plan(faults, [Fault("raylet", STEPS, place, 0, "raylet")])
+    job = Watched(config, faults)
+    assert job.finish() == 0, job.text()
+    assert (faults / "raylet").exists() and "error:" not in job.text(), job.text()
+    assert find_generation(str(tmp_path / "run")).step == STEPS
+    assert not audit(str(tmp_path / "run"), cache=str(tmp_path / "cache")).problems

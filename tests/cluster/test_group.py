@@ -97,7 +97,7 @@ def test_loopback_has_an_interface() -> None:
     assert interface_of("203.0.113.7") is None
 
 
-def test_a_raylet_that_takes_connections_and_does_not_speak_does_not_answer(
+def test_what_takes_connections_and_does_not_speak_as_ray_does_not_answer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(nodes, "_CONNECT_S", 0.5)
@@ -106,10 +106,11 @@ def test_a_raylet_that_takes_connections_and_does_not_speak_does_not_answer(
         node = {"NodeManagerAddress": "127.0.0.1", "NodeManagerPort": port}
         assert not nodes._answers(node)
         server.accept()
-        speaks = threading.Thread(target=lambda: server.accept()[0].sendall(b"x"))
-        speaks.start()
-        assert nodes._answers(node)
-        speaks.join()
+        for answer, expected in ((b"\0\0\0\4\0\0\0\0\0", True), (b"HTTP/1.0 4", False)):
+            speaks = threading.Thread(target=lambda a=answer: server.accept()[0].sendall(a))
+            speaks.start()
+            assert nodes._answers(node) == expected
+            speaks.join()
     assert not nodes._answers(node)
 
 

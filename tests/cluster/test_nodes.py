@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -275,12 +277,16 @@ def test_no_room_and_no_cluster_are_one_line(runs: Runs, cluster: Cluster, name:
     job.finish()
     say("no room, to the end", time.time() - began)
     assert_ended(job, 75, "no room for 2 workers within cluster.start_timeout_s=5")
-    address = "127.0.0.1:1"
-    began = time.time()
-    job = runs.start(name, "--ray-address", address)
-    job.finish()
-    say("no cluster at the address, to the end", time.time() - began)
-    assert_ended(job, 2, f"cannot join Ray at {address}")
+    web = ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    for port in (1, web.server_port):
+        began = time.time()
+        job = runs.start(name, "--ray-address", f"127.0.0.1:{port}")
+        job.finish()
+        say("no cluster at the address, to the end", time.time() - began)
+        assert_ended(job, 2, f"cannot join Ray at 127.0.0.1:{port}")
+    web.shutdown()
+    web.server_close()
 
 
 # --- links --------------------------------------------------------------------------------------

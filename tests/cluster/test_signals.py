@@ -171,3 +171,31 @@ def test_what_was_ignored_from_the_start_stays_ignored() -> None:
     time.sleep(0.3)
     assert process.poll() is None
     assert end(process, signal.SIGTERM) == (143, ["clean", "aborted"])
+
+
+_HANGS = """
+import sys, time
+from cluster.stopping import stop_signals
+where = sys.argv[1]
+with stop_signals(2) as stop:
+    print("up", flush=True)
+    while not stop.asked():
+        time.sleep(0.01)
+    if where == "inside":
+        time.sleep(60)
+if where == "after":
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("where", ["inside", "after", "nowhere"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_ends_the_process_in_time_whatever_hangs(number: int, where: str) -> None:
+    began = time.monotonic()
+    status, lines = end(begin(_HANGS, where), number)
+    if where == "nowhere":
+        assert (status, lines) == (0, [])
+    else:
+        assert status == 75 and time.monotonic() - began < 30
+        (line,) = lines
+        assert line.startswith("error: the stop took longer than cluster.stop_timeout_s=2;"), line

@@ -33,7 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def state_of(run: Path) -> tuple[Generation, dict[str, dict[str, np.ndarray]]]:
+def state_of(run: Path | str) -> tuple[Generation, dict[str, dict[str, np.ndarray]]]:
     """The newest generation and every parameter's master and moments, whole."""
     generation = find_generation(str(run))
     shapes = generation.manifest.parameters
@@ -47,7 +47,7 @@ def state_of(run: Path) -> tuple[Generation, dict[str, dict[str, np.ndarray]]]:
     return generation, state
 
 
-def assert_bitwise(a: Path, b: Path) -> None:
+def assert_bitwise(a: Path | str, b: Path | str) -> None:
     (one, state_a), (two, state_b) = state_of(a), state_of(b)
     assert one.step == two.step and one.manifest.sampler == two.manifest.sampler
     assert state_a.keys() == state_b.keys()

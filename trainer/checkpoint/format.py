@@ -1,6 +1,7 @@
 """What a checkpoint is on the store: names, the manifest's fields, its JSON and its own hash.
 
     storage/name/attempts/000002-1f3a….json                the lease of attempt 2's owner
+    storage/name/attempts/job-9c41….json                   the lease of a job, while it lasts
     storage/name/checkpoints/objects/step-…-a…-r…-….safetensors   one a rank: its fragments
     storage/name/checkpoints/record/step-…-…-a…-….jsonl    a segment of the journal
     storage/name/checkpoints/a000002-000001.json           a link of the chain (chain.py): the
@@ -93,6 +94,10 @@ def checkpoint_url(run_url: str, *parts: str) -> str:
 def lease_url(run_url: str, *name: str) -> str:
     """The folder of a run's leases, or one of them."""
     return objects.join(run_url, "attempts", *name)
+
+
+def job_lease_url(run_url: str, job: str) -> str:
+    return lease_url(run_url, f"job-{job}.json")
 
 
 # The random end keeps apart what a save that is tried again writes.

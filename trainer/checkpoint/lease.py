@@ -1,31 +1,41 @@
-"""The lease of a run's owner: a file that it rewrites every two seconds, for rivals to watch.
+"""The leases of a run's owner: files that are rewritten every two seconds, for rivals to watch.
 
-Nothing is decided by clocks of two machines: a rival compares what it read before with what it
-reads now. The lease lies where lxscale 0.1.0 has its claims, under a name of the same kind, so that
+One is rank 0's, for its attempt. Another one is the job's: the driver rewrites it, so that the run
+has an owner while its workers are being replaced, too. Nothing is decided by clocks of two
+machines: a rival compares what it read before with what it reads now.
+
+An attempt's lease lies where lxscale 0.1.0 has its claims, under a name of the same kind, so that
 jobs of that version stop, too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from shards.errors import NotFoundError
+from shards.errors import DataError, NotFoundError
 from shards.store import objects
 from shards.store.retry import Retry
 from trainer.checkpoint.errors import CheckpointError
-from trainer.checkpoint.format import checked_document, document_bytes, what_is_wrong
+from trainer.checkpoint.format import (
+    checked_document,
+    document_bytes,
+    job_lease_url,
+    what_is_wrong,
+)
 from trainer.checkpoint.process import Process
 
 log = logging.getLogger("lxscale")
 
 LEASE_FORMAT = "lxscale-lease-1"
+JOB_FORMAT = "lxscale-job-1"
 OLD_CLAIM = b"{}"
 """What lxscale 0.1.0 writes as its claim, once, where leases are."""
 
@@ -73,23 +83,23 @@ def parse_lease(data: bytes, url: str) -> Lease | None:
         raise CheckpointError(f"{url}: not a lease: {what_is_wrong(error)}") from None
 
 
-def read_lease(url: str) -> bytes:
+def read_lease(url: str, retry: Retry | None = None) -> bytes:
     """As it is stored; empty if it is not there."""
     try:
-        return objects.read_bytes(url)
+        return objects.read_bytes(url, retry)
     except NotFoundError:
         return b""
 
 
-def watch(url: str, before: bytes) -> bytes:
-    """What a lease says once it is no more what it was `before`; `before` again if it does not
-    change for DEAD_S seconds."""
+def watch(urls: Sequence[str], before: Sequence[bytes]) -> list[bytes]:
+    """What leases say once one of them is no more what it was `before`, or after DEAD_S seconds
+    without a change."""
     end = time.monotonic() + DEAD_S
-    while time.monotonic() < end:
+    while True:
         time.sleep(_POLL_S)
-        if (now := read_lease(url)) != before:
+        now = [read_lease(url) for url in urls]
+        if now != list(before) or time.monotonic() >= end:
             return now
-    return before
 
 
 @dataclass(frozen=True)
@@ -140,3 +150,39 @@ class Heart:
                 log.debug("lease: %s", error)
             if not ended:
                 self._wake.wait(BEAT_S)
+
+
+# --- the job's ----------------------------------------------------------------------------------
+
+
+def begin_job_lease(run_url: str, job: str) -> None:
+    """Make the lease that the job's driver rewrites. Where that cannot be now, its workers' own has
+    to do until the job's next claim."""
+    with contextlib.suppress(DataError):
+        _write_job_lease(job_lease_url(run_url, job), 0)
+
+
+@contextlib.contextmanager
+def keep_job_lease(run_url: str, job: str) -> Iterator[None]:
+    """Rewrite the job's lease, once the job has claimed the run, and remove it at the end."""
+    url, beats = job_lease_url(run_url, job), 0
+
+    def beat(ended: bool) -> None:
+        nonlocal beats
+        if not beats and not read_lease(url, ONE_TRY):
+            return  # not claimed yet
+        beats += 1
+        if ended:
+            objects.delete(url, ONE_TRY)
+        else:
+            _write_job_lease(url, beats)
+
+    heart = Heart(beat)
+    try:
+        yield
+    finally:
+        heart.stop()
+
+
+def _write_job_lease(url: str, beat: int) -> None:
+    objects.write_bytes(url, document_bytes(JOB_FORMAT, {"beat": beat}), ONE_TRY, durable=False)

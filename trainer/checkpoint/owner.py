@@ -37,6 +37,7 @@ from trainer.checkpoint.format import (
     ObjectEntry,
     SegmentEntry,
     checkpoint_url,
+    job_lease_url,
     lease_url,
     manifest_bytes,
 )
@@ -46,12 +47,13 @@ from trainer.checkpoint.lease import (
     ONE_TRY,
     Heart,
     Lease,
+    begin_job_lease,
     lease_bytes,
     parse_lease,
     read_lease,
     watch,
 )
-from trainer.checkpoint.process import Process, has_ended, is_alive, this_process
+from trainer.checkpoint.process import Process, has_ended, this_process
 
 log = logging.getLogger("lxscale")
 
@@ -65,8 +67,8 @@ class Claimant:
     take_over: bool = False
     """From a live owner, too: the one that `check_free` meets first, and not from others later."""
     driver: Process | None = None
-    """The command's own process: while it lives, the run has an owner, though its workers be lost
-    at the moment."""
+    """The command's own process: while it keeps the job's lease, the run has an owner, though its
+    workers be lost at the moment."""
     over: int = 0
     """The owners of attempts up to this one were found dead, or are to be taken over."""
 
@@ -101,6 +103,8 @@ def claim(run_url: str, claimant: Claimant) -> Owner:
         created = create.create_bytes(url, claim_bytes(mine))
         # After a pause before that, the name may have been free again: then there are later links.
         if created and list_links(run_url)[0][-1:] == [link]:
+            if claimant.driver:
+                begin_job_lease(run_url, claimant.job)
             return Owner(run_url, mine)
         # Somebody was quicker.
 
@@ -114,14 +118,15 @@ def _check_free(traces: Traces, claimant: Claimant) -> Claimant:
     if claimant.take_over or not (mark or names):
         return free
     url = lease_url(traces.run_url, lease_name(mark) if mark else names[-1])
-    before = read_lease(url)
+    urls = [url, job_lease_url(traces.run_url, mark.job)] if mark and mark.driver else [url]
+    before = [read_lease(u) for u in urls]
     if not _may_live(before, url, mark, claimant):
         return free
-    now = watch(url, before)
-    between_workers = mark is not None and mark.driver is not None and is_alive(mark.driver)
-    if (now == before and not between_workers) or not _may_live(now, url, mark, claimant):
+    now = watch(urls, before)
+    left = any(b and not n for b, n in zip(before, now, strict=True))
+    if now == before or left or not _may_live(now, url, mark, claimant):
         return free
-    said = mark or _said(now, url)
+    said = mark or _said(now[0], url)
     raise OwnedError(
         f"the run {traces.run_url} is owned by a live job ({said.who if said else url}; attempt "
         f"{attempt}): wait for its end, give this one another run.name, or take the run from it "
@@ -129,15 +134,17 @@ def _check_free(traces: Traces, claimant: Claimant) -> Claimant:
     )
 
 
-def _may_live(data: bytes, url: str, mark: Claim | None, claimant: Claimant) -> bool:
-    """Whether an owner has to be watched. data: its lease, empty if it has none; mark: its claim,
-    if that is known."""
+def _may_live(leases: list[bytes], url: str, mark: Claim | None, claimant: Claimant) -> bool:
+    """Whether an owner has to be watched. leases: its attempt's, at `url`, and its job's, where it
+    may have one; empty if they are not there. mark: its claim, if that is known."""
+    data, *job = leases
     if data == OLD_CLAIM:
         return False  # it would never change
     said = _said(data, url) or mark
     if said is None:
         return True
-    ended = isinstance(said, Lease) and said.state == "ended"
+    # The job of an attempt that has ended may be about to begin another one.
+    ended = isinstance(said, Lease) and said.state == "ended" and not any(job)
     process = mark.driver if mark and mark.driver else said.process
     return not (ended or said.job == claimant.job or has_ended(process))
 

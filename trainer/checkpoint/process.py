@@ -45,12 +45,6 @@ def has_ended(process: Process) -> bool:
     return _started(process.pid) not in (0, process.started)
 
 
-def is_alive(process: Process) -> bool:
-    """Whether the process is of this machine and lives. False where that cannot be known."""
-    same = process.boot and process.started and (process.boot, process.namespace) == _here()
-    return bool(same) and _started(process.pid) == process.started
-
-
 def _here() -> tuple[str, str]:
     """This machine's boot and this process's pid namespace."""
     try:

@@ -10,22 +10,27 @@ import multiprocessing
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from model.batch import Batch
 from shards.dataset import Dataset
 from shards.order.lookahead import next_use, next_windows, windows_at, working_set
 from shards.order.sampler import Sampler, SamplerState, Step
-from shards.processes import end_with_parent, make_home
+from shards.processes import STOP_SIGNALS, end_with_parent, make_home, without_signals
 from shards.store.prefetch import LookAhead, ShardError, check_limit
 from trainer.config import LoaderSettings
 from trainer.data.batch import BatchSettings, make_batch
 from trainer.data.shared_batches import Packed, SharedBatches, make_in_slot
+
+# Seconds between two looks whether loader workers live.
+_LOOK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -175,6 +180,8 @@ def _in_workers(
     maker: _StepBatches, steps: Iterator[Step], settings: LoaderSettings
 ) -> Iterator[_Made]:
     make_home()
+    # How long torch waits for a batch before it looks whether a worker is dead: 5 s by default.
+    vars(_MultiProcessingDataLoaderIter)["_try_get_data"].__defaults__ = (_LOOK_S,)
     context = multiprocessing.get_context(settings.loader_start)
     if settings.loader_start == "forkserver":
         # Workers share the pages of what the server that they are forked from has imported.
@@ -188,7 +195,21 @@ def _in_workers(
         multiprocessing_context=context,
         worker_init_fn=_begin_worker,
     )
-    return iter(loader)
+    before = multiprocessing.active_children()
+    # The process that they work for decides when they end.
+    with without_signals(*STOP_SIGNALS):
+        made = iter(loader)
+    return _ended(made, [p for p in multiprocessing.active_children() if p not in before])
+
+
+def _ended(made: Iterator[_Made], workers: list[BaseProcess]) -> Iterator[_Made]:
+    """What the workers make; then they are ended."""
+    try:
+        yield from made
+    finally:
+        del made  # which asks them to end, and waits for some seconds
+        for worker in workers:
+            worker.kill()
 
 
 def _slot_size(data: Dataset, batch: BatchSettings, pairs: int) -> int:

@@ -155,8 +155,8 @@ from pathlib import Path
 from shards.sources.images import read_images
 if __name__ == "__main__":
     for record in read_images(Path(sys.argv[1]), Path(sys.argv[2]), boxes=10, workers=2):
-        print("up", flush=True)
         try:
+            print("up", flush=True)
             sys.stdin.read()
         except KeyboardInterrupt:
             time.sleep(1)
@@ -190,6 +190,6 @@ def test_processes_end_with_the_one_that_they_read_for(tmp_path: Path, number: i
     else:
         process.kill()
     _, errors = process.communicate(timeout=60)
-    assert process.returncode in (130, -signal.SIGKILL) and "Traceback" not in errors
+    assert process.returncode in (130, -signal.SIGKILL) and "Traceback" not in errors, errors
     _, alive = psutil.wait_procs(children, 10)
     assert not alive

@@ -23,7 +23,7 @@ from shards.store import objects
 from tests.conftest import subprocess_environment
 from tests.object_store import Fault, FaultProxy, ObjectStore, Request
 from tests.trainer.checkpoint.test_checkpoint import newest_whole, own, save
-from trainer.checkpoint import lease, owner, process
+from trainer.checkpoint import lease, owner
 from trainer.checkpoint.errors import CheckpointError, OwnedError, StaleAttemptError
 from trainer.checkpoint.evidence import check_never_committed
 from trainer.checkpoint.format import manifest_bytes
@@ -46,8 +46,8 @@ def run(tmp_path: Path) -> str:
 
 @pytest.fixture
 def no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    def watch(url: str, before: bytes) -> bytes:
-        raise AssertionError(f"{url} is watched")
+    def watch(urls: list[str], before: list[bytes]) -> list[bytes]:
+        raise AssertionError(f"{urls} are watched")
 
     monkeypatch.setattr(owner, "watch", watch)
 
@@ -123,24 +123,38 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert claim(run, Claimant()).attempt == 2
 
 
-def test_a_job_whose_workers_are_lost_keeps_its_run_while_its_driver_lives(run: str) -> None:
-    """The next group of workers is on its way."""
-    with subprocess.Popen(["sleep", "600"]) as driver:
-        started = process._started(driver.pid)
-        command = replace(process.this_process(), pid=driver.pid, started=started)
-        program = f"""
-import os, signal
-from trainer.checkpoint.owner import Claimant, claim
-from trainer.checkpoint.process import Process
-claim({run!r}, Claimant("job", driver={command!r}))
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-        subprocess.run([sys.executable, "-c", program], env=subprocess_environment())
-        with pytest.raises(OwnedError, match=f"process {driver.pid}, since"):
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_job_without_workers_keeps_its_run_while_its_driver_lives(
+    ended: bool, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were lost, or ended by themselves, and the next group of them is on its way. All of it
+    on another machine."""
+    far = Process("far-away", 7, "another boot", "pid:[1]", 5)
+    monkeypatch.setattr(owner, "this_process", lambda: far)
+    job = Claimant("job", driver=replace(far, pid=6))
+    with lease.keep_job_lease(run, job.job):
+        time.sleep(0.3)
+        assert not Path(run).exists()  # nothing before the claim
+        workers = claim(run, job)
+        if not ended:
+            workers._heart.beat = lambda ended: None
+        workers.close()
+        with pytest.raises(OwnedError, match="far-away, process 6, since"):
             check_free(run, Claimant())
-        assert claim(run, Claimant("job")).attempt == 2  # its own next group
-        driver.kill()
-    assert process.has_ended(command) and not process.is_alive(command)
+        second = claim(run, job)
+        assert second.attempt == 2
+        second.close()
+    assert claim(run, Claimant()).attempt == 3  # free at once
+    assert not list(Path(run).rglob("job-*"))
+
+
+def test_a_job_whose_driver_is_dead_is_followed_in_time(run: str, elsewhere: None) -> None:
+    driver = Process("far-away", 6, "another boot", "pid:[1]", 5)
+    save(claim(run, Claimant("job", driver=driver)), 1, 1.0)
+    assert names(run, "attempts")[-1] == "job-job.json"
+    began = time.monotonic()
+    check_free(run, Claimant())
+    assert 1.5 <= time.monotonic() - began < 5
 
 
 def test_a_dead_owner_on_another_machine_is_followed_in_time(run: str, elsewhere: None) -> None:
