@@ -28,7 +28,7 @@ from trainer.audit import audit
 pytestmark = pytest.mark.faults
 
 STEPS = 60
-CASES = int(os.environ.get("LXSCALE_TEST_STOPS", 8))
+CASES = int(os.environ.get("LXSCALE_TEST_STOPS", 4))
 """How many of a job's requests are drawn to stop it at, half of them lost; 0 is all, in turn."""
 
 
@@ -71,9 +71,13 @@ def processes(job: Watched) -> list[psutil.Process]:
 
 
 def send(job: Watched, number: signal.Signals) -> None:
-    for process in processes(job):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(number)
+    """To all of a job's processes, also those that were just being started."""
+    sent: set[psutil.Process] = set()
+    while new := set(processes(job)) - sent:
+        for process in new:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+        sent |= new
 
 
 def stop_at(jobs: Jobs, number: int, lost: bool) -> bool:
