@@ -104,6 +104,16 @@ def name(request: pytest.FixtureRequest) -> str:
     return re.sub(r"\W+", "-", request.node.name).strip("-")
 
 
+def begun(
+    runs: Runs, cluster: Cluster, name: str, *cpus: int, **settings: Any
+) -> tuple[Watched, list[Node]]:
+    """A job at step 50, on nodes with so many cores; they come as ranks do."""
+    nodes = [cluster.add_node(num_cpus=n) for n in cpus]
+    job = runs.start(name, "--ray-address", cluster.address, **settings)
+    job.wait_for_step(50)
+    return job, sorted(nodes, key=lambda node: node.node_id)
+
+
 def raylet(node: Node) -> int:
     pid: int = node.all_processes["raylet"][0].process.pid
     return pid
@@ -141,11 +151,8 @@ def assert_ended(job: Watched, status: int, text: str) -> None:
 def test_a_lost_node_of_two_costs_seconds_and_no_step(
     victim: str, runs: Runs, cluster: Cluster, name: str
 ) -> None:
-    nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
-    job = runs.start(name, "--ray-address", cluster.address)
-    job.wait_for_step(50)
+    job, nodes = begun(runs, cluster, name, 1, 1)
     cluster.add_node(num_cpus=1)
-    nodes.sort(key=lambda n: n.node_id)  # as ranks are
     moment = time.time()
     cluster.remove_node(nodes[victim != "rank 0"], allow_graceful=False)
     assert job.finish() == 0, job.text()
@@ -157,9 +164,7 @@ def test_a_lost_node_of_two_costs_seconds_and_no_step(
 def test_a_lost_node_of_all_workers_costs_seconds_and_no_step(
     runs: Runs, cluster: Cluster, name: str
 ) -> None:
-    node = cluster.add_node(num_cpus=2)
-    job = runs.start(name, "--ray-address", cluster.address)
-    job.wait_for_step(50)
+    job, (node,) = begun(runs, cluster, name, 2)
     cluster.add_node(num_cpus=2)
     moment = time.time()
     cluster.remove_node(node, allow_graceful=False)
@@ -173,9 +178,7 @@ def test_a_node_that_is_stopped_costs_seconds_and_no_step(
     stopped: str, runs: Runs, cluster: Cluster, name: str
 ) -> None:
     """It still takes connections."""
-    nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
-    job = runs.start(name, "--ray-address", cluster.address)
-    job.wait_for_step(50)
+    job, nodes = begun(runs, cluster, name, 1, 1)
     cluster.add_node(num_cpus=1)
     moment = time.time()
     victims = [psutil.Process(raylet(nodes[0]))]
@@ -200,11 +203,8 @@ def test_a_node_that_is_stopped_costs_seconds_and_no_step(
 def test_a_drained_node_is_left_without_a_lost_step(
     victim: str, runs: Runs, cluster: Cluster, name: str
 ) -> None:
-    nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
-    job = runs.start(name, "--ray-address", cluster.address)
-    job.wait_for_step(50)
+    job, nodes = begun(runs, cluster, name, 1, 1)
     cluster.add_node(num_cpus=1)
-    nodes.sort(key=lambda n: n.node_id)
     moment = time.time()
     drain(cluster, nodes[victim != "rank 0"])
     assert job.finish() == 0, job.text()
@@ -217,9 +217,7 @@ def test_a_drained_node_is_left_without_a_lost_step(
 def test_a_drained_node_without_room_elsewhere_ends_the_run(
     runs: Runs, cluster: Cluster, name: str
 ) -> None:
-    nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
-    job = runs.start(name, "--ray-address", cluster.address, steps=MANY, start_timeout_s=20)
-    job.wait_for_step(50)
+    job, nodes = begun(runs, cluster, name, 1, 1, steps=MANY, start_timeout_s=20)
     moment = time.time()
     drain(cluster, nodes[0])
     job.finish()
@@ -244,9 +242,7 @@ def test_a_run_whose_worker_was_on_the_lost_head_ends(runs: Runs, name: str) -> 
     head = {"num_cpus": 1, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
-        cluster.add_node(num_cpus=1)
-        job = runs.start(name, "--ray-address", cluster.address, steps=MANY)
-        job.wait_for_step(50)
+        job, _ = begun(runs, cluster, name, 1, steps=MANY)
         moment = time.time()
         _lose_head(cluster)
         job.finish()
@@ -260,9 +256,7 @@ def test_a_run_whose_worker_was_on_the_lost_head_ends(runs: Runs, name: str) -> 
 def test_a_run_whose_cluster_lost_its_head_saves_and_ends(
     lose: Callable[[Cluster], None], runs: Runs, cluster: Cluster, name: str
 ) -> None:
-    cluster.add_node(num_cpus=2)
-    job = runs.start(name, "--ray-address", cluster.address, steps=MANY)
-    job.wait_for_step(50)
+    job, _ = begun(runs, cluster, name, 2, steps=MANY)
     moment = time.time()
     lose(cluster)
     job.finish()
