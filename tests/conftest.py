@@ -20,6 +20,20 @@ from tests.object_store import (
     why_no_radosgw,
 )
 
+COSTS: list[str] = []
+"""Lines about what a fault cost, shown when all tests have ended."""
+
+
+def note_cost(what: str, seconds: float | None) -> None:
+    COSTS.append(f"{what:<60}{'not seen' if seconds is None else f'{seconds:8.1f} s'}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if COSTS:
+        terminalreporter.section("what faults cost: seconds to the next step, or as said")
+        for line in COSTS:
+            terminalreporter.line(line)
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:

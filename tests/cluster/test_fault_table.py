@@ -1,6 +1,6 @@
 """One run through every fault of workers, nodes and drivers: its result is the uninterrupted one's.
 
-Prints what each fault cost: seconds from it to the next step's line.
+Notes what each fault cost: seconds from it to the next step's line.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import yaml
 
 from shards.format.build import BuildSettings, build
 from tests.cluster.faulty import FOLDER, PLACES, Fault, write_plan
-from tests.conftest import small_records, subprocess_environment
+from tests.conftest import note_cost, small_records, subprocess_environment
 from tests.ranks import config_tree
 from tests.trainer.test_resume import assert_bitwise
 from trainer.audit import audit
@@ -148,6 +148,7 @@ def leftovers() -> set[str]:
     return found | {f"port {p}" for p in ports}
 
 
+@pytest.mark.timeout(1200)
 def test_every_fault_of_workers_and_drivers_costs_seconds_and_no_step(
     config: Path, tmp_path: Path
 ) -> None:
@@ -223,9 +224,8 @@ def test_every_fault_of_workers_and_drivers_costs_seconds_and_no_step(
     for what, expression in expressions().items():
         assert any(re.search(expression, line) for line in said), (what, expression)
 
-    print("\nfault".ljust(50), "seconds to the next step")
-    for name, seconds in costs.items():
-        print(name.ljust(50), "not seen" if seconds is None else f"{seconds:5.1f}")
+    for what, cost in costs.items():
+        note_cost(what, cost)
     assert_bitwise(tmp_path / "whole", tmp_path / "run")
     assert find_generation(str(tmp_path / "run")).step == STEPS
     report = audit(str(tmp_path / "run"), cache=str(tmp_path / "cache"))

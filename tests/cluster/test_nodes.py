@@ -1,6 +1,6 @@
 """Faults of nodes, links and of Ray's head, on a cluster that a run has joined.
 
-Each prints what it cost: seconds from the fault to the next step's line, or to the run's end.
+Each notes what it cost: seconds from the fault to the next step's line, or to the run's end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from shards.format.build import BuildSettings, build
 from tests.cluster.faulty import write_plan
 from tests.cluster.namespaces import ENVIRONMENT, Network, why_no_namespaces
 from tests.cluster.test_fault_table import Watched
-from tests.conftest import small_records, subprocess_environment
+from tests.conftest import note_cost, small_records, subprocess_environment
 from tests.ranks import config_tree
 from tests.trainer.test_resume import assert_bitwise
 from trainer.audit import audit
@@ -126,10 +126,6 @@ def drain(cluster: Cluster, node: Node, notice: float = 60) -> None:
     assert accepted, why
 
 
-def say(what: str, seconds: float | None) -> None:
-    print(f"\n{what}: ", "not seen" if seconds is None else f"{seconds:.1f} s", flush=True)
-
-
 def errors(job: Watched) -> list[str]:
     return [line for _, line in job.lines if line.startswith("error:")]
 
@@ -156,7 +152,7 @@ def test_a_lost_node_of_two_costs_seconds_and_no_step(
     moment = time.time()
     cluster.remove_node(nodes[victim != "rank 0"], allow_graceful=False)
     assert job.finish() == 0, job.text()
-    say(f"a lost node, of {victim}", job.next_step_after(moment))
+    note_cost(f"a lost node, of {victim}", job.next_step_after(moment))
     assert job.text().count("lost worker") == 1, job.text()
     runs.check(name)
 
@@ -169,7 +165,7 @@ def test_a_lost_node_of_all_workers_costs_seconds_and_no_step(
     moment = time.time()
     cluster.remove_node(node, allow_graceful=False)
     assert job.finish() == 0, job.text()
-    say("a lost node, of all workers", job.next_step_after(moment))
+    note_cost("a lost node, of all workers", job.next_step_after(moment))
     runs.check(name)
 
 
@@ -192,7 +188,7 @@ def test_a_node_that_is_stopped_costs_seconds_and_no_step(
             with contextlib.suppress(psutil.NoSuchProcess):
                 victim.resume()
     assert status == 0, job.text()
-    say(f"a node of which {stopped} is stopped", job.next_step_after(moment))
+    note_cost(f"a node of which {stopped} is stopped", job.next_step_after(moment))
     runs.check(name)
 
 
@@ -208,7 +204,7 @@ def test_a_drained_node_is_left_without_a_lost_step(
     moment = time.time()
     drain(cluster, nodes[victim != "rank 0"])
     assert job.finish() == 0, job.text()
-    say(f"a drained node, of {victim}", job.next_step_after(moment))
+    note_cost(f"a drained node, of {victim}", job.next_step_after(moment))
     assert "starting again elsewhere" in job.text() and "attempt 2 |" in job.text()
     assert [step for _, step in job.steps()] == list(range(1, STEPS + 1))
     runs.check(name)
@@ -221,7 +217,7 @@ def test_a_drained_node_without_room_elsewhere_ends_the_run(
     moment = time.time()
     drain(cluster, nodes[0])
     job.finish()
-    say("a drained node without room elsewhere, to the end", time.time() - moment)
+    note_cost("a drained node without room elsewhere, to the end", time.time() - moment)
     assert_ended(job, 75, "no room for 2 workers within cluster.start_timeout_s=20")
     assert find_generation(str(runs.folder / name)).step == job.step()
 
@@ -248,7 +244,7 @@ def test_a_run_whose_worker_was_on_the_lost_head_ends(runs: Runs, name: str) -> 
         job.finish()
     finally:
         cluster.shutdown()
-    say("the head is gone with a worker, to the end", time.time() - moment)
+    note_cost("the head is gone with a worker, to the end", time.time() - moment)
     assert_ended(job, 75, "head")
 
 
@@ -260,7 +256,7 @@ def test_a_run_whose_cluster_lost_its_head_saves_and_ends(
     moment = time.time()
     lose(cluster)
     job.finish()
-    say(f"the head is gone ({lose.__name__}), to the end", time.time() - moment)
+    note_cost(f"the head is gone ({lose.__name__}), to the end", time.time() - moment)
     assert_ended(job, 75, "head has not answered")
     assert find_generation(str(runs.folder / name)).step == job.step()
 
@@ -269,7 +265,7 @@ def test_no_room_and_no_cluster_are_one_line(runs: Runs, cluster: Cluster, name:
     began = time.time()
     job = runs.start(name, "--ray-address", cluster.address, start_timeout_s=5)
     job.finish()
-    say("no room, to the end", time.time() - began)
+    note_cost("no room, to the end", time.time() - began)
     assert_ended(job, 75, "no room for 2 workers within cluster.start_timeout_s=5")
     web = ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
     threading.Thread(target=web.serve_forever, daemon=True).start()
@@ -277,7 +273,7 @@ def test_no_room_and_no_cluster_are_one_line(runs: Runs, cluster: Cluster, name:
         began = time.time()
         job = runs.start(name, "--ray-address", f"127.0.0.1:{port}")
         job.finish()
-        say("no cluster at the address, to the end", time.time() - began)
+        note_cost("no cluster at the address, to the end", time.time() - began)
         assert_ended(job, 2, f"cannot join Ray at 127.0.0.1:{port}")
     web.shutdown()
     web.server_close()
@@ -346,7 +342,7 @@ def test_a_cut_link_costs_seconds_and_no_step(
     moment = time.time()
     network.cut(first if victim == "rank 0" else 3 - first)
     assert job.finish() == 0, job.text()
-    say(f"a cut link to {victim}, with room elsewhere", job.next_step_after(moment))
+    note_cost(f"a cut link to {victim}, with room elsewhere", job.next_step_after(moment))
     runs.check(name)
 
 
@@ -358,7 +354,7 @@ def test_a_link_cut_for_a_moment_costs_no_attempt(network: Network, runs: Runs, 
     time.sleep(5)
     network.mend(1)
     assert job.finish() == 0, job.text()
-    say("a link cut for 5 s", next(t for t, _ in job.steps() if t > moment + 5) - moment)
+    note_cost("a link cut for 5 s", next(t for t, _ in job.steps() if t > moment + 5) - moment)
     assert "attempt 2 |" not in job.text(), job.text()
     runs.check(name)
 
@@ -380,7 +376,7 @@ def test_a_link_cut_for_a_while_is_waited_for(
         network.keep(1)
         time.sleep(0.5)
     status = job.finish(5)
-    say(f"a link cut for {seconds} s, without room elsewhere", job.next_step_after(moment))
+    note_cost(f"a link cut for {seconds} s, without room elsewhere", job.next_step_after(moment))
     assert status == 0, job.text()
     runs.check(name)
 
@@ -393,7 +389,7 @@ def test_a_cut_link_without_room_elsewhere_ends_the_run(
     moment = time.time()
     network.cut(1)
     job.finish()
-    say("a cut link without room elsewhere, to the end", time.time() - moment)
+    note_cost("a cut link without room elsewhere, to the end", time.time() - moment)
     assert_ended(job, 75, "no room for 2 workers within cluster.start_timeout_s=20")
 
 
@@ -406,5 +402,5 @@ def test_sigterm_ends_a_run_with_a_cut_link(network: Network, runs: Runs, name: 
     job.process.send_signal(signal.SIGTERM)
     job.finish()
     took = time.time() - moment
-    say("SIGTERM with a cut link, to the end (stop_timeout_s=15)", took)
+    note_cost("SIGTERM with a cut link, to the end (stop_timeout_s=15)", took)
     assert_ended(job, 75, "cluster.stop_timeout_s=15")

@@ -18,7 +18,7 @@ import yaml
 from shards.format.build import BuildSettings, build
 from tests.cluster.faulty import write_plan
 from tests.cluster.test_fault_table import STEPS, Watched
-from tests.conftest import small_records
+from tests.conftest import note_cost, small_records
 from tests.object_store import ObjectStore, moto_server
 from tests.ranks import config_tree
 from trainer.audit import audit
@@ -131,6 +131,7 @@ OUTAGE_S = float(os.environ.get("LXSCALE_TEST_OUTAGE_S", 75))
 """An hour was tried, too: see benchmarks/results."""
 
 
+@pytest.mark.timeout(OUTAGE_S + 900)
 def test_a_store_that_is_away_for_long_needs_the_command_again_and_no_person(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,7 +163,7 @@ def test_a_store_that_is_away_for_long_needs_the_command_again_and_no_person(
                 (error,) = [line for _, line in job.lines if line.startswith("error:")]
                 assert "gave up" in error, job.text()
         os.kill(pid_of(server), signal.SIGCONT)
-        print(f"\naway for {time.monotonic() - began:.0f} s: {statuses}", flush=True)
+        note_cost(f"a store that is away, {len(statuses)} x 75", time.monotonic() - began)
         assert set(statuses) == {75}
         if job.process.poll() is None:  # it still waits for the store: it goes on by itself
             job.wait_for_step(after * 3)

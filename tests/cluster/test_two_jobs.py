@@ -128,6 +128,7 @@ def stop_at(jobs: Jobs, number: int, lost: bool) -> bool:
     return True
 
 
+@pytest.mark.timeout(3600)
 def test_a_job_that_sleeps_at_a_request_and_another_one(
     gateway: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
