@@ -123,8 +123,9 @@ def _check_free(traces: Traces, claimant: Claimant) -> Claimant:
     if not _may_live(before, url, mark, claimant):
         return free
     now = watch(urls, before)
-    left = any(b and not n for b, n in zip(before, now, strict=True))
-    if now == before or left or not _may_live(now, url, mark, claimant):
+    # One that is removed is of a job that has ended.
+    rewritten = any(n and n != b for n, b in zip(now, before, strict=True))
+    if not rewritten or not _may_live(now, url, mark, claimant):
         return free
     said = mark or _said(now[0], url)
     raise OwnedError(
