@@ -41,15 +41,13 @@ def main(argv: list[str] | None = None) -> int:
         with signals.at_work():
             status = arguments.func(arguments)
     except USER_ERRORS as error:
-        say(f"error: {error}")
-        status = exit_status(error)
+        status = signals.tell(f"error: {error}", exit_status(error))
     except KeyboardInterrupt:
         status = signals.aborted()
     except OSError as error:
         # Of stdout; what else is written has errors of its own, with the file's name.
         if error.errno == errno.ENOSPC and error.filename is None:
-            say(f"error: cannot write to stdout: {error.strerror}")
-            status = 2
+            status = signals.tell(f"error: cannot write to stdout: {error.strerror}", 2)
         elif not (isinstance(error, BrokenPipeError) and reader_has_gone()):
             raise  # of another pipe, or unforeseen
         silence(sys.stdout)

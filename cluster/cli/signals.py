@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from cluster.cli.streams import say
+
+_NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # A second signal within these seconds is the first: `timeout` sends it to the process and to its
 # group, of which it is.
 _SAME_S = 1.0
@@ -27,6 +30,8 @@ class Signals:
         """own_process: handle the signals of this process, for good; else they are the caller's."""
         self._number, self._when = 0, 0.0
         """The first signal that came, and when."""
+        self._status: int | None = None
+        """Of the end that was told."""
         self._working = self._said = False
         self._own = own_process
         if not own_process:
@@ -52,6 +57,16 @@ class Signals:
             if self._own:
                 self._take()  # Ray has put handlers of its own there
 
+    def tell(self, line: str, status: int) -> int:
+        """Say how the command has ended: a signal changes that no more. Returns the status."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _NUMBERS)
+        try:
+            say(line)
+            self._status = status
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return status
+
     def aborted(self) -> int:
         """Say so, once; the exit status."""
         if not self._said:
@@ -70,7 +85,7 @@ class Signals:
                 raise KeyboardInterrupt
         elif time.monotonic() - self._when < _SAME_S:
             return
-        os._exit(self.aborted())
+        os._exit(self.aborted() if self._status is None else self._status)
 
     def _in_a_finalizer(self, unraisable: Any) -> None:
         """Python prints and drops what is raised in a finalizer: raise a KeyboardInterrupt anew."""
@@ -82,7 +97,7 @@ class Signals:
 
 
 def _handle_by(handler: Any) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in _NUMBERS:
         # Ignored from the start: by nohup, or as a shell's job in the background.
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)

@@ -217,7 +217,7 @@ def test_a_run_is_taken_from_a_live_job(start: Start, tmp_path: Path) -> None:
     second.wait_for("attempt 3 |")
     second.wait_for("checkpoint of step ")
     second.ctrl_c()
-    assert second.finish() == 130, second.output
+    assert second.finish() == 75, second.output
 
 
 @pytest.mark.faults

@@ -25,6 +25,7 @@ _PROBE = """
 import atexit, sys, time, types
 import cluster.cli.main as cli
 from shards.format.build import BuildSettings, build
+from shards.errors import DataError
 from tests.conftest import small_records
 
 def records():
@@ -46,6 +47,11 @@ def work(arguments):
         atexit.register(lambda: (up(), time.sleep(20)))
         return 0
     try:
+        if kind == "fails":
+            atexit.register(time.sleep, 20)
+            up()
+            time.sleep(0.3)
+            raise DataError("what is wrong")
         if kind == "finalizer":
             Slow()
         elif kind == "builds":
@@ -153,6 +159,13 @@ def test_a_build_leaves_nothing(tmp_path: Path, number: int) -> None:
 )
 def test_what_may_lose_an_interruption_does_not(kind: str, lines: list[str]) -> None:
     assert end(begin(_PROBE, "probe", kind), signal.SIGINT) == (130, lines)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_end_that_was_told_is_not_changed(number: int) -> None:
+    process = begin(_PROBE, "probe", "fails")
+    time.sleep(1.5)
+    assert end(process, number) == (2, ["clean", "error: what is wrong"])
 
 
 def test_a_second_signal_ends_a_clean_up_that_hangs() -> None:
