@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,6 +27,12 @@ COSTS: list[str] = []
 
 def note_cost(what: str, seconds: float | None) -> None:
     COSTS.append(f"{what:<60}{'not seen' if seconds is None else f'{seconds:8.1f} s'}")
+
+
+def pytest_configure() -> None:
+    """A shell's job in the background ignores Ctrl-C, as would the processes that tests start."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -166,7 +166,8 @@ def test_a_store_that_is_away_for_long_needs_the_command_again_and_no_person(
         note_cost(f"a store that is away, {len(statuses)} x 75", time.monotonic() - began)
         assert set(statuses) == {75}
         if job.process.poll() is None:  # it still waits for the store: it goes on by itself
-            job.wait_for_step(after * 3)
+            with contextlib.suppress(AssertionError):  # unless it gives up at this moment
+                job.wait_for_step(after * 3)
             job.process.send_signal(signal.SIGTERM)
             assert job.finish() == 75, job.text()
         job = again(steps=find_generation(f"{url}/run").step + after)
