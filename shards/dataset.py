@@ -1,8 +1,9 @@
 """Data sets as the hot path sees them: flat memory-mapped arrays and gathers, no object a sample.
 
 The tables of all shards, of one data set or of several that are mixed, are merged once per node
-into an index, one file of global arrays. Features stay in the tars, which are memory-mapped one by
-one as the order reaches them.
+into an index, one file of global arrays; where the text of all is too much for a node, those of the
+shards that are in use are merged in memory. Features stay in the tars, which are read as the order
+reaches them.
 """
 
 from __future__ import annotations
@@ -20,14 +21,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import DataError
-from shards.format.index import DatasetIndex, index_name, map_index, merge_tables, save_index
+from shards.format.index import (
+    LAYOUT,
+    DatasetIndex,
+    TableFile,
+    map_index,
+    merge,
+    merge_into_file,
+)
 from shards.format.manifest import Counts, FileInfo, Manifest, Schema, load_manifest
 from shards.format.members import BOXES, FEATURES, LABELS, MEMBERS, RECORD, Member, members_of
 from shards.order.draws import I64
 from shards.order.sampler import Plan, Sampler, make_sampler
 from shards.order.settings import SamplerSettings
 from shards.order.streams import Contents, ShardRange, Stream
-from shards.store.cache import default_cache, local_file, write_once
+from shards.format.shard_list import ShardList
+from shards.store.cache import default_cache, local_file
+from shards.store.derived import derived_file
 from shards.store.prefetch import ShardFiles
 from shards.store.stored import StoredFile
 

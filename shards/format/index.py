@@ -1,36 +1,53 @@
-"""The index of a data set: the tables of all its shards, merged into global arrays.
+"""The index of a data set: the tables of shards, merged into global arrays.
 
-Any pair's tokens, image and answers are found in it by vector operations. It is made once per node,
-in one file that every process maps.
+Any pair's tokens, image and answers are found in it by vector operations. That of all shards is
+made once per node, in one file that every process maps; that of a window's is made in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.format.arrays import map_arrays, save_arrays
+from shards.format.arrays import Layout, array_sizes, create_arrays, map_arrays
 from shards.format.manifest import Manifest
 from shards.format.members import MEMBERS, members_of
-from shards.format.table import I64, Table, open_table
+from shards.format.shard_list import ShardInfo
+from shards.format.table import check_table, open_table
+from shards.order.draws import I64
 
-_LAYOUT = 2  # of the file; part of its name
+LAYOUT = 3
+"""Of the index's file."""
 
 
-def index_name(manifest: Manifest) -> str:
-    """Name of the file in a node's cache."""
-    return f"merged-{manifest.fingerprint}-{_LAYOUT}.safetensors"
+@dataclass(frozen=True)
+class TableFile:
+    """A shard's table on this machine."""
+
+    path: Path
+    where: str
+    """Its URL, for messages."""
+    manifest: Manifest
+    """Of its data set."""
+    shard: ShardInfo
+    sources: Sequence[int]
+    """The numbers that its sources have in the index."""
 
 
 @dataclass(frozen=True)
 class DatasetIndex:
-    """All tables of a data set, concatenated: I images, S sentences (= pairs), N shards, K sources,
-    T tokens, A answers. In the file, `offset` is a column `<member>_offset` for each member."""
+    """Tables of N shards, concatenated: I images, S sentences (= pairs), K sources, T tokens,
+    A answers. In the file, `offset` is a column `<member>_offset` for each member.
 
+    Shards, images and pairs are numbered as they come here; in the index of all shards that is
+    their number in the data."""
+
+    shard: I64
+    """[N]: numbers of the shards in the data, rising."""
     shard_image: I64
     """[N + 1]: first image of each shard."""
     shard_pair: I64
@@ -64,55 +81,107 @@ class DatasetIndex:
     """[S]: image of each pair."""
 
 
-def save_index(path: Path, index: DatasetIndex) -> None:
-    """Write the index's file."""
-    arrays = dict(vars(index))
-    offset = arrays.pop("offset")
-    save_arrays(path, arrays | {m.offset_column: offset[m.name] for m in MEMBERS})
-
-
 def map_index(path: Path) -> DatasetIndex:
     """Map the index's file. DataError naming it when it is not whole."""
-    arrays = map_arrays(path)
-    offset = {m.name: arrays.pop(m.offset_column) for m in MEMBERS if m.offset_column in arrays}
-    return DatasetIndex(offset=offset, **arrays)
+    return _index(map_arrays(path))
 
 
-def merge_tables(
-    manifest: Manifest, paths: Sequence[Path], sources_of: Sequence[Sequence[int]]
-) -> DatasetIndex:
-    """The index of shards whose tables are at `paths`, in the manifest's order. sources_of: for
-    each shard, its table's sources as indices into the manifest's."""
-    tables = [open_table(path) for path in paths]
-    source = _joined(
-        np.asarray(numbers, dtype=np.uint8)[table.sentence_source]
-        for numbers, table in zip(sources_of, tables, strict=True)
-    )
-    shard_pair = _starts([s.pairs for s in manifest.shards])
-    by_source, source_start = _by_source(source, shard_pair, len(manifest.sources))
-    image_pair = _chained(tables, lambda t: t.image_sentences)
-    there = members_of(manifest.schema)
-    none = np.zeros(0, dtype=np.int64)
+def merge_into_file(
+    path: Path, manifest: Manifest, shards: I64, table_of: Callable[[int], TableFile]
+) -> None:
+    """Write the index of some shards as a file: one table is open at a time, and little memory is
+    needed however many there are. See `merge`."""
+    _merge(manifest, shards, table_of, lambda layout: create_arrays(path, layout))
+
+
+def merge(manifest: Manifest, shards: I64, table_of: Callable[[int], TableFile]) -> DatasetIndex:
+    """The index of some shards, in memory. manifest: of all data together; shards: numbers of the
+    shards in it, rising; table_of: the table of each.
+
+    Raises DataError naming the table when something is in it that cannot be.
+    """
+
+    def empty(layout: Layout) -> dict[str, NDArray]:
+        return {name: np.empty(shape, kind) for name, (kind, shape) in layout.items()}
+
+    return _index(_merge(manifest, shards, table_of, empty))
+
+
+def _index(arrays: Mapping[str, NDArray]) -> DatasetIndex:
+    offsets = {m.offset_column: m.name for m in MEMBERS}
     return DatasetIndex(
-        shard_image=_starts([s.images for s in manifest.shards]),
-        shard_pair=shard_pair,
-        image_objects=_joined(t.image_objects for t in tables),
-        offset={
-            m.name: _joined(t.offset[m.name] for t in tables) if m in there else none
-            for m in MEMBERS
-        },
-        record_size=_joined(t.record_size for t in tables),
-        image_pair=image_pair,
-        source=source,
-        token_start=_chained(tables, lambda t: t.token_start),
-        tokens=_joined(t.tokens for t in tables),
-        answer_start=_chained(tables, lambda t: t.answer_start),
-        answer_id=_joined(t.answer_id for t in tables),
-        answer_score=_joined(t.answer_score for t in tables),
-        by_source=by_source,
-        source_start=source_start,
-        image_of=np.repeat(np.arange(len(image_pair) - 1, dtype=np.int32), np.diff(image_pair)),
+        offset={name: arrays[column] for column, name in offsets.items()},
+        **{name: array for name, array in arrays.items() if name not in offsets},
     )
+
+
+def _merge(
+    manifest: Manifest,
+    shards: I64,
+    table_of: Callable[[int], TableFile],
+    new: Callable[[Layout], dict[str, NDArray]],
+) -> dict[str, NDArray]:
+    """Fill the arrays of an index, which `new` makes."""
+    tokens, answers = 0, 0
+    for number in shards.tolist():
+        sizes = array_sizes(table_of(number).path)
+        tokens, answers = tokens + sizes["tokens"], answers + sizes["answer_id"]
+    shard_image = _starts(manifest.shards.images[shards])
+    shard_pair = _starts(manifest.shards.pairs[shards])
+    images, pairs = int(shard_image[-1]), int(shard_pair[-1])
+    there = {m.offset_column: m in members_of(manifest.schema) for m in MEMBERS}
+    wide = manifest.schema.vocab_size > 65535
+    out = new(
+        {
+            "shard": ("<i8", (len(shards),)),
+            "shard_image": ("<i8", (len(shards) + 1,)),
+            "shard_pair": ("<i8", (len(shards) + 1,)),
+            "image_objects": ("<i4", (images,)),
+            **{column: ("<i8", (images * here,)) for column, here in there.items()},
+            "record_size": ("<i8", (images,)),
+            "image_pair": ("<i8", (images + 1,)),
+            "source": ("<u1", (pairs,)),
+            "token_start": ("<i8", (pairs + 1,)),
+            "tokens": ("<u4" if wide else "<u2", (tokens,)),
+            "answer_start": ("<i8", (pairs + 1,)),
+            "answer_id": ("<i4", (answers,)),
+            "answer_score": ("<f4", (answers,)),
+            "by_source": ("<i8", (pairs,)),
+            "source_start": ("<i8", (len(shards), len(manifest.sources))),
+            "image_of": ("<i4", (pairs,)),
+        }
+    )
+    out["shard"][:], out["shard_image"][:], out["shard_pair"][:] = shards, shard_image, shard_pair
+    for name in ("image_pair", "token_start", "answer_start"):
+        out[name][0] = 0
+    token, answer = 0, 0
+    for i, number in enumerate(shards.tolist()):
+        file = table_of(number)
+        table = open_table(file.path)
+        check_table(table, file.shard, file.manifest, file.where)
+        image, pair = int(shard_image[i]), int(shard_pair[i])
+        of_images = slice(image, image + len(table.image_objects))
+        of_pairs = slice(pair, pair + len(table.sentence_source))
+        source = np.asarray(file.sources, dtype=np.uint8)[table.sentence_source]
+        out["image_objects"][of_images] = table.image_objects
+        out["record_size"][of_images] = table.record_size
+        for member in MEMBERS:
+            if there[member.offset_column]:
+                out[member.offset_column][of_images] = table.offset[member.name]
+        out["image_pair"][image + 1 : of_images.stop + 1] = table.image_sentences[1:] + pair
+        out["source"][of_pairs] = source
+        out["token_start"][pair + 1 : of_pairs.stop + 1] = table.token_start[1:] + token
+        out["tokens"][token : token + len(table.tokens)] = table.tokens
+        out["answer_start"][pair + 1 : of_pairs.stop + 1] = table.answer_start[1:] + answer
+        out["answer_id"][answer : answer + len(table.answer_id)] = table.answer_id
+        out["answer_score"][answer : answer + len(table.answer_id)] = table.answer_score
+        out["by_source"][of_pairs] = np.argsort(source, kind="stable") + pair
+        sizes_by_source = np.bincount(source, minlength=len(manifest.sources))
+        out["source_start"][i] = _starts(sizes_by_source)[:-1] + pair
+        numbers = np.arange(of_images.start, of_images.stop, dtype=np.int32)
+        out["image_of"][of_pairs] = np.repeat(numbers, np.diff(table.image_sentences))
+        token, answer = token + len(table.tokens), answer + len(table.answer_id)
+    return out
 
 
 def ranges(start: I64, length: I64) -> I64:
@@ -122,24 +191,6 @@ def ranges(start: I64, length: I64) -> I64:
     return np.arange(total) - np.repeat(ends - length, length) + np.repeat(start, length)
 
 
-def _joined(arrays: Iterable[NDArray]) -> NDArray:
-    return np.concatenate(list(arrays))
-
-
-def _starts(counts: Sequence[int] | NDArray) -> I64:
+def _starts(counts: NDArray) -> I64:
     """Where each of ranges of such lengths begins, and where the last one ends."""
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-
-
-def _chained(tables: Sequence[Table], starts_of: Callable[[Table], I64]) -> I64:
-    """The tables' range starts (each one longer than its ranges) as those of one table."""
-    return _starts(_joined(np.diff(starts_of(t)) for t in tables))
-
-
-def _by_source(source: NDArray[np.uint8], shard_pair: I64, sources: int) -> tuple[I64, I64]:
-    """`by_source` and `source_start` of the index."""
-    shards = len(shard_pair) - 1
-    shard_of = np.repeat(np.arange(shards), np.diff(shard_pair))
-    by_source = np.lexsort((source, shard_of)).astype(np.int64)
-    sizes = np.bincount(shard_of * sources + source, minlength=shards * sources)
-    return by_source, _starts(sizes)[:-1].reshape(shards, sources)

@@ -9,40 +9,54 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
-from pydantic import ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
+import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from shards.errors import DataError, NotFoundError
+from shards.format.shard_list import (
+    INLINE,
+    PAGE,
+    Count,
+    ShardInfo,
+    ShardList,
+    check_hash,
+    check_name,
+    parse_page,
+)
 from shards.store import objects
-from shards.store.stored import StoredFile
+from shards.store.cache import local_file
+from shards.store.stored import StoredFile, hash_file
 
 FORMAT = "lxscale-1"
 MANIFEST = "manifest.json"
-# Objects of a data set lie flat beside their manifest: a name may not lead anywhere else.
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+# What memory is made for before anything of a record is read: none of them can be meant to be more.
+_Objects = Annotated[int, Field(ge=0, le=1 << 16)]
+_Width = Annotated[int, Field(ge=0, le=1 << 20)]
+_Classes = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
 @dataclass(frozen=True)
 class Schema:
     """Sizes that every record of a data set keeps to."""
 
-    feature_dim: NonNegativeInt
+    feature_dim: _Width
     """Width of an RoI feature."""
-    max_objects: NonNegativeInt
+    max_objects: _Objects
     """Most objects of an image."""
     labels: bool
     """Whether objects have detector labels."""
-    num_object_classes: NonNegativeInt
+    num_object_classes: _Classes
     """Range of object labels; 0 without labels."""
-    num_attribute_classes: NonNegativeInt
-    max_tokens: NonNegativeInt
+    num_attribute_classes: _Classes
+    max_tokens: _Objects
     """Longest sentence, with [CLS] and [SEP]."""
-    vocab_size: NonNegativeInt
+    vocab_size: _Classes
 
 
 @dataclass(frozen=True)
@@ -52,9 +66,9 @@ class FileInfo:
     file: str
     """Its name."""
     sha256: str
-    size: NonNegativeInt
+    size: Count
     """In bytes."""
-    count: NonNegativeInt
+    count: Count
     """Its entries."""
 
     def at(self, url: str) -> StoredFile:
@@ -66,42 +80,25 @@ class FileInfo:
 class Counts:
     """Totals of a data set."""
 
-    images: NonNegativeInt
-    pairs: NonNegativeInt
-    sentences: dict[str, NonNegativeInt]
+    images: Count
+    pairs: Count
+    sentences: dict[str, Count]
     """Pairs of each source."""
 
 
 @dataclass(frozen=True)
-class ShardInfo:
-    """One shard: its tar, its table, and what they hold; sizes in bytes."""
+class Pages:
+    """Where the list of shards is, when it is not in the manifest itself."""
 
-    name: str
-    """Of the tar."""
-    size: NonNegativeInt
-    sha256: str
-    table: str
-    table_size: NonNegativeInt
-    table_sha256: str
-    images: NonNegativeInt
-    pairs: NonNegativeInt
-    pairs_per_source: dict[str, NonNegativeInt]
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    def tar_at(self, url: str) -> StoredFile:
-        """The tar of the data set at `url`."""
-        return StoredFile(objects.join(url, self.name), self.sha256, self.size)
-
-    def table_at(self, url: str) -> StoredFile:
-        """The table of the data set at `url`."""
-        return StoredFile(objects.join(url, self.table), self.table_sha256, self.table_size)
+    pages: tuple[FileInfo, ...]
+    """Each of `count` shards, in order."""
 
 
 @dataclass(frozen=True)
 class Manifest:
     """A data set."""
-
-    # Read as it was written: nothing is converted, and nothing may be missing or unknown.
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
 
     name: str
     extractor: str
@@ -114,13 +111,14 @@ class Manifest:
     vocab: FileInfo
     answers: FileInfo
     counts: Counts
-    shards: tuple[ShardInfo, ...]
-    format: str = FORMAT
+    shards: ShardList
+    pages: tuple[FileInfo, ...] = ()
+    """The files that list the shards; none where the manifest does."""
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 (hex) of the canonical JSON of everything else in the manifest."""
-        return _fingerprint(_canonical(dataclasses.asdict(self)))
+        return _fingerprint(self._document())
 
     @property
     def images(self) -> int:
@@ -130,50 +128,140 @@ class Manifest:
     def pairs(self) -> int:
         return self.counts.pairs
 
+    def _document(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"format": FORMAT}
+        for name in _SHARED:
+            value = getattr(self, name)
+            plain = isinstance(value, str | tuple)
+            out[name] = value if plain else dataclasses.asdict(value)
+        if self.pages:
+            return out | {"shards": dataclasses.asdict(Pages(self.pages))}
+        return out | {"shards": [dataclasses.asdict(s) for s in self.shards]}
+
     def to_json(self) -> bytes:
         """The bytes of manifest.json; equal manifests give equal bytes."""
-        document = dataclasses.asdict(self)
-        document["fingerprint"] = _fingerprint(_canonical(document))
+        document = self._document() | {"fingerprint": self.fingerprint}
         return (json.dumps(document, sort_keys=True, indent=1) + "\n").encode()
 
 
-_ADAPTER = TypeAdapter(Manifest)
+@dataclass(frozen=True)
+class _Document:
+    """What is in manifest.json, without its fingerprint."""
+
+    # Read as it was written: nothing is converted, and nothing may be missing or unknown.
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
+
+    format: str
+    name: str
+    extractor: str
+    schema: Schema
+    sources: tuple[str, ...]
+    question_sources: tuple[str, ...]
+    vocab: FileInfo
+    answers: FileInfo
+    counts: Counts
 
 
-def _canonical(document: dict[str, Any]) -> str:
-    return json.dumps(document, sort_keys=True, separators=(",", ":"))
+@dataclass(frozen=True)
+class _Whole(_Document):
+    shards: tuple[ShardInfo, ...]
 
 
-def _fingerprint(canonical: str) -> str:
+@dataclass(frozen=True)
+class _Paged(_Document):
+    shards: Pages
+
+
+_SHARED = tuple(f.name for f in dataclasses.fields(_Document) if f.name != "format")
+_WHOLE, _PAGED = TypeAdapter(_Whole), TypeAdapter(_Paged)
+
+
+def _fingerprint(document: dict[str, Any]) -> str:
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def parse_manifest(data: bytes, url: str) -> Manifest:
-    """The manifest in `data`; DataError naming `url` where it is damaged or of another format."""
+# --- writing ------------------------------------------------------------------------------------
+
+
+def with_pages(manifest: Manifest, folder: Path) -> Manifest:
+    """The manifest, with the list of its shards in files in `folder` if it is a long one."""
+    shards = manifest.shards
+    if len(shards) <= INLINE:
+        return manifest
+    pages = []
+    for i in range(0, len(shards), PAGE):
+        part = shards[i : i + PAGE]
+        path = folder / f"shards-{i // PAGE:06d}.safetensors"
+        part.save_page(path)
+        pages.append(FileInfo(path.name, hash_file(path), path.stat().st_size, len(part)))
+    return dataclasses.replace(manifest, pages=tuple(pages))
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def load_manifest(url: str, cache: Path | None = None) -> Manifest:
+    """The manifest of the data set at `url` (a folder or s3:// prefix). cache: where to keep its
+    pages, if it has some.
+
+    Raises DataError naming the object where it is absent, damaged or of another format.
+    """
+    where = objects.join(url, MANIFEST)
+    try:
+        data = objects.read_bytes(where)
+        try:
+            document = _parse(data, where)
+        except DataError:
+            # Damaged on its way, perhaps: at rest, it comes the same again.
+            again = objects.read_bytes(where)
+            if again == data:
+                raise
+            document = _parse(again, where)
+    except NotFoundError as error:
+        raise DataError(
+            f"no data set at {url}: {error}; `lxscale shards build` makes one"
+        ) from None
+    pages: tuple[FileInfo, ...] = ()
+    try:
+        if isinstance(document, _Whole):
+            shards = ShardList.of(document.shards, document.sources)
+        else:
+            pages = document.shards.pages
+            shards = _read_pages(pages, url, cache, document.sources)
+        shared = {name: getattr(document, name) for name in _SHARED}
+        manifest = Manifest(**shared, shards=shards, pages=pages)
+        _check(manifest)
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{where} is not usable: {error}; build the data set again") from None
+    return manifest
+
+
+def _parse(data: bytes, url: str) -> _Whole | _Paged:
+    """The document in `data`; DataError naming `url` where it is damaged or of another format."""
     try:
         document = json.loads(data)
         if not isinstance(document, dict):
             raise ValueError("it is not an object")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{url} is not a manifest ({error}): build the data set again") from None
     if document.get("format") != FORMAT:
         raise DataError(
-            f"{url} has format {document.get('format')!r}, this lxscale reads {FORMAT!r}: "
+            f"{url} has format {document.get('format')!r:.80}, this lxscale reads {FORMAT!r}: "
             "use a matching version, or build the data set again"
         )
     stated = document.pop("fingerprint", None)
-    canonical = _canonical(document)
-    if stated != _fingerprint(canonical):
+    if stated != _fingerprint(document):
         raise DataError(f"{url} is damaged (its fingerprint does not match): restore or rebuild it")
+    paged = isinstance(document.get("shards"), dict)
     try:
-        manifest = _ADAPTER.validate_json(canonical)
-        _check(manifest)
+        canonical = json.dumps(document)
+        return _PAGED.validate_json(canonical) if paged else _WHOLE.validate_json(canonical)
     except ValidationError as error:
         problem = _first_problem(error)
         raise DataError(f"{url} is not usable: {problem}; build the data set again") from None
-    except ValueError as error:
-        raise DataError(f"{url} is not usable: {error}; build the data set again") from None
-    return manifest
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -187,54 +275,46 @@ def _first_problem(error: ValidationError) -> str:
     return f"{where} is {first['input']!r:.60}: {first['msg'].lower()}"
 
 
+def _read_pages(
+    pages: tuple[FileInfo, ...], url: str, cache: Path | None, sources: tuple[str, ...]
+) -> ShardList:
+    lists = []
+    for page in pages:
+        check_name(page.file)
+        check_hash(page.file, page.sha256)
+        shards = parse_page(_read(page.at(url), cache), sources, objects.join(url, page.file))
+        if len(shards) != page.count:
+            raise ValueError(f"{page.file} lists {len(shards)} shards, the manifest {page.count}")
+        lists.append(shards)
+    return ShardList.joined(lists, sources)
+
+
+def _read(file: StoredFile, cache: Path | None) -> np.ndarray:
+    """The bytes of a verified file."""
+    if cache is not None:
+        return np.fromfile(local_file(file, cache, table=True), dtype=np.uint8)
+    data = objects.read_bytes(file.url)
+    if problem := file.problem(len(data), hashlib.sha256(data).hexdigest()):
+        raise DataError(f"{file.url} is damaged ({problem}): restore it or build it again")
+    return np.frombuffer(data, dtype=np.uint8)
+
+
 def _check(manifest: Manifest) -> None:
     """Things that hold in every manifest that a build has written; ValueError if one does not."""
-    files = [(f.file, f.sha256) for f in (manifest.vocab, manifest.answers)]
-    files += [(s.name, s.sha256) for s in manifest.shards]
-    files += [(s.table, s.table_sha256) for s in manifest.shards]
-    for name, sha256 in files:
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"{name!r:.80} is not a plain file name")
-        if not _SHA256.fullmatch(sha256):
-            raise ValueError(f"the sha256 of {name} is {sha256!r:.80}")
-    if len({name for name, _ in files}) != len(files):
+    others = {f.file for f in (manifest.vocab, manifest.answers, *manifest.pages)}
+    for file in (manifest.vocab, manifest.answers):
+        check_name(file.file)
+        check_hash(file.file, file.sha256)
+    shards = manifest.shards
+    shards.check()
+    named = np.isin(np.concatenate([shards.name, shards.table]), np.asarray(sorted(others), "S"))
+    if len(others) != 2 + len(manifest.pages) or named.any():
         raise ValueError("a file is named twice")
     if list(manifest.sources) != sorted(set(manifest.sources)):
         raise ValueError("the sources are not sorted and distinct")
     if not set(manifest.question_sources) <= set(manifest.sources):
         raise ValueError("a question source is not among the sources")
-    totals = dict.fromkeys(manifest.sources, 0)
-    for shard in manifest.shards:
-        if not set(shard.pairs_per_source) <= set(totals):
-            raise ValueError(f"{shard.name} has sources that the data set has not")
-        for source, pairs in shard.pairs_per_source.items():
-            totals[source] += pairs
-        if sum(shard.pairs_per_source.values()) != shard.pairs:
-            raise ValueError(f"the pairs per source of {shard.name} do not add up")
-    counts = Counts(
-        sum(s.images for s in manifest.shards), sum(s.pairs for s in manifest.shards), totals
-    )
+    totals = dict(zip(manifest.sources, shards.pairs_per_source.sum(0).tolist(), strict=True))
+    counts = Counts(int(shards.images.sum()), int(shards.pairs.sum()), totals)
     if counts != manifest.counts:
         raise ValueError("the counts are not the sums over the shards")
-
-
-def load_manifest(url: str) -> Manifest:
-    """The manifest of the data set at `url` (a folder or s3:// prefix).
-
-    Raises DataError naming the object where it is absent, damaged or of another format.
-    """
-    where = objects.join(url, MANIFEST)
-    try:
-        data = objects.read_bytes(where)
-        try:
-            return parse_manifest(data, where)
-        except DataError:
-            # Damaged on its way, perhaps: at rest, it comes the same again.
-            again = objects.read_bytes(where)
-            if again == data:
-                raise
-            return parse_manifest(again, where)
-    except NotFoundError as error:
-        raise DataError(
-            f"no data set at {url}: {error}; `lxscale shards build` makes one"
-        ) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -11,9 +11,21 @@ from numpy.typing import ArrayLike, NDArray
 
 from shards.errors import DataError
 from shards.format.arrays import map_arrays
-from shards.format.members import MEMBERS
+from shards.format.manifest import Manifest, Schema
+from shards.format.members import MEMBERS, members_of
+from shards.format.shard_list import ShardInfo
+from shards.order.draws import I64
 
-I64 = NDArray[np.int64]
+BLOCK = 512  # bytes: of a tar's header, and what members begin at multiples of
+
+# Types of the columns that are not int64.
+_TYPES = {
+    "image_objects": (np.dtype("<i4"),),
+    "sentence_source": (np.dtype("<u1"),),
+    "tokens": (np.dtype("<u2"), np.dtype("<u4")),
+    "answer_id": (np.dtype("<i4"),),
+    "answer_score": (np.dtype("<f4"),),
+}
 
 
 @dataclass(frozen=True)
@@ -57,38 +69,109 @@ def member_columns(
 
 
 def open_table(path: str | Path) -> Table:
-    """Map a shard's table. Raises DataError naming the file when arrays are absent or of a wrong
-    length, or do not fit together."""
+    """Map a shard's table. Raises DataError naming the file when arrays are absent, of a wrong type
+    or length, or do not fit together."""
     arrays = map_arrays(path)
     offsets = {m.offset_column for m in MEMBERS}
     due = {m.offset_column for m in MEMBERS if not m.optional}
     due |= {f.name for f in fields(Table)} - {"offset"}
     if wrong := due - set(arrays) | set(arrays) - due - offsets:
         raise DataError(f"{path} has missing or unknown arrays {sorted(wrong)}: build it again")
+    for name, array in arrays.items():
+        if array.dtype not in _TYPES.get(name, (np.dtype("<i8"),)):
+            raise DataError(f"{path}: {name} has type {array.dtype}: build it again")
     table = Table(
         offset={m.name: arrays[m.offset_column] for m in MEMBERS if m.offset_column in arrays},
         **{name: array for name, array in arrays.items() if name not in offsets},
     )
-    images, sentences = len(table.image_objects), len(table.sentence_source)
+    images, sentences = table.image_objects.size, table.sentence_source.size
     lengths = {
         **dict.fromkeys(sorted(offsets & set(arrays)), images),
+        "image_objects": images,
         "record_size": images,
         "image_sentences": images + 1,
+        "sentence_source": sentences,
         "token_start": sentences + 1,
+        "tokens": table.tokens.size,
         "answer_start": sentences + 1,
-        "answer_score": len(table.answer_id),
+        "answer_id": table.answer_id.size,
+        "answer_score": table.answer_id.size,
     }
     for name, length in lengths.items():
         if arrays[name].shape != (length,):
             raise DataError(
                 f"{path}: {name} has shape {arrays[name].shape}, not ({length},): build it again"
             )
-    ends = [
-        (table.image_sentences, sentences),
-        (table.token_start, len(table.tokens)),
-        (table.answer_start, len(table.answer_id)),
-    ]
-    for start, end in ends:
-        if start[0] != 0 or start[-1] != end or bool(np.any(np.diff(start) < 0)):
-            raise DataError(f"{path}: ranges do not rise from 0 to the end: build it again")
+    ends = {
+        "image_sentences": sentences,
+        "token_start": len(table.tokens),
+        "answer_start": len(table.answer_id),
+    }
+    for name, end in ends.items():
+        start = arrays[name]
+        # No difference of two numbers in 0..end is beyond int64.
+        inside = bool(((start >= 0) & (start <= end)).all())
+        if not inside or start[0] != 0 or start[-1] != end or bool((np.diff(start) < 0).any()):
+            raise DataError(f"{path}: {name} does not rise from 0 to {end}: build it again")
     return table
+
+
+def check_table(table: Table, shard: ShardInfo, manifest: Manifest, where: str) -> None:
+    """DataError naming `where` it is and the array, unless every number of a shard's table can be
+    what it stands for: a hash proves who made a file, and not that it is right."""
+    schema = manifest.schema
+
+    def refuse(problem: str) -> None:
+        raise DataError(f"{where}: {problem}; build the data set again")
+
+    def within(name: str, array: NDArray, least: float, most: float) -> None:
+        # Not a number is in no range.
+        if len(array) and not (array.min() >= least and array.max() <= most):
+            i = int(np.flatnonzero(~((array >= least) & (array <= most)))[0])
+            refuse(f"{name}[{i}] is {array[i]}, outside of {least}..{most}")
+
+    counts = len(table.image_objects), len(table.sentence_source)
+    if counts != (shard.images, shard.pairs):
+        refuse("it has {} images and {} pairs, not as the manifest".format(*counts))
+    within("image_objects", table.image_objects, 1, schema.max_objects)
+    within("sentences of image", np.diff(table.image_sentences), 1, shard.pairs)
+    within("sentence_source", table.sentence_source, 0, len(manifest.sources) - 1)
+    found = np.bincount(table.sentence_source, minlength=len(manifest.sources)).tolist()
+    if found != [shard.pairs_per_source.get(source, 0) for source in manifest.sources]:
+        refuse("its pairs per source are not as the manifest's")
+    within("tokens of sentence", np.diff(table.token_start), 0, schema.max_tokens - 2)
+    within("tokens", table.tokens, 0, schema.vocab_size - 1)
+    within("answer_id", table.answer_id, 0, manifest.answers.count - 1)
+    within("answer_score", table.answer_score, 0, 1)
+    _check_offsets(table, shard.size, schema, refuse, within)
+
+
+def _check_offsets(
+    table: Table,
+    size: int,
+    schema: Schema,
+    refuse: Callable[[str], None],
+    within: Callable[[str, NDArray, float, float], None],
+) -> None:
+    """Members lie in a tar of `size` bytes one after the other, each with a header before it."""
+    members = members_of(schema)
+    if missing := [m.name for m in members if m.name not in table.offset]:
+        refuse(f"it has no {missing[0]}_offset")
+    objects = table.image_objects.astype(np.int64)
+    within("record_size", table.record_size, 2, size)
+    begins, ends = [], []
+    for member in members:
+        begin = table.offset[member.name]
+        within(member.offset_column, begin, BLOCK, size)
+        length = objects * member.object_bytes(schema) if member.columns else table.record_size
+        begins.append(begin)
+        ends.append(begin + length)
+    begin, end = np.stack(begins, 1).reshape(-1), np.stack(ends, 1).reshape(-1)
+    before = np.concatenate([[0], end[:-1]])
+    wrong = np.flatnonzero((begin < before + BLOCK) | (begin % BLOCK != 0) | (end > size))
+    if len(wrong):
+        image, m = divmod(int(wrong[0]), len(members))
+        refuse(
+            f"{members[m].offset_column}[{image}] is {begin[wrong[0]]}, which overlaps what lies "
+            f"before it, is no multiple of {BLOCK}, or leads beyond the tar's {size} bytes"
+        )

@@ -8,6 +8,7 @@ of the machine left of a file is thus found without waiting for the disk at ever
 
     CACHE/files/<sha256>      verified shards; <sha256>.damaged is the last bad one
     CACHE/tables/<sha256>     the same for tables and vocabularies, which no limit counts
+    CACHE/merged-<…>          indexes made of tables (derived.py), which no limit counts either
     CACHE/verified/<name>     markers, of cached files and of local data sets used in place
     CACHE/locks/<name>        held while a file is fetched, verified, evicted or written
 
@@ -104,7 +105,7 @@ def local_file(
     """
     cache = Path(cache_dir) if cache_dir else default_cache()
     entry = _Entry.of(file, cache, "tables" if table else "files")
-    with _explained(entry.place):
+    with explained(entry.place):
         if not _is_marked(entry):
             if file.remote:
                 _fetch_once(entry, budget, retry or Retry(), wait)
@@ -120,21 +121,10 @@ def is_local(file: StoredFile, cache: Path) -> bool:
 
 def shrink(cache: Path, budget: CacheBudget) -> None:
     """Keep to a limit that is lower than what an earlier run left."""
-    with _explained(cache):
+    with explained(cache):
         (cache / "files").mkdir(parents=True, exist_ok=True)
         with locked(cache, "room"):
             _evict(cache, 0, budget)
-
-
-def write_once(path: Path, build: Callable[[Path], None]) -> None:
-    """Have `build(temporary path)` make `path` unless it is there: one process per node does, and
-    nobody ever sees the file half-written."""
-    with _explained(path):
-        if not path.exists():
-            with locked(path.parent, path.name):
-                if not path.exists():
-                    with written_whole(path, alone=True) as temporary:
-                        build(temporary)
 
 
 # --- fetching -----------------------------------------------------------------------------------
@@ -332,7 +322,7 @@ def _name_of(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _explained(place: Path) -> Iterator[None]:
+def explained(place: Path) -> Iterator[None]:
     """Turns the errors of a file system into DataErrors that say what to do."""
     try:
         yield
