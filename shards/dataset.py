@@ -26,20 +26,18 @@ from shards.format.index import (
     DatasetIndex,
     TableFile,
     map_index,
-    merge,
     merge_into_file,
 )
 from shards.format.manifest import Counts, FileInfo, Manifest, Schema, load_manifest
 from shards.format.members import BOXES, FEATURES, LABELS, MEMBERS, RECORD, Member, members_of
+from shards.format.shard_list import ShardList
 from shards.order.draws import I64
 from shards.order.sampler import Plan, Sampler, make_sampler
 from shards.order.settings import SamplerSettings
 from shards.order.streams import Contents, ShardRange, Stream
-from shards.format.shard_list import ShardList
 from shards.store.cache import default_cache, local_file
 from shards.store.derived import derived_file
 from shards.store.prefetch import ShardFiles
-from shards.store.stored import StoredFile
 
 _TABLES_AT_ONCE = 16  # that are fetched
 
@@ -88,7 +86,7 @@ class Dataset:
         pairs that there are none of."""
         manifest = self.manifest
         contents = Contents(
-            [s.pairs_per_source for s in manifest.shards],
+            manifest.shards.pairs_per_source,
             manifest.sources,
             manifest.question_sources,
             self.shard_ranges,
@@ -265,7 +263,8 @@ def open_dataset(
     if isinstance(specs, str):
         specs = (DatasetSpec(specs),)
     folder = Path(cache) if cache else default_cache()
-    return _open([load_manifest(spec.url) for spec in specs], tuple(specs), folder, limit)
+    manifests = [load_manifest(spec.url, folder) for spec in specs]
+    return _open(manifests, tuple(specs), folder, limit)
 
 
 def _open(
@@ -274,30 +273,32 @@ def _open(
     """What `open_dataset` does once it has the manifests. It asks the store for nothing that is in
     the cache."""
     manifest = _combine(manifests, specs)
-    urls = [spec.url for spec, m in zip(specs, manifests, strict=True) for _ in m.shards]
-    path = folder / index_name(manifest)
-
-    def build(temporary: Path) -> None:
-        def fetch(file: StoredFile) -> Path:
-            return local_file(file, folder, table=True)
-
-        tables = [s.table_at(url) for url, s in zip(urls, manifest.shards, strict=True)]
-        with ThreadPoolExecutor(_TABLES_AT_ONCE, "lxscale-tables") as pool:
-            paths = list(pool.map(fetch, tables))
-        sources = [
-            [manifest.sources.index(s) for s in m.sources] for m in manifests for _ in m.shards
-        ]
-        save_index(temporary, merge_tables(manifest, paths, sources))
-
-    write_once(path, build)
     ends = np.cumsum([len(m.shards) for m in manifests]).tolist()
     shard_ranges = tuple(
         ShardRange(m.name, end - len(m.shards), end, spec.weight)
         for spec, m, end in zip(specs, manifests, ends, strict=True)
     )
-    tars = [s.tar_at(url) for url, s in zip(urls, manifest.shards, strict=True)]
+    places = [spec.url for spec, m in zip(specs, manifests, strict=True) for _ in m.shards]
+    path = folder / f"merged-{manifest.fingerprint}-{LAYOUT}.safetensors"
+
+    def build(temporary: Path) -> None:
+        shards = manifest.shards
+        tables = [s.table_at(place) for place, s in zip(places, shards, strict=True)]
+        with ThreadPoolExecutor(_TABLES_AT_ONCE, "lxscale-tables") as pool:
+            paths = list(pool.map(lambda file: local_file(file, folder, table=True), tables))
+        own_sources = [[manifest.sources.index(s) for s in m.sources] for m in manifests]
+        dataset = np.repeat(np.arange(len(manifests)), [len(m.shards) for m in manifests]).tolist()
+
+        def table_of(i: int) -> TableFile:
+            of = dataset[i]
+            return TableFile(paths[i], tables[i].url, manifests[of], shards[i], own_sources[of])
+
+        merge_into_file(temporary, manifest, np.arange(len(shards)), table_of)
+
+    index = map_index(derived_file(path, folder, build))
+    tars = [s.tar_at(place) for place, s in zip(places, manifest.shards, strict=True)]
     shards = ShardFiles(tars, folder, limit)
-    return Dataset(specs, manifests, manifest, shard_ranges, map_index(path), shards, folder)
+    return Dataset(specs, manifests, manifest, shard_ranges, index, shards, folder)
 
 
 def _combine(manifests: Sequence[Manifest], specs: Sequence[DatasetSpec]) -> Manifest:
@@ -348,5 +349,6 @@ def _combine(manifests: Sequence[Manifest], specs: Sequence[DatasetSpec]) -> Man
             sum(m.counts.pairs for m in manifests),
             sentences,
         ),
-        shards=tuple(s for m in manifests for s in m.shards),
+        shards=ShardList.joined([m.shards for m in manifests], sources),
+        pages=(),
     )

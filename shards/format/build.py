@@ -21,10 +21,11 @@ from shards.errors import DataError
 from shards.format.answers import answer_index, count_answers
 from shards.format.arrays import save_arrays
 from shards.format.check import check_record
-from shards.format.manifest import MANIFEST, Counts, FileInfo, Manifest, Schema, ShardInfo
+from shards.format.manifest import MANIFEST, Counts, FileInfo, Manifest, Schema, with_pages
 from shards.format.members import RECORD, Member, members_of
 from shards.format.record import QA_SOURCES, ImageRecord, Report, record_json, record_key
 from shards.format.sentences import Document, SentenceEncoder
+from shards.format.shard_list import ShardInfo, ShardList
 from shards.format.staging import check_free, publish, staging_folder
 from shards.format.table import member_columns
 from shards.format.tar import TarWriter
@@ -34,7 +35,9 @@ from shards.store.stored import hash_file
 
 VOCAB, ANSWERS = "vocab.txt", "answers.json"
 # Names of a data set's files but for the manifest; many a WebDataset has some of them, too.
-_OWNED = re.compile(r"shard-\d{6}\.(tar|table\.safetensors)|vocab\.txt|answers\.json")
+_OWNED = re.compile(
+    r"shard-\d{6}\.(tar|table\.safetensors)|shards-\d{6}\.safetensors|vocab\.txt|answers\.json"
+)
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def _check_settings(settings: BuildSettings) -> None:
 def _files(manifest: Manifest) -> list[str]:
     """Names of everything but the manifest."""
     files = [name for shard in manifest.shards for name in (shard.name, shard.table)]
-    return [*files, manifest.vocab.file, manifest.answers.file]
+    return [*files, *(f.file for f in (manifest.vocab, manifest.answers, *manifest.pages))]
 
 
 # --- tars ---------------------------------------------------------------------------------------
@@ -299,7 +302,7 @@ def _write_rest(job: _Job, shards: list[_Shard], schema: Schema, tokens: list[st
     (folder / VOCAB).write_bytes("".join(f"{t}\n" for t in tokens).encode())
     (folder / ANSWERS).write_bytes((json.dumps(answers, indent=0) + "\n").encode())
     totals = {s: sum(i.pairs_per_source.get(s, 0) for i in infos) for s in sources}
-    return Manifest(
+    manifest = Manifest(
         name=settings.name,
         extractor=settings.extractor,
         schema=schema,
@@ -308,8 +311,9 @@ def _write_rest(job: _Job, shards: list[_Shard], schema: Schema, tokens: list[st
         vocab=_file_info(folder, VOCAB, len(tokens)),
         answers=_file_info(folder, ANSWERS, len(answers)),
         counts=Counts(sum(i.images for i in infos), sum(i.pairs for i in infos), totals),
-        shards=tuple(infos),
+        shards=ShardList.of(infos, sources),
     )
+    return with_pages(manifest, folder)
 
 
 def _sources(shards: list[_Shard]) -> tuple[list[str], set[str]]:

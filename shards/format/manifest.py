@@ -132,8 +132,8 @@ class Manifest:
         out: dict[str, Any] = {"format": FORMAT}
         for name in _SHARED:
             value = getattr(self, name)
-            plain = isinstance(value, str | tuple)
-            out[name] = value if plain else dataclasses.asdict(value)
+            nested = isinstance(value, Schema | FileInfo | Counts)
+            out[name] = dataclasses.asdict(value) if nested else value
         if self.pages:
             return out | {"shards": dataclasses.asdict(Pages(self.pages))}
         return out | {"shards": [dataclasses.asdict(s) for s in self.shards]}

@@ -35,8 +35,8 @@ class ShardRange:
 class Contents:
     """What a sampler has to know of the data: pairs by shard and source."""
 
-    pairs_per_source: Sequence[dict[str, int]]
-    """Of each shard."""
+    pairs_per_source: I64
+    """(shards, sources)."""
     sources: Sequence[str]
     questions: Sequence[str]
     """The sources whose sentences are questions."""
@@ -45,15 +45,6 @@ class Contents:
 
     def ranges(self) -> Sequence[ShardRange]:
         return self.datasets or (ShardRange("all", 0, len(self.pairs_per_source)),)
-
-    def table(self) -> I64:
-        """Pairs by shard and source, i64 (shards, sources)."""
-        column = {name: i for i, name in enumerate(self.sources)}
-        table = np.zeros((len(self.pairs_per_source), len(column)), dtype=np.int64)
-        for row, shard in zip(table, self.pairs_per_source, strict=True):
-            for name, pairs in shard.items():
-                row[column[name]] = pairs
-        return table
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +83,7 @@ def streams_of(
             f"sampler.source_weights names {', '.join(sorted(unknown))}, but the data set has "
             f"{', '.join(contents.sources)}: correct the name"
         )
-    table = contents.table()
+    table = contents.pairs_per_source
     if not table.sum():
         raise DataError("the data set holds no pairs: build it from sources that have sentences")
     streams: list[Stream] = []

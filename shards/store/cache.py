@@ -119,6 +119,15 @@ def is_local(file: StoredFile, cache: Path) -> bool:
     return _is_marked(_Entry.of(file, cache))
 
 
+def hashed_file(path: Path, cache: Path) -> StoredFile:
+    """A file that has just been made here, with its hash: so it need not be verified again."""
+    before = path.stat()
+    file = StoredFile(str(path), hash_file(path), before.st_size)
+    entry = _Entry.of(file, cache)
+    _mark(entry, _marker_text(entry, before))
+    return file
+
+
 def shrink(cache: Path, budget: CacheBudget) -> None:
     """Keep to a limit that is lower than what an earlier run left."""
     with explained(cache):
@@ -304,8 +313,8 @@ def _marker(entry: _Entry) -> Path:
     return entry.cache / "verified" / _name_of(entry.path)
 
 
-def _marker_text(entry: _Entry) -> str:
-    s = entry.path.stat()
+def _marker_text(entry: _Entry, status: os.stat_result | None = None) -> str:
+    s = status or entry.path.stat()
     # No program can set ctime: a change that puts mtime back is still seen.
     times = [s.st_mtime_ns, s.st_ctime_ns]
     return json.dumps([_boot(), str(entry.path), s.st_size, *times, s.st_ino, entry.file.sha256])

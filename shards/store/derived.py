@@ -13,9 +13,9 @@ from pathlib import Path
 
 from shards.errors import DataError
 from shards.store.atomic import written_whole
-from shards.store.cache import explained, local_file
+from shards.store.cache import explained, hashed_file, is_local, local_file
 from shards.store.locks import locked
-from shards.store.stored import StoredFile, hash_file
+from shards.store.stored import StoredFile
 
 log = logging.getLogger("lxscale")
 
@@ -26,17 +26,22 @@ def derived_file(path: Path, cache: Path, build: Callable[[Path], None]) -> Path
 
     path: named by all that it is made from.
     """
+    if (sealed := _sealed(path)) and is_local(sealed, cache):
+        return path
     with explained(path), locked(path.parent, path.name):
+        # Another process may have made it meanwhile.
         if (sealed := _sealed(path)) and path.exists():
             try:
                 return local_file(sealed, cache)
             except DataError as error:
                 log.warning("%s: it is made again", error)
+        # Unsealed until it is whole under its name.
+        _seal(path).unlink(missing_ok=True)
         with written_whole(path, alone=True) as temporary:
             build(temporary)
-            seal = [temporary.stat().st_size, hash_file(temporary)]
+        made = hashed_file(path, cache)
         with written_whole(_seal(path), alone=True) as temporary:
-            temporary.write_text(json.dumps(seal))
+            temporary.write_text(json.dumps([made.size, made.sha256]))
         return path
 
 

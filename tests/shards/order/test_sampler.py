@@ -21,7 +21,7 @@ from shards.order.settings import FamilyWeights, SamplerSettings
 from shards.order.streams import Contents, ShardRange
 
 SOURCES = ["cap", "vqa"]
-SHARDS = [{"cap": 30, "vqa": 11}, {"cap": 25, "vqa": 4}, {"cap": 47}, {"vqa": 6, "cap": 2}]
+SHARDS = np.asarray([[30, 11], [25, 4], [47, 0], [2, 6]])
 PARTS = [ShardRange("a", 0, 2, 3.0), ShardRange("b", 2, 4, 1.0)]
 SEED = 2
 NATURAL = SamplerSettings(window=2)
@@ -83,7 +83,7 @@ def worst_run(counts: list[int], pairs: list[int], share: Fraction) -> Fraction:
 
 
 def test_natural_takes_every_pair_once_an_epoch() -> None:
-    total = sum(sum(s.values()) for s in SHARDS)
+    total = int(SHARDS.sum())
     for epoch in range(3):
         plans, _ = take(NATURAL, [16] * 50)
         seen = [r[2:4] for r in rows(plans) if r[1] == epoch]
@@ -330,6 +330,6 @@ def test_a_wrong_source_weight_is_an_error_that_names_it() -> None:
 
 def test_a_share_of_questions_without_questions_is_an_error() -> None:
     with pytest.raises(DataError, match=r"question.*sampler\.question_share"):
-        make_sampler(BALANCED, SEED, Contents([{"cap": 5}], ["cap"], []))
+        make_sampler(BALANCED, SEED, Contents(np.asarray([[5]]), ["cap"], []))
     with pytest.raises(DataError, match="no pairs"):
-        make_sampler(NATURAL, SEED, Contents([{}], ["cap"], []))
+        make_sampler(NATURAL, SEED, Contents(np.asarray([[0]]), ["cap"], []))

@@ -6,7 +6,6 @@ import hashlib
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 
 from shards.errors import DataError
 from shards.store import cache, objects
-from shards.store.cache import local_file, write_once
+from shards.store.cache import local_file
 from shards.store.stored import StoredFile
 from tests.conftest import subprocess_environment
 from tests.object_store import FaultProxy, first
@@ -168,30 +167,6 @@ def test_a_marker_belongs_to_one_expected_content(tmp_path: Path) -> None:
     fetch(str(path), tmp_path / "cache")
     with pytest.raises(DataError, match="is damaged"):
         local_file(StoredFile(str(path), "0" * 64, len(CONTENT)), tmp_path / "cache")
-
-
-def test_write_once(tmp_path: Path) -> None:
-    path = tmp_path / "made" / "x"
-    built: list[Path] = []
-
-    def broken(temporary: Path) -> None:
-        temporary.write_bytes(b"half")
-        raise RuntimeError("stop")
-
-    def whole(temporary: Path) -> None:
-        built.append(temporary)
-        temporary.write_bytes(b"whole")
-
-    with pytest.raises(RuntimeError, match="stop"):
-        write_once(path, broken)
-    assert not path.exists()
-    threads = [threading.Thread(target=write_once, args=(path, whole)) for _ in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert path.read_bytes() == b"whole" and len(built) == 1
-    assert sorted(p.name for p in path.parent.iterdir()) == ["locks", "x"]
 
 
 def test_an_unusable_cache_folder_is_one_error(tmp_path: Path) -> None:
