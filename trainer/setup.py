@@ -12,14 +12,13 @@ import yaml
 from model.config import ModelConfig
 from model.objectives import OBJECTIVES, objectives_of
 from shards.dataset import Dataset, open_dataset
-from shards.format.tokenizer import load_tokenizer
 from shards.order.modes import MODES
 from shards.order.permutation import VERSION
 from shards.store import objects
 from shards.store.retry import Retry
 from trainer.checkpoint.format import RunDescription
 from trainer.config import ConfigError, RunConfig
-from trainer.data.batch import BatchSettings
+from trainer.data.batch import BatchSettings, settings_of
 
 log = logging.getLogger("lxscale")
 
@@ -112,23 +111,8 @@ def resolve_objectives(config: RunConfig, data: Dataset) -> dict[str, float]:
 
 
 def batch_settings(config: RunConfig, data: Dataset) -> BatchSettings:
-    vocab = load_tokenizer(data.file(data.manifest.vocab))
-
-    def token_id(token: str) -> int:
-        found = vocab.token_to_id(token)
-        if found is None:
-            raise ConfigError(f"the vocabulary of {data.url} has no {token}: rebuild the data set")
-        return found
-
-    return BatchSettings(
-        seed=config.run.seed,
-        token_mask=config.objectives.token_mask,
-        object_mask=config.objectives.object_mask,
-        cls_id=token_id("[CLS]"),
-        sep_id=token_id("[SEP]"),
-        mask_id=token_id("[MASK]"),
-        vocab_size=data.manifest.schema.vocab_size,
-    )
+    masks = config.objectives
+    return settings_of(data, config.run.seed, masks.token_mask, masks.object_mask)
 
 
 def open_training_data(config: RunConfig) -> Dataset:

@@ -125,7 +125,8 @@ def _merge(
     tokens, answers = 0, 0
     for number in shards.tolist():
         sizes = array_sizes(table_of(number).path)
-        tokens, answers = tokens + sizes["tokens"], answers + sizes["answer_id"]
+        # One that lacks an array is told of where it is opened.
+        tokens, answers = tokens + sizes.get("tokens", 0), answers + sizes.get("answer_id", 0)
     shard_image = _starts(manifest.shards.images[shards])
     shard_pair = _starts(manifest.shards.pairs[shards])
     images, pairs = int(shard_image[-1]), int(shard_pair[-1])
