@@ -47,6 +47,8 @@ class _Replay:
     """Version of the segment's digests."""
     seen: dict[tuple[int, int], NDArray[np.uint8]] = field(default_factory=dict)
     """(stream, epoch) under way -> how often each pair was taken, u8 (pairs,)."""
+    strange: dict[tuple[int, int], int] = field(default_factory=dict)
+    """(stream, epoch) -> pairs of sources that are none of the stream's."""
     whole: dict[int, int] = field(default_factory=dict)
     """Stream -> epochs that are over and had every pair once."""
     passed_over: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -142,7 +144,7 @@ def _replay(head: SegmentHead, urls: Sequence[str], cache: str | None) -> _Repla
         raise ConfigError(f"the run used {len(weights)} data sets: give --data as many URLs")
     specs = [DatasetSpec(u, w) for u, w in zip(urls, weights, strict=True)]
     try:
-        data = open_dataset(specs, cache)
+        data = open_dataset(specs, cache, text=state.get("data.text", "all"))
     except DataError as error:
         raise DataError(f"{error}; if it has been moved, name its place with --data") from None
     if data.manifest.fingerprint != state["manifest"]:
@@ -171,7 +173,7 @@ def _replay_step(
     step = sampler.step(state, count)
     planned = sampler.plan(step)
     own = planned.without(line.skipped)
-    batch = draw_batch(data, sampler, own, replay.drawn).batch
+    batch = draw_batch(data, sampler, own, replay.drawn, line.skipped).batch
     pair = batch.pair_id.numpy()
     found = digest(batch, state.consumed, replay.digest)
     problem = None
@@ -186,6 +188,9 @@ def _replay_step(
         if seen is None:
             seen = replay.seen[stream, epoch] = np.zeros(data.manifest.pairs, dtype=np.uint8)
         np.add.at(seen, pair[rows], 1)
+        sources = sampler.streams[stream].sources
+        odd = int((~np.isin(batch.source.numpy()[rows], sources)).sum())
+        replay.strange[stream, epoch] = replay.strange.get((stream, epoch), 0) + odd
     if line.skipped:
         lost = planned.take(np.flatnonzero(np.isin(planned.shard, line.skipped)))
         for stream, epoch in zip(lost.stream.tolist(), lost.epoch.tolist(), strict=True):
@@ -211,8 +216,7 @@ def _check_epoch(replay: _Replay, stream: int, epoch: int) -> str | None:
     seen, expected = replay.seen.pop((stream, epoch)), replay.sampler.streams[stream]
     lost = replay.passed_over.get((stream, epoch), 0)
     name = f"epoch {epoch} of stream {expected.name}"
-    kinds = np.bincount(replay.data.index.source[seen > 0], minlength=1)
-    strange = sum(n for s, n in enumerate(kinds.tolist()) if s not in expected.sources)
+    strange = replay.strange.pop((stream, epoch), 0)
     if int(seen.max()) > 1 or strange:
         return f"{name}: {int((seen > 1).sum())} pairs more than once, {strange} of other streams"
     if int(seen.sum()) + lost != expected.pairs:

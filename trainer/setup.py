@@ -80,7 +80,7 @@ def check_same_tables(data: Dataset, vocab_sha256: str, answers_sha256: str) -> 
 
 def absent_objectives(config: RunConfig, data: Dataset) -> list[str]:
     """Objectives that have a weight and that the data set has no labels for."""
-    has = {"labels": data.manifest.schema.labels, "answers": len(data.index.answer_id) > 0}
+    has = {"labels": data.manifest.schema.labels, "answers": bool(data.answered_by_set().any())}
     weights = config.objectives.weights()
     return [n for n, o in OBJECTIVES.items() if o.needs and not has[o.needs] and weights[n] > 0]
 
@@ -118,7 +118,10 @@ def batch_settings(config: RunConfig, data: Dataset) -> BatchSettings:
 def open_training_data(config: RunConfig) -> Dataset:
     limit = config.data.cache_limit_gb
     return open_dataset(
-        config.data.specs(), config.data.cache, None if limit is None else int(limit * 2**30)
+        config.data.specs(),
+        config.data.cache,
+        None if limit is None else int(limit * 2**30),
+        config.data.text,
     )
 
 
@@ -137,6 +140,7 @@ def data_state(config: RunConfig, data: Dataset) -> dict[str, Any]:
         "order": VERSION,
         "run.seed": config.run.seed,
         "data.weights": [p.weight for p in data.specs],
+        "data.text": data.text,
     }
     state |= {f"sampler.{k}": v for k, v in config.sampler.model_dump(mode="json").items()}
     for key in ("token_mask", "object_mask"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,16 @@ class DatasetIndex:
     """[N, K]: where in by_source the run of a shard and source begins."""
     image_of: NDArray[np.int32]
     """[S]: image of each pair."""
+
+    @cached_property
+    def source_sizes(self) -> I64:
+        """[N, K]: pairs of each shard and source."""
+        flat = np.append(self.source_start.reshape(-1), len(self.source))
+        return np.diff(flat).reshape(self.source_start.shape)
+
+    def place_of(self, shard: I64) -> I64:
+        """Where shards of the data are in the index."""
+        return np.searchsorted(self.shard, shard)
 
 
 def map_index(path: Path) -> DatasetIndex:

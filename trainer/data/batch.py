@@ -6,6 +6,7 @@ same other sentence and the same answer at any world size, in any process, after
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,10 +20,11 @@ from shards.format.index import ranges
 from shards.format.tokenizer import load_tokenizer
 from shards.order.draws import I64, U64, below, chance, draw, fold, halves, uniform
 from shards.order.sampler import Plan, Sampler
+from trainer.data.sentences import Pairs, sentences_of, shards_of_text
 from trainer.data.shared_batches import Empty, fresh_memory
 
-# Purposes of draws; the sampler uses 1 and 2.
-_SENTENCE, _TOKEN, _TOKEN_ID, _OBJECT, _DONOR, _DONOR_OBJECT, _ANSWER = range(3, 10)
+# Purposes of draws; the sampler uses 1 and 2, sentences.py 3.
+_TOKEN, _TOKEN_ID, _OBJECT, _DONOR, _DONOR_OBJECT, _ANSWER = range(4, 10)
 
 # Of the masked words and objects: 80 % masked or zeroed, 10 % replaced, 10 % kept (LXMERT sec. 3.1)
 _MASKED, _REPLACED = 0.8, 0.9
@@ -98,9 +100,11 @@ def make_batch(
     plan: Plan,
     settings: BatchSettings,
     empty: Empty = fresh_memory,
+    skipped: Sequence[int] = (),
 ) -> Batch:
-    """The batch of a plan's pairs, on the CPU; `empty` gives the memory of the features."""
-    drawn = draw_batch(data, sampler, plan, settings)
+    """The batch of a plan's pairs, on the CPU; `empty` gives the memory of the features.
+    skipped: shards that cannot be had; the plan has no pairs of them."""
+    drawn = draw_batch(data, sampler, plan, settings, skipped)
     masks, objects = drawn.masks, drawn.batch.features.shape[1]
     features = empty((len(drawn.images), objects, data.manifest.schema.feature_dim))
     boxes, found = data.gather_images(drawn.images, drawn.shards, features.numpy())
@@ -115,15 +119,23 @@ def make_batch(
     )
 
 
-def draw_batch(data: Dataset, sampler: Sampler, plan: Plan, settings: BatchSettings) -> Drawn:
+def draw_batch(
+    data: Dataset,
+    sampler: Sampler,
+    plan: Plan,
+    settings: BatchSettings,
+    skipped: Sequence[int] = (),
+) -> Drawn:
     """All that is drawn for a plan's pairs, and their words; no tar is needed for it."""
     if not plan.masks:
         settings = replace(settings, token_mask=0.0, object_mask=0.0)
+    data = data.over(shards_of_text(data, sampler, plan, skipped))
     m = data.index
-    pair = data.pairs_of(sampler.streams, plan)
+    pair = data.rows_of(sampler.streams, plan)
     image = data.image_of(pair)
-    key = pair_key(settings.seed, plan.epoch, pair)
-    sentence = sentences_of(data, plan, pair, image, key)
+    pair_id = data.pair_ids(pair)
+    key = pair_key(settings.seed, plan.epoch, pair_id)
+    sentence = sentences_of(data, sampler, plan, Pairs(pair, image, key), skipped)
     matched = ~plan.mismatched
     tokens, token_start, lm_position, lm_target = _tokens(data, sentence, key, settings)
     distinct, first, image_index = np.unique(image, return_index=True, return_inverse=True)
@@ -146,8 +158,8 @@ def draw_batch(data: Dataset, sampler: Sampler, plan: Plan, settings: BatchSetti
         matched=_tensor(matched.astype(np.int64)),
         answer_pair=_tensor(answer_pair),
         answer_target=_tensor(answer_target),
-        pair_id=_tensor(pair),
-        sentence_id=_tensor(sentence),
+        pair_id=_tensor(pair_id),
+        sentence_id=_tensor(data.pair_ids(sentence)),
         source=_tensor(m.source[pair].astype(np.int64)),
         offset=_tensor(plan.offset),
         dataset=_tensor(plan.dataset),
@@ -162,28 +174,6 @@ def _tensor(array: NDArray) -> torch.Tensor:
 def pair_key(seed: int, epoch: I64, pair: I64) -> U64:
     """One key a pair: everything drawn for it in an epoch starts here."""
     return draw(fold(seed), epoch, pair)
-
-
-def sentences_of(data: Dataset, plan: Plan, pair: I64, image: I64, key: U64) -> I64:
-    """The sentence shown with each pair of a plan: its own, or one of another image, uniform over
-    all of the pair's data set."""
-    sentence = pair.copy()
-    todo = np.flatnonzero(plan.mismatched)
-    if not len(todo):
-        return sentence
-    edges, dataset = data.dataset_pairs, plan.dataset[todo]
-    first, total = edges[dataset], edges[dataset + 1] - edges[dataset]
-    for name, images in data.images_with_sentences:
-        if images < 2:
-            raise DataError(f"matching needs sentences of two images, the data set {name} has one")
-    attempt = 0
-    while len(todo):
-        other = first + below(draw(key[todo], _SENTENCE, attempt), total)
-        sentence[todo] = other
-        again = data.image_of(other) == image[todo]
-        todo, first, total = todo[again], first[again], total[again]
-        attempt += 1
-    return sentence
 
 
 def _tokens(
@@ -226,7 +216,8 @@ def _objects(
     position, row, column = position[real], row[real], column[real]
     fate = uniform(bits[position]) / max(settings.object_mask, 1e-12)
     shard = plan.shard[row]
-    first, size = m.shard_image[shard], m.shard_image[shard + 1] - m.shard_image[shard]
+    place = m.place_of(shard)
+    first, size = m.shard_image[place], m.shard_image[place + 1] - m.shard_image[place]
     alone = size < 2
     zero = (fate < _MASKED) | (alone & (fate < _REPLACED))
     swap = (fate >= _MASKED) & (fate < _REPLACED) & ~alone
