@@ -87,8 +87,10 @@ class Drawn:
 
     batch: Batch
     """Whose features, boxes and labels are missing: they have no columns."""
+    data: Dataset
+    """With an index that has the batch's shards."""
     images: I64
-    """Rows of the distinct images in the data's index."""
+    """Rows of the distinct images in that index."""
     shards: I64
     """Where they are."""
     masks: ObjectMasks
@@ -105,6 +107,7 @@ def make_batch(
     """The batch of a plan's pairs, on the CPU; `empty` gives the memory of the features.
     skipped: shards that cannot be had; the plan has no pairs of them."""
     drawn = draw_batch(data, sampler, plan, settings, skipped)
+    data = drawn.data
     masks, objects = drawn.masks, drawn.batch.features.shape[1]
     features = empty((len(drawn.images), objects, data.manifest.schema.feature_dim))
     boxes, found = data.gather_images(drawn.images, drawn.shards, features.numpy())
@@ -164,7 +167,7 @@ def draw_batch(
         offset=_tensor(plan.offset),
         dataset=_tensor(plan.dataset),
     )
-    return Drawn(batch, distinct, plan.shard[first], masks)
+    return Drawn(batch, data, distinct, plan.shard[first], masks)
 
 
 def _tensor(array: NDArray) -> torch.Tensor:
