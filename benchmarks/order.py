@@ -18,7 +18,7 @@ import numpy as np
 
 from protocol import machine, markdown
 from shards.order.draws import I64
-from shards.order.permutation import EpochOrder, epoch_order
+from shards.order.epoch_order import EpochOrder, epoch_order
 
 # Pairs, shards, shards per window (0 = all of them: an exact global shuffle).
 SIZES = (

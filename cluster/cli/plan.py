@@ -58,7 +58,7 @@ def _costs(
     for window in windows:
         sampler = data.sampler(SamplerSettings(window=window), seed)
         need = working_set(sampler, sizes, pairs)
-        order = sampler.order(sampler.streams[0], 0)
+        order = sampler.order(0, 0)
         begin = sizes[order.shard_order[: order.window]].sum()
         fits = "no limit given" if limit is None else "yes" if limit >= need else "no"
         yield f"{window or 'all':>8} {_gib(need):>12} {_gib(begin):>12}  {fits}"
@@ -88,7 +88,7 @@ def _mixing(
         for k in visits:
             settings = SamplerSettings(window=window, sentences_per_visit=k)
             sampler = data.sampler(settings, seed)
-            order = sampler.order(sampler.streams[0], 0)
+            order = sampler.order(0, 0)
             a, b = predicted(storage, order, batch), measured(storage, order, batch, _BATCHES)
             yield (
                 f"{window or 'all':>8} {k:>6} {f'{a.images:.1f} / {b.images:.1f}':>19} "

@@ -45,5 +45,10 @@ class SamplerSettings(BaseModel):
     sentences_per_visit: int = Field(1, ge=1, lt=2**31)
     """Neighbouring pairs, most of one image, that come together: fewer features to read and send,
     less of a shuffle (`lxscale shards plan` says how much)."""
+    lanes: int = Field(1, ge=1, le=1 << 16)
+    """Parts of every window that are shuffled for themselves; a step takes from all in turn. A
+    worker takes whole lanes where there are as many as workers, so that a node reads the shards of
+    its own lanes only. 1: every node reads all. With 4 for each worker, the workers' slices of a
+    step differ by a quarter at most."""
     last_batch: Literal["wrap", "short"] = "wrap"
     """A batch at the end of an epoch goes on into the next one, or is short."""

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import hashlib
 import json
 import logging
@@ -31,6 +30,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shards.errors import DataError
+from shards.processes import boot_id
 from shards.store import objects
 from shards.store.atomic import written_whole
 from shards.store.locks import BusyError, failed_since, locked, note, unlock
@@ -317,13 +317,7 @@ def _marker_text(entry: _Entry, status: os.stat_result | None = None) -> str:
     s = status or entry.path.stat()
     # No program can set ctime: a change that puts mtime back is still seen.
     times = [s.st_mtime_ns, s.st_ctime_ns]
-    return json.dumps([_boot(), str(entry.path), s.st_size, *times, s.st_ino, entry.file.sha256])
-
-
-@functools.cache
-def _boot() -> str:
-    """A name of this start of the machine; every start has another."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return json.dumps([boot_id(), str(entry.path), s.st_size, *times, s.st_ino, entry.file.sha256])
 
 
 def _name_of(path: Path) -> str:

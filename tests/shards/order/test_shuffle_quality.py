@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cluster.cli.main import main
 from shards.format.build import BuildSettings, build
 from shards.order.draws import I64
-from shards.order.permutation import EpochOrder, epoch_order
+from shards.order.epoch_order import EpochOrder, epoch_order
 from shards.order.shuffle_quality import Storage, measured, predicted
 from tests.conftest import small_records
 

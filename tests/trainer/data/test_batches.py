@@ -395,6 +395,6 @@ def test_packed_tokens_begin_and_end_with_the_marks(data: Dataset) -> None:
 
 def test_an_empty_slice_is_a_batch_of_no_pairs(data: Dataset) -> None:
     sampler = data.sampler(NATURAL, SEED)
-    empty = sampler.plan(sampler.step(sampler.start(), 4), 2, 2)
+    empty = sampler.plan(sampler.step(sampler.start(), 4)).take(slice(2, 2))
     batch = make_batch(data, sampler, empty, drawn(data))
     assert len(batch.matched) == len(batch.tokens) == len(batch.answer_pair) == 0
