@@ -280,7 +280,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     add("--sentences", required=True, type=given_path, metavar="JSON")
     add("--boxes", type=whole(1), default=36, help=f"boxes a picture: {sorted(LAYOUTS)}")
     add("--source", type=given_name, default="images", help="set of sentences that name none")
-    add("--workers", type=whole(1), help="processes (default: one per core)")
+    add("--workers", type=whole(0), help="processes (default: one per core)")
 
 
 def _read(args: Namespace, report: Report, progress: Progress) -> Iterator[ImageRecord]:

@@ -100,7 +100,7 @@ NUMBERS = [
     (BUILD["images"], "--vocab-size", ("0", "1.5")),
     (BUILD["images"], "--min-answer-count", ("0", "1.5")),
     (BUILD["images"], "--boxes", ("0", "1.5")),
-    (BUILD["images"], "--workers", ("0", "1.5")),
+    (BUILD["images"], "--workers", ("1.5",)),
     ("shards plan x", "--window", ("0.5",)),
     ("shards plan x", "--sentences-per-visit", ("0", str(2**63))),
     ("shards plan x", "--batch", ("0", "1.5")),
