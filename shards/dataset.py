@@ -10,24 +10,18 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import DataError
-from shards.format.index import (
-    LAYOUT,
-    DatasetIndex,
-    TableFile,
-    map_index,
-    merge_into_file,
-)
+from shards.format.index import LAYOUT, DatasetIndex, TableFile, map_index
 from shards.format.manifest import Counts, FileInfo, Manifest, Schema, load_manifest
 from shards.format.members import BOXES, FEATURES, LABELS, MEMBERS, RECORD, Member, members_of
 from shards.format.shard_list import ShardList
@@ -38,8 +32,10 @@ from shards.order.streams import Contents, ShardRange, Stream
 from shards.store.cache import default_cache, local_file
 from shards.store.derived import derived_file
 from shards.store.prefetch import ShardFiles
+from shards.tables import Tables
 
-_TABLES_AT_ONCE = 16  # that are fetched
+Text = Literal["all", "window"]
+"""Whether the words of all shards are at hand at any time, or those of the shards in use."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +60,25 @@ class Dataset:
     shard_ranges: tuple[ShardRange, ...]
     """The shards of each data set in it."""
     index: DatasetIndex
+    """Of all shards, or of those that `over` was asked for."""
     shards: ShardFiles
     cache: Path
     """Folder of the node's cache."""
+    tables: Tables | None = None
+    """Where the text of all shards is too much for one index: those of the shards in use."""
 
     def __reduce__(self) -> Any:
         # Another process maps the files itself, and does not need the store for what is here.
-        return _open, (self.manifests, self.specs, self.cache, self.shards.limit)
+        return _open, (self.manifests, self.specs, self.cache, self.shards.limit, self.text)
+
+    @property
+    def text(self) -> Text:
+        return "window" if self.tables else "all"
+
+    def over(self, shards: I64) -> Dataset:
+        """The data set with an index that has some shards, distinct and rising; what is in it is
+        numbered by rows of that index."""
+        return replace(self, index=self.tables.index(shards)) if self.tables else self
 
     @property
     def url(self) -> str:
@@ -95,46 +103,52 @@ class Dataset:
 
     # --- where things are -----------------------------------------------------------------------
 
-    def pairs_of(self, streams: Sequence[Stream], plan: Plan) -> I64:
-        """The global pair ids of a plan."""
+    def rows_of(self, streams: Sequence[Stream], plan: Plan) -> I64:
+        """The pairs of a plan, as rows of the index."""
         if len(streams) == 1 and len(streams[0].sources) == len(self.manifest.sources):
-            return self.index.shard_pair[plan.shard] + plan.index
+            return self.index.shard_pair[self.index.place_of(plan.shard)] + plan.index
         out = np.empty(len(plan), dtype=np.int64)
         for i in np.unique(plan.stream).tolist():
             rows = np.flatnonzero(plan.stream == i)
-            out[rows] = self._pairs_in(streams[i], plan.shard[rows], plan.index[rows])
+            out[rows] = self._rows_in(streams[i], plan.shard[rows], plan.index[rows])
         return out
 
-    def _pairs_in(self, stream: Stream, shard: I64, index: I64) -> I64:
+    def _rows_in(self, stream: Stream, shard: I64, index: I64) -> I64:
         m = self.index
+        shard = m.place_of(shard)
         if len(stream.sources) == len(self.manifest.sources):
             return m.shard_pair[shard] + index
         # The index counts through the stream's sources one after the other.
         out, left = np.empty_like(shard), np.ones(len(shard), dtype=bool)
         for s in stream.sources:
-            size = self._source_sizes[shard, s]
+            size = m.source_sizes[shard, s]
             here = left & (index < size)
             out[here] = m.by_source[(m.source_start[shard, s] + index)[here]]
             left &= ~here
             index = np.where(left, index - size, index)
         return out
 
-    @cached_property
-    def _source_sizes(self) -> I64:
-        flat = np.append(self.index.source_start.reshape(-1), len(self.index.source))
-        return np.diff(flat).reshape(self.index.source_start.shape)
+    def pair_ids(self, row: I64) -> I64:
+        """Rows of the index -> the pairs' numbers in the whole data."""
+        if not self.tables:
+            return row
+        m = self.index
+        place = np.searchsorted(m.shard_pair, row, side="right") - 1
+        return self.manifest.shards.pair_start[m.shard[place]] + row - m.shard_pair[place]
 
-    def image_of(self, pair: I64) -> I64:
-        return self.index.image_of[pair].astype(np.int64)
+    def image_of(self, row: I64) -> I64:
+        """Pairs' images, all as rows of the index."""
+        return self.index.image_of[row].astype(np.int64)
 
     def shard_of_image(self, image: I64) -> I64:
-        return np.searchsorted(self.index.shard_image, image, side="right") - 1
+        """Images, as rows of the index -> their shards' numbers in the data."""
+        return self.index.shard[np.searchsorted(self.index.shard_image, image, side="right") - 1]
 
     @cached_property
     def dataset_pairs(self) -> I64:
         """First pair of each data set, and the number of all: i64 (data sets + 1,)."""
         edges = [r.begin for r in self.shard_ranges] + [len(self.manifest.shards)]
-        return self.index.shard_pair[np.asarray(edges)]
+        return self.manifest.shards.pair_start[np.asarray(edges)]
 
     @cached_property
     def images_with_sentences(self) -> list[tuple[str, int]]:
@@ -144,6 +158,24 @@ class Dataset:
             (shards.name, len({int(of[a]), int(of[b - 1])}) if b > a else 0)
             for shards, a, b in zip(self.shard_ranges, edges[:-1], edges[1:], strict=True)
         ]
+
+    def pairs_by_set(self) -> I64:
+        """Pairs by data set and source, i64 (data sets, sources)."""
+        per_source = self.manifest.shards.pairs_per_source
+        return np.stack([per_source[r.begin : r.end].sum(0) for r in self.shard_ranges])
+
+    def answered_by_set(self) -> I64:
+        """Pairs with an answer in the table, likewise. Where the index does not have all shards:
+        pairs of sources that have answers."""
+        manifest = self.manifest
+        if self.tables:
+            asked = np.isin(manifest.sources, manifest.question_sources)
+            return self.pairs_by_set() * (asked & (manifest.answers.count > 0))
+        shape = len(self.shard_ranges), len(manifest.sources)
+        dataset = np.repeat(np.arange(shape[0]), np.diff(self.dataset_pairs))
+        has_answer = np.diff(self.index.answer_start) > 0
+        cell = (dataset * shape[1] + self.index.source)[has_answer]
+        return np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape)
 
     # --- gathers --------------------------------------------------------------------------------
 
@@ -253,9 +285,11 @@ def open_dataset(
     specs: str | Sequence[DatasetSpec],
     cache: str | Path | None = None,
     limit: int | None = None,
+    text: Text = "all",
 ) -> Dataset:
-    """Open a data set, or several to be mixed; tables are fetched and merged on the node's first
-    call. limit: bytes that the node's cache of remote shards may hold.
+    """Open a data set, or several to be mixed. limit: bytes that the node's cache of remote shards
+    may hold. text: "all" has the tables of all shards fetched and merged on the node's first call;
+    "window" leaves a table with its shard, to come and go with it.
 
     Raises DataError naming the file when a manifest or a table is missing or damaged, and when
     data sets do not fit together.
@@ -264,11 +298,15 @@ def open_dataset(
         specs = (DatasetSpec(specs),)
     folder = Path(cache) if cache else default_cache()
     manifests = [load_manifest(spec.url, folder) for spec in specs]
-    return _open(manifests, tuple(specs), folder, limit)
+    return _open(manifests, tuple(specs), folder, limit, text)
 
 
 def _open(
-    manifests: list[Manifest], specs: tuple[DatasetSpec, ...], folder: Path, limit: int | None
+    manifests: list[Manifest],
+    specs: tuple[DatasetSpec, ...],
+    folder: Path,
+    limit: int | None,
+    text: Text,
 ) -> Dataset:
     """What `open_dataset` does once it has the manifests. It asks the store for nothing that is in
     the cache."""
@@ -279,26 +317,33 @@ def _open(
         for spec, m, end in zip(specs, manifests, ends, strict=True)
     )
     places = [spec.url for spec, m in zip(specs, manifests, strict=True) for _ in m.shards]
-    path = folder / f"merged-{manifest.fingerprint}-{LAYOUT}.safetensors"
-
-    def build(temporary: Path) -> None:
-        shards = manifest.shards
-        tables = [s.table_at(place) for place, s in zip(places, shards, strict=True)]
-        with ThreadPoolExecutor(_TABLES_AT_ONCE, "lxscale-tables") as pool:
-            paths = list(pool.map(lambda file: local_file(file, folder, table=True), tables))
-        own_sources = [[manifest.sources.index(s) for s in m.sources] for m in manifests]
-        dataset = np.repeat(np.arange(len(manifests)), [len(m.shards) for m in manifests]).tolist()
-
-        def table_of(i: int) -> TableFile:
-            of = dataset[i]
-            return TableFile(paths[i], tables[i].url, manifests[of], shards[i], own_sources[of])
-
-        merge_into_file(temporary, manifest, np.arange(len(shards)), table_of)
-
-    index = map_index(derived_file(path, folder, build))
+    own_sources = [[manifest.sources.index(s) for s in m.sources] for m in manifests]
     tars = [s.tar_at(place) for place, s in zip(places, manifest.shards, strict=True)]
     shards = ShardFiles(tars, folder, limit)
-    return Dataset(specs, manifests, manifest, shard_ranges, index, shards, folder)
+
+    def table_of(number: int) -> TableFile:
+        """A shard's table, which is fetched if it is not here."""
+        of, shard = bisect_right(ends, number), manifest.shards[number]
+        file = shard.table_at(specs[of].url)
+        path = local_file(file, folder, table=True)
+        return TableFile(path, file.url, manifests[of], shard, own_sources[of])
+
+    tables = Tables(manifest, table_of, shards.in_use)
+    if text == "all":
+        path = folder / f"merged-{manifest.fingerprint}-{LAYOUT}.safetensors"
+        index = map_index(derived_file(path, folder, tables.merge_all))
+    else:
+        index = tables.index(np.zeros(0, dtype=np.int64))
+    return Dataset(
+        specs,
+        manifests,
+        manifest,
+        shard_ranges,
+        index,
+        shards,
+        folder,
+        tables if text == "window" else None,
+    )
 
 
 def _combine(manifests: Sequence[Manifest], specs: Sequence[DatasetSpec]) -> Manifest:

@@ -1,9 +1,9 @@
 """What a run consumed, proved: its journal is re-derived from the data set, step by step.
 
 The journal (trainer/checkpoint/journal.py) says how many pairs each step took and a digest of what
-the ranks really trained on. The order, the sampler and the mismatched sentences are pure functions,
-so each digest can be computed anew; then the pairs are counted, epoch by epoch, against the
-manifest.
+the ranks really trained on. The order, the sampler and all that is drawn for a pair are pure
+functions, so each digest can be computed anew; then the pairs are counted, epoch by epoch, against
+the manifest.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from shards.order.sampler import Sampler, SamplerState
 from shards.order.settings import SamplerSettings
 from shards.progress import Progress, no_progress
 from trainer.checkpoint.generations import find_generation
-from trainer.checkpoint.journal import SegmentHead, StepLine, digest, read_segments
+from trainer.checkpoint.journal import SegmentHead, StepLine, read_segments
 from trainer.config import ConfigError
-from trainer.data.batch import pair_key, sentences_of
+from trainer.data.batch import BatchSettings, draw_batch, settings_of
+from trainer.data.digest import digest
 
 
 @dataclass
@@ -41,8 +42,13 @@ class _Replay:
 
     data: Dataset
     sampler: Sampler
+    drawn: BatchSettings
+    digest: int
+    """Version of the segment's digests."""
     seen: dict[tuple[int, int], NDArray[np.uint8]] = field(default_factory=dict)
     """(stream, epoch) under way -> how often each pair was taken, u8 (pairs,)."""
+    strange: dict[tuple[int, int], int] = field(default_factory=dict)
+    """(stream, epoch) -> pairs of sources that are none of the stream's."""
     whole: dict[int, int] = field(default_factory=dict)
     """Stream -> epochs that are over and had every pair once."""
     passed_over: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -78,6 +84,7 @@ def audit(
                 _count_open_epochs(replay, out)
             replay, state = _replay(head, data or _places(head, newest or head), cache), None
         assert replay is not None
+        replay.drawn, replay.digest = _drawn(replay.data, head), head.digest
         if state is None and not step and head.start.consumed:
             out.problems.append(f"the journal begins at {head.start.consumed} pairs, not at 0")
         elif state is not None and state != head.start:
@@ -137,7 +144,7 @@ def _replay(head: SegmentHead, urls: Sequence[str], cache: str | None) -> _Repla
         raise ConfigError(f"the run used {len(weights)} data sets: give --data as many URLs")
     specs = [DatasetSpec(u, w) for u, w in zip(urls, weights, strict=True)]
     try:
-        data = open_dataset(specs, cache)
+        data = open_dataset(specs, cache, text=state.get("data.text", "all"))
     except DataError as error:
         raise DataError(f"{error}; if it has been moved, name its place with --data") from None
     if data.manifest.fingerprint != state["manifest"]:
@@ -149,7 +156,13 @@ def _replay(head: SegmentHead, urls: Sequence[str], cache: str | None) -> _Repla
     prefix = "sampler."
     given = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     settings = SamplerSettings.model_validate(given)
-    return _Replay(data, data.sampler(settings, state["run.seed"]))
+    return _Replay(data, data.sampler(settings, state["run.seed"]), _drawn(data, head), head.digest)
+
+
+def _drawn(data: Dataset, head: SegmentHead) -> BatchSettings:
+    state = head.data_state
+    masks = (state[f"objectives.{key}"] for key in ("token_mask", "object_mask"))
+    return settings_of(data, state["run.seed"], *masks)
 
 
 def _replay_step(
@@ -160,19 +173,24 @@ def _replay_step(
     step = sampler.step(state, count)
     planned = sampler.plan(step)
     own = planned.without(line.skipped)
-    pair = data.pairs_of(sampler.streams, own)
-    key = pair_key(sampler.seed, own.epoch, pair)
-    shown = sentences_of(data, own, pair, data.image_of(pair), key)
-    found = digest(state.consumed + own.offset, pair, shown)
+    batch = draw_batch(data, sampler, own, replay.drawn, line.skipped).batch
+    pair = batch.pair_id.numpy()
+    found = digest(batch, state.consumed, replay.digest)
     problem = None
     if found != line.digest:
-        problem = f"trained on other pairs than the order's ({line.digest:016x}, not {found:016x})"
+        problem = (
+            "trained on other pairs, words, masks or answers than the order's "
+            f"({line.digest:016x}, not {found:016x})"
+        )
     for stream, epoch in sorted(set(zip(own.stream.tolist(), own.epoch.tolist(), strict=True))):
         rows = (own.stream == stream) & (own.epoch == epoch)
         seen = replay.seen.get((stream, epoch))
         if seen is None:
             seen = replay.seen[stream, epoch] = np.zeros(data.manifest.pairs, dtype=np.uint8)
         np.add.at(seen, pair[rows], 1)
+        sources = sampler.streams[stream].sources
+        odd = int((~np.isin(batch.source.numpy()[rows], sources)).sum())
+        replay.strange[stream, epoch] = replay.strange.get((stream, epoch), 0) + odd
     if line.skipped:
         lost = planned.take(np.flatnonzero(np.isin(planned.shard, line.skipped)))
         for stream, epoch in zip(lost.stream.tolist(), lost.epoch.tolist(), strict=True):
@@ -198,8 +216,7 @@ def _check_epoch(replay: _Replay, stream: int, epoch: int) -> str | None:
     seen, expected = replay.seen.pop((stream, epoch)), replay.sampler.streams[stream]
     lost = replay.passed_over.get((stream, epoch), 0)
     name = f"epoch {epoch} of stream {expected.name}"
-    kinds = np.bincount(replay.data.index.source[seen > 0], minlength=1)
-    strange = sum(n for s, n in enumerate(kinds.tolist()) if s not in expected.sources)
+    strange = replay.strange.pop((stream, epoch), 0)
     if int(seen.max()) > 1 or strange:
         return f"{name}: {int((seen > 1).sum())} pairs more than once, {strange} of other streams"
     if int(seen.sum()) + lost != expected.pairs:

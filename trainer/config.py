@@ -28,7 +28,7 @@ from pydantic_core import ErrorDetails
 from model.config import ModelConfig
 from model.objectives import OBJECTIVES
 from model.objectives.base import FeatureLoss, LabelScope, LossSettings
-from shards.dataset import DatasetSpec
+from shards.dataset import DatasetSpec, Text
 from shards.order.settings import SamplerSettings
 from shards.store.objects import local_path
 from shards.store.places import bucket_and_key, expanded
@@ -150,6 +150,10 @@ class DataSection(LoaderSettings):
     """GiB of remote shards that a node's cache may hold; by default no limit. It must hold two
     shuffle windows (`lxscale shards plan` says how much that is). Runs that
     share a cache need one limit, which holds what they use together."""
+    text: Text = "all"
+    """all: the words of all shards are merged into one file on every node, and a mismatched
+    sentence is any other of its data set (about 110 bytes a pair of disk). window: words come and
+    go with their shards, and it is any other of the shards that are read at the time."""
     on_error: Literal["fail", "skip"] = "fail"
     """A shard that cannot be had ends the run, or all workers pass over its pairs from the same
     step on; what was skipped is reported and kept in the checkpoint."""

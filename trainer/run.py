@@ -31,6 +31,7 @@ from trainer.checkpoint.restore import (
     parameter_shapes,
     restore,
     set_masters,
+    whole_data_state,
 )
 from trainer.checkpoint.saver import Saver
 from trainer.config import RunConfig
@@ -208,7 +209,7 @@ def _position(
     fresh = sampler.start()
     if generation is None:
         return TrainState(fresh, 0)
-    saved = generation.manifest.data_state
+    saved = whole_data_state(generation.manifest.data_state)
     check_data_state(saved, now, config.checkpoint.override_data_state)
     state, skipped = generation.manifest.sampler, generation.manifest.skipped_updates
     if any(saved.get(k) != v for k, v in now.items() if k.startswith(("sampler.", "data."))):

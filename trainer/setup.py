@@ -12,14 +12,13 @@ import yaml
 from model.config import ModelConfig
 from model.objectives import OBJECTIVES, objectives_of
 from shards.dataset import Dataset, open_dataset
-from shards.format.tokenizer import load_tokenizer
 from shards.order.modes import MODES
 from shards.order.permutation import VERSION
 from shards.store import objects
 from shards.store.retry import Retry
 from trainer.checkpoint.format import RunDescription
 from trainer.config import ConfigError, RunConfig
-from trainer.data.batch import BatchSettings
+from trainer.data.batch import BatchSettings, settings_of
 
 log = logging.getLogger("lxscale")
 
@@ -81,7 +80,7 @@ def check_same_tables(data: Dataset, vocab_sha256: str, answers_sha256: str) -> 
 
 def absent_objectives(config: RunConfig, data: Dataset) -> list[str]:
     """Objectives that have a weight and that the data set has no labels for."""
-    has = {"labels": data.manifest.schema.labels, "answers": len(data.index.answer_id) > 0}
+    has = {"labels": data.manifest.schema.labels, "answers": bool(data.answered_by_set().any())}
     weights = config.objectives.weights()
     return [n for n, o in OBJECTIVES.items() if o.needs and not has[o.needs] and weights[n] > 0]
 
@@ -112,29 +111,17 @@ def resolve_objectives(config: RunConfig, data: Dataset) -> dict[str, float]:
 
 
 def batch_settings(config: RunConfig, data: Dataset) -> BatchSettings:
-    vocab = load_tokenizer(data.file(data.manifest.vocab))
-
-    def token_id(token: str) -> int:
-        found = vocab.token_to_id(token)
-        if found is None:
-            raise ConfigError(f"the vocabulary of {data.url} has no {token}: rebuild the data set")
-        return found
-
-    return BatchSettings(
-        seed=config.run.seed,
-        token_mask=config.objectives.token_mask,
-        object_mask=config.objectives.object_mask,
-        cls_id=token_id("[CLS]"),
-        sep_id=token_id("[SEP]"),
-        mask_id=token_id("[MASK]"),
-        vocab_size=data.manifest.schema.vocab_size,
-    )
+    masks = config.objectives
+    return settings_of(data, config.run.seed, masks.token_mask, masks.object_mask)
 
 
 def open_training_data(config: RunConfig) -> Dataset:
     limit = config.data.cache_limit_gb
     return open_dataset(
-        config.data.specs(), config.data.cache, None if limit is None else int(limit * 2**30)
+        config.data.specs(),
+        config.data.cache,
+        None if limit is None else int(limit * 2**30),
+        config.data.text,
     )
 
 
@@ -153,6 +140,7 @@ def data_state(config: RunConfig, data: Dataset) -> dict[str, Any]:
         "order": VERSION,
         "run.seed": config.run.seed,
         "data.weights": [p.weight for p in data.specs],
+        "data.text": data.text,
     }
     state |= {f"sampler.{k}": v for k, v in config.sampler.model_dump(mode="json").items()}
     for key in ("token_mask", "object_mask"):

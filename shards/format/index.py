@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,16 @@ class DatasetIndex:
     image_of: NDArray[np.int32]
     """[S]: image of each pair."""
 
+    @cached_property
+    def source_sizes(self) -> I64:
+        """[N, K]: pairs of each shard and source."""
+        flat = np.append(self.source_start.reshape(-1), len(self.source))
+        return np.diff(flat).reshape(self.source_start.shape)
+
+    def place_of(self, shard: I64) -> I64:
+        """Where shards of the data are in the index."""
+        return np.searchsorted(self.shard, shard)
+
 
 def map_index(path: Path) -> DatasetIndex:
     """Map the index's file. DataError naming it when it is not whole."""
@@ -125,7 +136,8 @@ def _merge(
     tokens, answers = 0, 0
     for number in shards.tolist():
         sizes = array_sizes(table_of(number).path)
-        tokens, answers = tokens + sizes["tokens"], answers + sizes["answer_id"]
+        # One that lacks an array is told of where it is opened.
+        tokens, answers = tokens + sizes.get("tokens", 0), answers + sizes.get("answer_id", 0)
     shard_image = _starts(manifest.shards.images[shards])
     shard_pair = _starts(manifest.shards.pairs[shards])
     images, pairs = int(shard_image[-1]), int(shard_pair[-1])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, overload
 
@@ -138,6 +139,11 @@ class ShardList(Sequence[ShardInfo]):
             pairs=int(self.pairs[i]),
             pairs_per_source={source: n for source, n in pairs if n},
         )
+
+    @cached_property
+    def pair_start(self) -> I64:
+        """First pair of each shard, and the number of all: (N + 1,)."""
+        return np.concatenate([[0], np.cumsum(self.pairs)])
 
     def __iter__(self) -> Iterator[ShardInfo]:
         return (self[i] for i in range(len(self)))

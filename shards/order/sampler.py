@@ -78,6 +78,8 @@ class Plan:
     """Gets another image's sentence."""
     offset: I64
     """Its place in the step."""
+    window: I64
+    lane: I64
     masks: bool = True
     """Whether words and objects of the step are masked."""
 
@@ -93,6 +95,8 @@ class Plan:
             self.index[rows],
             self.mismatched[rows],
             self.offset[rows],
+            self.window[rows],
+            self.lane[rows],
             self.masks,
         )
 
@@ -218,7 +222,21 @@ class Sampler:
             if family.mismatch == "coin":
                 mismatched[rows] = self._coin(self.streams[i], *found)
         dataset = np.asarray([s.dataset for s in self.streams])[stream_of]
-        return Plan(stream_of, dataset, epoch, shard, index, mismatched, offset, family.masks)
+        window = np.zeros_like(epoch)
+        for i, e in set(zip(stream_of.tolist(), epoch.tolist())):
+            rows = (stream_of == i) & (epoch == e)
+            o = self.order(self.streams[i], e)
+            inverse = np.zeros(int(o.shard_order.max()) + 1, dtype=np.int64)
+            inverse[o.shard_order] = np.arange(len(o.shard_order))
+            window[rows] = inverse[shard[rows]] // o.window
+        lane = np.zeros_like(epoch)
+        return Plan(
+            stream_of, dataset, epoch, shard, index, mismatched, offset, window, lane, family.masks
+        )
+
+    def neighbourhood(self, stream: int, epoch: int, window: int, lane: int) -> I64:
+        order = self.order(self.streams[stream], epoch)
+        return order.shard_order[window * order.window : (window + 1) * order.window]
 
     def _arrange(
         self, state: SamplerState, takes: _Takes, begin: int, end: int

@@ -71,7 +71,12 @@ class ShardFiles:
         self._mapped: dict[int, tuple[NDArray[np.uint8], IO[bytes] | None]] = {}
         self._due_of: dict[str, float] = {f.sha256: 0.0 for f in files}
         self._ahead: _Ahead | None = None
+        self._in_use = np.zeros(0, dtype=np.int64)
         self._process = os.getpid()
+
+    def in_use(self) -> NDArray[np.int64]:
+        """The shards that this process uses now, as far as a look ahead has told; rising."""
+        return self._in_use
 
     @property
     def remote_sizes(self) -> NDArray[np.int64]:
@@ -130,6 +135,7 @@ class ShardFiles:
         """Take a new future: unmap the shards that this process does not use now, and have so many
         threads fetch those needed before the run's end, the ones needed first before the others."""
         self._leave_parent()
+        self._in_use = np.flatnonzero(ahead.mine)
         self._unmap([shard for shard in self._mapped if not ahead.mine[shard]])
         due_of: dict[str, float] = {}
         for file, when in zip(self.files, ahead.due.tolist(), strict=True):

@@ -152,14 +152,19 @@ def other_start(lines: list[dict[str, Any]]) -> None:
     lines[0]["start"]["cursors"][0] -= 13
 
 
+def other_masks(lines: list[dict[str, Any]]) -> None:
+    lines[0]["data_state"]["objectives.token_mask"] = 0.3
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (flip_digest, "trained on other pairs than the order's"),
+        (flip_digest, "trained on other pairs, words, masks or answers than the order's"),
         (drop_step, "follows on step"),
         (repeat_step, "follows on step"),
-        (larger_step, "trained on other pairs than the order's"),
+        (larger_step, "trained on other pairs, words, masks or answers than the order's"),
         (other_start, "does not go on from where step"),
+        (other_masks, "trained on other pairs, words, masks or answers than the order's"),
     ],
 )
 def test_a_changed_journal_is_found(

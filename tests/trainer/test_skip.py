@@ -13,9 +13,10 @@ from shards.store import objects
 from tests.conftest import small_records
 from tests.ranks import config_tree, fresh_server, run_ranks
 from trainer.checkpoint.generations import find_generation
-from trainer.checkpoint.journal import StepLine, digest, read_segments
+from trainer.checkpoint.journal import StepLine, read_segments
 from trainer.config import parse_config
 from trainer.data.batch import make_batch
+from trainer.data.digest import digest
 from trainer.setup import batch_settings
 
 STEPS, BATCH = 10, 13
@@ -77,8 +78,7 @@ def expected_digests(
         own = whole.without([s for s, at in given_up.items() if at <= consumed])
         passed += len(whole) - len(own)
         batch = make_batch(data, sampler, own, batch_settings(parsed, data))
-        position = consumed + batch.offset.numpy()
-        digests.append(digest(position, batch.pair_id.numpy(), batch.sentence_id.numpy()))
+        digests.append(digest(batch, consumed))
     return digests, passed
 
 

@@ -15,10 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-import numpy as np
 from pydantic import BeforeValidator, PlainSerializer, TypeAdapter, ValidationError
 
-from shards.order.draws import I64, draw
 from shards.order.sampler import SamplerState
 from shards.store import objects
 from trainer.checkpoint.errors import CheckpointError
@@ -30,21 +28,14 @@ from trainer.checkpoint.format import (
     what_is_wrong,
 )
 from trainer.checkpoint.generations import read_entry
+from trainer.data.digest import VERSION as DIGEST
 
 log = logging.getLogger("lxscale")
 
 FORMAT = "lxscale-record-1"
 
 
-# --- digests ------------------------------------------------------------------------------------
-
-
-def digest(position: I64, pair: I64, sentence: I64) -> int:
-    """A 64-bit number for pairs shown with sentences at positions of the run, i64 (n,) each.
-
-    Digests of slices add up, modulo 2^64, to the digest of the whole, whatever the slices.
-    """
-    return int(draw(0, position, pair, sentence).sum(dtype=np.uint64))
+# --- sums over ranks ----------------------------------------------------------------------------
 
 
 def to_limbs(number: int) -> list[float]:
@@ -69,6 +60,8 @@ class SegmentHead:
     """As in the manifest (`RunDescription`)."""
     start: SamplerState
     """Before the segment's first step."""
+    digest: int = 1
+    """Version of its lines' digests (trainer/data/digest.py)."""
 
 
 # As hexadecimal text: readers of JSON need not keep integers above 2^53 exact.
@@ -179,7 +172,7 @@ class Journal:
         lines = [line for line, _ in self._since if line.step <= step]
         if not lines:
             return self.segments
-        data = _segment_bytes(SegmentHead(self.data, self.data_state, self.start), lines)
+        data = _segment_bytes(SegmentHead(self.data, self.data_state, self.start, DIGEST), lines)
         first, last = lines[0].step, lines[-1].step
         name = segment_name(first, last, attempt)
         entry = SegmentEntry(name, len(data), sha256_of(data), first, last)

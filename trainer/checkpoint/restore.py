@@ -29,6 +29,9 @@ _OF_A_STEP = {
     "objectives": ("label_scope", "feature_loss", "qa_from_epoch"),
 }
 
+# What a data state of an earlier version says by not saying it.
+_BEFORE = {"data.text": "all"}
+
 
 def restore(
     engine: Any, found: Sequence[Generation | str], run_url: str, shapes: dict[str, list[int]]
@@ -127,9 +130,14 @@ def parameter_shapes(model: nn.Module) -> dict[str, list[int]]:
     return {name: list(p.shape) for name, p in model.named_parameters()}
 
 
+def whole_data_state(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved data state with what versions before this one did not write, as they had one way."""
+    return _BEFORE | saved
+
+
 def check_data_state(saved: dict[str, Any], now: dict[str, Any], override: bool) -> None:
     """Refuse to go on with another data set or order, and show what differs."""
-    differing = _differing(saved, now)
+    differing = _differing(whole_data_state(saved), now)
     if not differing:
         return
     text = f"the data state of the checkpoint is another one: {differing}"

@@ -6,6 +6,7 @@ same other sentence and the same answer at any world size, in any process, after
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,12 +17,14 @@ from model.batch import Batch
 from shards.dataset import Dataset
 from shards.errors import DataError
 from shards.format.index import ranges
+from shards.format.tokenizer import load_tokenizer
 from shards.order.draws import I64, U64, below, chance, draw, fold, halves, uniform
 from shards.order.sampler import Plan, Sampler
+from trainer.data.sentences import Pairs, sentences_of, shards_of_text
 from trainer.data.shared_batches import Empty, fresh_memory
 
-# Purposes of draws; the sampler uses 1 and 2.
-_SENTENCE, _TOKEN, _TOKEN_ID, _OBJECT, _DONOR, _DONOR_OBJECT, _ANSWER = range(3, 10)
+# Purposes of draws; the sampler uses 1 and 2, sentences.py 3.
+_TOKEN, _TOKEN_ID, _OBJECT, _DONOR, _DONOR_OBJECT, _ANSWER = range(4, 10)
 
 # Of the masked words and objects: 80 % masked or zeroed, 10 % replaced, 10 % kept (LXMERT sec. 3.1)
 _MASKED, _REPLACED = 0.8, 0.9
@@ -44,90 +47,136 @@ class BatchSettings:
     vocab_size: int
 
 
+def settings_of(data: Dataset, seed: int, token_mask: float, object_mask: float) -> BatchSettings:
+    """The settings with a data set's vocabulary. DataError where that lacks what they need."""
+    vocab = load_tokenizer(data.file(data.manifest.vocab))
+
+    def token_id(token: str) -> int:
+        found = vocab.token_to_id(token)
+        if found is None:
+            raise DataError(f"the vocabulary of {data.url} has no {token}: rebuild the data set")
+        return found
+
+    return BatchSettings(
+        seed=seed,
+        token_mask=token_mask,
+        object_mask=object_mask,
+        cls_id=token_id("[CLS]"),
+        sep_id=token_id("[SEP]"),
+        mask_id=token_id("[MASK]"),
+        vocab_size=data.manifest.schema.vocab_size,
+    )
+
+
+@dataclass(frozen=True)
+class ObjectMasks:
+    """Flat positions in (pairs * objects): masked, and of these zeroed and replaced."""
+
+    position: I64
+    zero: I64
+    swap: I64
+    donor_image: I64
+    """Of each replaced object: where its features come from."""
+    donor_shard: I64
+    donor_object: I64
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A batch before anything of a tar is read."""
+
+    batch: Batch
+    """Whose features, boxes and labels are missing: they have no columns."""
+    data: Dataset
+    """With an index that has the batch's shards."""
+    images: I64
+    """Rows of the distinct images in that index."""
+    shards: I64
+    """Where they are."""
+    masks: ObjectMasks
+
+
 def make_batch(
     data: Dataset,
     sampler: Sampler,
     plan: Plan,
     settings: BatchSettings,
     empty: Empty = fresh_memory,
+    skipped: Sequence[int] = (),
 ) -> Batch:
-    """The batch of a plan's pairs, on the CPU; `empty` gives the memory of the features."""
+    """The batch of a plan's pairs, on the CPU; `empty` gives the memory of the features.
+    skipped: shards that cannot be had; the plan has no pairs of them."""
+    drawn = draw_batch(data, sampler, plan, settings, skipped)
+    data = drawn.data
+    masks, objects = drawn.masks, drawn.batch.features.shape[1]
+    features = empty((len(drawn.images), objects, data.manifest.schema.feature_dim))
+    boxes, found = data.gather_images(drawn.images, drawn.shards, features.numpy())
+    names = ("object_label", "object_conf", "attribute_label", "attribute_conf")
+    swapped = data.gather_objects(masks.donor_image, masks.donor_shard, masks.donor_object)
+    return replace(
+        drawn.batch,
+        features=features,
+        boxes=_tensor(boxes),
+        swap_features=_tensor(swapped),
+        **{n: _tensor(v) for n, v in zip(names, found or (), strict=False)},
+    )
+
+
+def draw_batch(
+    data: Dataset,
+    sampler: Sampler,
+    plan: Plan,
+    settings: BatchSettings,
+    skipped: Sequence[int] = (),
+) -> Drawn:
+    """All that is drawn for a plan's pairs, and their words; no tar is needed for it."""
     if not plan.masks:
         settings = replace(settings, token_mask=0.0, object_mask=0.0)
+    data = data.over(shards_of_text(data, sampler, plan, skipped))
     m = data.index
-    pair = data.pairs_of(sampler.streams, plan)
+    pair = data.rows_of(sampler.streams, plan)
     image = data.image_of(pair)
-    key = pair_key(settings.seed, plan.epoch, pair)
-    sentence = sentences_of(data, plan, pair, image, key)
+    pair_id = data.pair_ids(pair)
+    key = pair_key(settings.seed, plan.epoch, pair_id)
+    sentence = sentences_of(data, sampler, plan, Pairs(pair, image, key), skipped)
     matched = ~plan.mismatched
-
     tokens, token_start, lm_position, lm_target = _tokens(data, sentence, key, settings)
-
     distinct, first, image_index = np.unique(image, return_index=True, return_inverse=True)
     objects = int(m.image_objects[distinct].max(initial=1))
     masks = _objects(data, plan, image, objects, key, settings)
-
     answer_pair, answer_target = _answers(data, pair, matched, key)
-    features = empty((len(distinct), objects, data.manifest.schema.feature_dim))
-    boxes, found = data.gather_images(distinct, plan.shard[first], features.numpy())
-    labels = found or (None, None, None, None)
-
-    def tensor(array: NDArray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array))
-
-    names = ("object_label", "object_conf", "attribute_label", "attribute_conf")
-    return Batch(
-        tokens=tensor(tokens),
-        token_start=tensor(token_start),
-        features=features,
-        boxes=tensor(boxes),
-        num_objects=tensor(m.image_objects[distinct].astype(np.int64)),
-        image_index=tensor(image_index.astype(np.int64)),
-        lm_position=tensor(lm_position),
-        lm_target=tensor(lm_target),
-        object_position=tensor(masks.position),
-        zero_position=tensor(masks.zero),
-        swap_position=tensor(masks.swap),
-        swap_features=tensor(
-            data.gather_objects(masks.donor_image, masks.donor_shard, masks.donor_object)
-        ),
-        **{n: None if v is None else tensor(v) for n, v in zip(names, labels, strict=True)},
-        matched=tensor(matched.astype(np.int64)),
-        answer_pair=tensor(answer_pair),
-        answer_target=tensor(answer_target),
-        pair_id=tensor(pair),
-        sentence_id=tensor(sentence),
-        source=tensor(m.source[pair].astype(np.int64)),
-        offset=tensor(plan.offset),
-        dataset=tensor(plan.dataset),
+    batch = Batch(
+        tokens=_tensor(tokens),
+        token_start=_tensor(token_start),
+        features=torch.empty((len(distinct), objects, 0), dtype=torch.float16),
+        boxes=torch.empty((len(distinct), objects, 0)),
+        num_objects=_tensor(m.image_objects[distinct].astype(np.int64)),
+        image_index=_tensor(image_index.astype(np.int64)),
+        lm_position=_tensor(lm_position),
+        lm_target=_tensor(lm_target),
+        object_position=_tensor(masks.position),
+        zero_position=_tensor(masks.zero),
+        swap_position=_tensor(masks.swap),
+        swap_features=torch.empty((len(masks.swap), 0), dtype=torch.float16),
+        matched=_tensor(matched.astype(np.int64)),
+        answer_pair=_tensor(answer_pair),
+        answer_target=_tensor(answer_target),
+        pair_id=_tensor(pair_id),
+        sentence_id=_tensor(data.pair_ids(sentence)),
+        source=_tensor(m.source[pair].astype(np.int64)),
+        offset=_tensor(plan.offset),
+        dataset=_tensor(plan.dataset),
     )
+    return Drawn(batch, data, distinct, plan.shard[first], masks)
+
+
+def _tensor(array: NDArray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
 
 
 def pair_key(seed: int, epoch: I64, pair: I64) -> U64:
     """One key a pair: everything drawn for it in an epoch starts here."""
     return draw(fold(seed), epoch, pair)
-
-
-def sentences_of(data: Dataset, plan: Plan, pair: I64, image: I64, key: U64) -> I64:
-    """The sentence shown with each pair of a plan: its own, or one of another image, uniform over
-    all of the pair's data set."""
-    sentence = pair.copy()
-    todo = np.flatnonzero(plan.mismatched)
-    if not len(todo):
-        return sentence
-    edges, dataset = data.dataset_pairs, plan.dataset[todo]
-    first, total = edges[dataset], edges[dataset + 1] - edges[dataset]
-    for name, images in data.images_with_sentences:
-        if images < 2:
-            raise DataError(f"matching needs sentences of two images, the data set {name} has one")
-    attempt = 0
-    while len(todo):
-        other = first + below(draw(key[todo], _SENTENCE, attempt), total)
-        sentence[todo] = other
-        again = data.image_of(other) == image[todo]
-        todo, first, total = todo[again], first[again], total[again]
-        attempt += 1
-    return sentence
 
 
 def _tokens(
@@ -156,22 +205,9 @@ def _tokens(
     return tokens, start, at[masked], target
 
 
-@dataclass(frozen=True)
-class _ObjectMasks:
-    """Flat positions in (pairs * objects): masked, and of these zeroed and replaced."""
-
-    position: I64
-    zero: I64
-    swap: I64
-    donor_image: I64
-    """Of each replaced object: where its features come from."""
-    donor_shard: I64
-    donor_object: I64
-
-
 def _objects(
     data: Dataset, plan: Plan, image: I64, objects: int, key: U64, settings: BatchSettings
-) -> _ObjectMasks:
+) -> ObjectMasks:
     """Masked objects. The donor of a replaced RoI is an object of another image of the same shard
     (the shard is at hand wherever the pair is); in a shard of one image it is zeroed instead."""
     m = data.index
@@ -183,7 +219,8 @@ def _objects(
     position, row, column = position[real], row[real], column[real]
     fate = uniform(bits[position]) / max(settings.object_mask, 1e-12)
     shard = plan.shard[row]
-    first, size = m.shard_image[shard], m.shard_image[shard + 1] - m.shard_image[shard]
+    place = m.place_of(shard)
+    first, size = m.shard_image[place], m.shard_image[place + 1] - m.shard_image[place]
     alone = size < 2
     zero = (fate < _MASKED) | (alone & (fate < _REPLACED))
     swap = (fate >= _MASKED) & (fate < _REPLACED) & ~alone
@@ -192,7 +229,7 @@ def _objects(
     donor = first + below(draw(key[row], _DONOR, column), size - 1)
     donor += donor >= image[row]
     which = below(draw(key[row], _DONOR_OBJECT, column), m.image_objects[donor].astype(np.int64))
-    return _ObjectMasks(position, position[zero], position[swap], donor, shard[swap], which)
+    return ObjectMasks(position, position[zero], position[swap], donor, shard[swap], which)
 
 
 def _answers(data: Dataset, pair: I64, matched: NDArray[np.bool_], key: U64) -> tuple[I64, I64]:

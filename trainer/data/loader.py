@@ -101,7 +101,12 @@ class _StepBatches(TorchDataset[_Made]):
             for i in range(self.part.accumulation):
                 micro = own.take(slice(*bounds(len(own), i, self.part.accumulation)))
                 make = partial(
-                    make_batch, self.data, self.sampler, micro.without(skipped), self.batch
+                    make_batch,
+                    self.data,
+                    self.sampler,
+                    micro.without(skipped),
+                    self.batch,
+                    skipped=skipped,
                 )
                 made.append(make_in_slot(self.shared, group, make))
         except ShardError as error:

@@ -61,7 +61,7 @@ def _add(out: dict[str, float], kind: str, names: Sequence[str], of: NDArray[np.
 def plan_mixture(sampler: Sampler, data: Dataset) -> Mixture:
     """The mixture that a sampler makes of its data in the long run."""
     sources, datasets = data.manifest.sources, tuple(r.name for r in data.shard_ranges)
-    pairs, answered = _pairs_by_set(data)
+    pairs, answered = data.pairs_by_set(), data.answered_by_set()
     out = defaultdict(float, {f"objective/{name}": 0.0 for name in _families()})
     for stream, rate in zip(sampler.streams, sampler.rates(), strict=True):
         family = sampler.families[stream.family]
@@ -80,13 +80,3 @@ def plan_mixture(sampler: Sampler, data: Dataset) -> Mixture:
                     share = (1 - bad) * own
                 out[f"objective/{name}"] += rate * share
     return Mixture(dict(out), sources, datasets)
-
-
-def _pairs_by_set(data: Dataset) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """All pairs, and those with an answer in the table, by data set and source."""
-    shape = len(data.shard_ranges), len(data.manifest.sources)
-    dataset = np.repeat(np.arange(shape[0]), np.diff(data.dataset_pairs))
-    cell = dataset * shape[1] + data.index.source
-    has_answer = np.diff(data.index.answer_start) > 0
-    counts = [np.bincount(c, minlength=shape[0] * shape[1]) for c in (cell, cell[has_answer])]
-    return counts[0].reshape(shape), counts[1].reshape(shape)

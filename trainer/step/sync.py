@@ -12,7 +12,8 @@ import torch
 
 from model.objectives import target_counts
 from model.objectives.base import LossSettings
-from trainer.checkpoint.journal import digest, from_limbs, to_limbs
+from trainer.checkpoint.journal import from_limbs, to_limbs
+from trainer.data.digest import digest
 from trainer.data.loader import Loaded, MissingShard
 from trainer.ranks import all_reduce_sum, gather_objects, raise_from_rank_0
 from trainer.step.mixture import Mixture
@@ -87,8 +88,4 @@ def sync_step(
 
 def _digest(loaded: Loaded) -> int:
     at = loaded.step.before.consumed
-    total = sum(
-        digest(at + b.offset.numpy(), b.pair_id.numpy(), b.sentence_id.numpy())
-        for b in loaded.batches
-    )
-    return total % (1 << 64)
+    return sum(digest(batch, at) for batch in loaded.batches) % (1 << 64)

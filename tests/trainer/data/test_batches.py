@@ -158,8 +158,8 @@ def run(
 
 
 def _rank(queue: Any, rank: int, arguments: tuple[Any, ...]) -> None:
-    places, cache, settings, world, accumulation, workers, state, total = arguments
-    data = open_dataset(places, cache)
+    (places, cache, text), settings, world, accumulation, workers, state, total = arguments
+    data = open_dataset(places, cache, text=text)
     steps = load_steps(
         data,
         data.sampler(settings, SEED),
@@ -184,7 +184,8 @@ def run_processes(
 ) -> list[dict[str, object]]:
     """`run`, with a process for each rank."""
     state = state or data.sampler(settings, SEED).start()
-    arguments = (data.specs, data.cache, settings, world, accumulation, workers, state, total)
+    opened = data.specs, data.cache, data.text
+    arguments = (opened, settings, world, accumulation, workers, state, total)
     queue = CONTEXT.Queue()
     ranks = [CONTEXT.Process(target=_rank, args=(queue, r, arguments)) for r in range(world)]
     for process in ranks:

@@ -1,0 +1,160 @@
+"""What a thousand times the data costs a node: python benchmarks/growth.py [--run] [--out FILE]
+
+Opening: CPU seconds and memory of the first process of a node that opens a data set, and of a later
+one, by shards. --run: trains a small LXMERT with `lxscale train` on 10⁹ pairs in 20,000 shards that
+an S3 server makes as asked (simulated.py), under a cache limit, and takes the most memory and disk
+that the run's processes had at any time; a shared page counts once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections import defaultdict
+from datetime import date
+from pathlib import Path
+
+from protocol import machine, markdown
+from simulated import serving, simulate
+
+SHARDS = (1_000, 10_000, 100_000)
+LIMIT_GB, BATCH, STEPS = 0.25, 1024, 300
+_MARK = "LXSCALE_GROWTH"  # in the environment of all processes of a run
+
+_OPEN = """
+import resource, sys, time
+from pathlib import Path
+import trainer.data.batch
+from shards.dataset import open_dataset
+from shards.order.settings import SamplerSettings
+memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before, began = memory(), time.process_time()
+data = open_dataset(sys.argv[1], sys.argv[2], text="window")
+sampler = data.sampler(SamplerSettings(window=16), 1)
+sampler.plan(sampler.step(sampler.start(), 256))
+print(time.process_time() - began, (memory() - before) / 1024)
+"""
+
+
+def opening(folder: Path) -> list[list[str]]:
+    rows = []
+    for shards in SHARDS:
+        place = folder / str(shards)
+        place.mkdir()
+        template, _ = simulate(place, shards, images=4, sentences=2)
+        with serving(place, template) as url:
+            times = [_python(_OPEN, url, str(place / "cache")).split() for _ in range(4)]
+        first, *later = times
+        median = sorted(float(t) for t, _ in later)[1]
+        rows.append(
+            [f"{shards:,}", f"{float(first[0]):.2f}", f"{float(first[1]):.0f}", f"{median:.2f}"]
+        )
+        print(*rows[-1], sep="  ", flush=True)
+        shutil.rmtree(place)
+    return rows
+
+
+def _python(script: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+# --- a run --------------------------------------------------------------------------------------
+
+
+def run(folder: Path) -> list[list[str]]:
+    template, manifest = simulate(folder, 20_000, images=500, sentences=100)
+    print(f"{manifest.pairs:,} pairs in {len(manifest.shards):,} shards", flush=True)
+    mark, cache = uuid.uuid4().hex, folder / "cache"
+    settings = {
+        "run.name": "growth",
+        "run.storage": folder / "runs",
+        "data.cache": cache,
+        "data.text": "window",
+        "data.cache_limit_gb": LIMIT_GB,
+        "data.loader_workers": 1,
+        "sampler.window": 4,
+        "train.steps": STEPS,
+        "train.global_batch": BATCH,
+        "train.epochs": "null",
+        "cluster.workers": 2,
+    }
+    most: defaultdict[str, float] = defaultdict(float)
+    with serving(folder, template) as url:
+        command = [Path(sys.executable).with_name("lxscale"), "train", "configs/tiny.yaml"]
+        command += [f"{k}={v}" for k, v in (settings | {"data.train": url}).items()]
+        began = time.monotonic()
+        with open(folder / "log", "wb") as log:
+            job = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {_MARK: mark})
+            while job.poll() is None:
+                for kind, mb in [*_memory(mark).items(), ("disk", _size(cache))]:
+                    most[kind] = max(most[kind], mb)
+                time.sleep(0.5)
+        took = time.monotonic() - began
+    if job.returncode:
+        raise SystemExit((folder / "log").read_text()[-3000:])
+    print((folder / "log").read_text()[-600:])
+    pairs = STEPS * BATCH
+    print(f"{pairs:,} pairs in {took:.0f} s, the start included", flush=True)
+    return [[kind, f"{mb:,.0f}"] for kind, mb in sorted(most.items())]
+
+
+def _memory(mark: str) -> dict[str, float]:
+    """MB of the processes of a run at this time: of ours, and of Ray's own."""
+    out = {"processes of lxscale, MB": 0.0, "Ray's own, MB": 0.0}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{_MARK}={mark}".encode() not in (process / "environ").read_bytes():
+                continue
+            line = (process / "cmdline").read_bytes()
+            pss = (process / "smaps_rollup").read_text().split("Pss:")[1].split()[0]
+        except (OSError, IndexError):
+            continue
+        own = b"ray/core" in line or b"ray/dashboard" in line or b"site-packages/ray" in line
+        out["Ray's own, MB" if own else "processes of lxscale, MB"] += int(pss) / 1024
+    return out
+
+
+def _size(folder: Path) -> float:
+    """MB on disk under a folder."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_blocks * 512
+        except OSError:
+            continue
+    return total / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--run", action="store_true", help="train on 10⁹ pairs, too")
+    parser.add_argument("--out", type=Path, help="write the tables there, too")
+    given = parser.parse_args()
+    text = f"# Growth, {date.today()}, {machine()}\n\n"
+    with tempfile.TemporaryDirectory(prefix="lxscale-growth-") as folder:
+        header = ["shards", "first process, CPU s", "its memory, MB", "a later one, CPU s"]
+        text += "Opening a data set and planning the first step.\n\n"
+        text += markdown(header, opening(Path(folder)))
+        if given.run:
+            place = Path(folder) / "run"
+            place.mkdir()
+            rows = run(place)
+            text += (
+                f"\n{STEPS} steps of {BATCH:,} of 10⁹ pairs in 20,000 shards, two workers with a "
+            )
+            text += f"loader worker each, a cache limit of {LIMIT_GB * 1024:.0f} MiB.\n\n"
+            text += markdown(["most at any time", "MB"], rows)
+    print("\n" + text)
+    if given.out:
+        given.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
