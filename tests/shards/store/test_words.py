@@ -16,6 +16,7 @@ import pytest
 
 from shards.errors import DataError, NotFoundError, StoreError
 from shards.store import objects
+from shards.store.cache import default_cache
 from shards.store.create import create_bytes
 from shards.store.retry import Retry
 from shards.urls import shown
@@ -65,6 +66,14 @@ def test_a_name_that_no_store_can_have_is_refused_at_once(
 
 def assert_short(line: str) -> None:
     assert len(line) < 300 and "\n" not in line and "regex" not in line
+
+
+def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    objects.write_bytes("~/a/x", b"1")
+    assert (tmp_path / "a" / "x").read_bytes() == b"1" == objects.read_bytes("~/a/x")
+    monkeypatch.setenv("LXSCALE_CACHE", "~/cache")
+    assert default_cache() == tmp_path / "cache"
 
 
 def test_a_bucket_is_no_object(s3: str) -> None:
