@@ -34,6 +34,7 @@ from shards.processes import boot_id
 from shards.store import objects
 from shards.store.atomic import written_whole
 from shards.store.locks import BusyError, failed_since, locked, note, unlock
+from shards.store.places import expanded
 from shards.store.retry import Retry
 from shards.store.stored import HashingFile, StoredFile, hash_file
 
@@ -63,7 +64,7 @@ class FullError(DataError):
 def default_cache() -> Path:
     """LXSCALE_CACHE, or lxscale in the user's cache folder."""
     if given := os.environ.get("LXSCALE_CACHE"):
-        return Path(given)
+        return Path(expanded(given))
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "lxscale"
 
