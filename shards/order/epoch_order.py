@@ -14,7 +14,7 @@ shards at most and every lane keeps to its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -49,6 +49,8 @@ class EpochOrder:
     """Folded from seed, epoch and stream."""
     version: int
     """Of the order (keys.py)."""
+    _last: dict[tuple[int, int], Windows] = field(default_factory=dict, repr=False)
+    """The windows that `locate` was asked for last."""
 
     @property
     def pairs(self) -> int:
@@ -100,9 +102,14 @@ class EpochOrder:
             return position.copy(), position.copy()
         first = self.window_of(int(position.min()))
         last = self.window_of(int(position.max()))
-        spans = Windows([Span(self, w, 0, 0, self.begin(w)) for w in range(first, last + 1)])
-        which = np.searchsorted(spans.end, position, side="right")
-        shard, index, _ = spans.locate(which, position - spans.begin[which])
+        windows = self._last.get((first, last))
+        if windows is None:
+            spans = [Span(self, w, 0, 0, self.begin(w)) for w in range(first, last + 1)]
+            windows = Windows(spans)
+            self._last.clear()
+            self._last[first, last] = windows
+        which = np.searchsorted(windows.end, position, side="right")
+        shard, index, _ = windows.locate(which, position - windows.begin[which])
         return shard, index
 
 
