@@ -36,6 +36,7 @@ ALL = {
     "alternating": ALTERNATING,
     "weighted": WEIGHTED,
     "visits": VISITS,
+    "lanes": BALANCED.model_copy(update={"lanes": 5}),
 }
 every_mode = pytest.mark.parametrize("settings", ALL.values(), ids=ALL)
 
@@ -153,6 +154,12 @@ GOLDEN = {
     (2, "alternating"): "5bb02cd4a34be351",
     (2, "weighted"): "018d2a8e294b8845",
     (2, "visits"): "e3983358179a4ef1",
+    (3, "natural"): "8ffc4b9165d6b64b",
+    (3, "balanced"): "04d2af5c56cc44eb",
+    (3, "alternating"): "e199e9c8fa758b59",
+    (3, "weighted"): "ef68c892e09456a1",
+    (3, "visits"): "46e388cde19f2833",
+    (3, "lanes"): "b5fc920b16fbc7bf",
 }
 
 
