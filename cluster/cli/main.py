@@ -18,6 +18,7 @@ from shards.urls import shown
 COMMANDS = {
     "train": ("cluster.cli.train", "pre-train, or go on with, the run of a YAML file"),
     "shards": ("cluster.cli.shards", "build, verify and describe data sets"),
+    "cache": ("cluster.cli.cache", "list, verify and clean a node's cache"),
     "evaluate": ("cluster.cli.evaluate", "every objective's metrics of a checkpoint"),
     "export": ("cluster.cli.export", "write a checkpoint for Hugging Face"),
     "demo": ("cluster.cli.demo", "build, train and evaluate on easy-VQA"),

@@ -144,6 +144,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("url", nargs="+", type=given_place)
     add("--window", nargs="+", type=whole(0), default=[1, 4, 16, 0], metavar="SHARDS")
+    add("--lanes", nargs="+", type=whole(1), default=[1, 256], metavar="V")
     add("--sentences-per-visit", nargs="+", type=whole(1), default=[1, 2, 4, 8], metavar="K")
     add("--batch", type=whole(1), default=256, help="pairs of a step")
     add("--steps-ahead", type=whole(0), default=8, help="loader workers x prefetch")
@@ -156,7 +157,13 @@ def _plan(args: argparse.Namespace) -> int:
     data = open_dataset([DatasetSpec(url) for url in args.url], args.cache)
     windows = sorted(args.window, key=lambda w: w or len(data.manifest.shards) + 1)
     for line in plan_report(
-        data, windows, args.sentences_per_visit, args.batch, args.steps_ahead, args.cache_limit_gb
+        data,
+        windows,
+        args.lanes,
+        args.sentences_per_visit,
+        args.batch,
+        args.steps_ahead,
+        args.cache_limit_gb,
     ):
         print(line, flush=True)
     return 0

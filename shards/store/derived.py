@@ -26,33 +26,34 @@ def derived_file(path: Path, cache: Path, build: Callable[[Path], None]) -> Path
 
     path: named by all that it is made from.
     """
-    if (sealed := _sealed(path)) and is_local(sealed, cache):
+    if (sealed := sealed_file(path)) and is_local(sealed, cache):
         return path
     with explained(path), locked(path.parent, path.name):
         # Another process may have made it meanwhile.
-        if (sealed := _sealed(path)) and path.exists():
+        if (sealed := sealed_file(path)) and path.exists():
             try:
                 return local_file(sealed, cache)
             except DataError as error:
                 log.warning("%s: it is made again", error)
         # Unsealed until it is whole under its name.
-        _seal(path).unlink(missing_ok=True)
+        seal_of(path).unlink(missing_ok=True)
         with written_whole(path, alone=True) as temporary:
             build(temporary)
         made = hashed_file(path, cache)
-        with written_whole(_seal(path), alone=True) as temporary:
+        with written_whole(seal_of(path), alone=True) as temporary:
             temporary.write_text(json.dumps([made.size, made.sha256]))
         return path
 
 
-def _seal(path: Path) -> Path:
+def seal_of(path: Path) -> Path:
+    """Where the seal of a file is."""
     return path.with_name(f"{path.name}.seal")
 
 
-def _sealed(path: Path) -> StoredFile | None:
+def sealed_file(path: Path) -> StoredFile | None:
     """The file as its seal describes it; None where there is no good seal."""
     try:
-        size, sha256 = json.loads(_seal(path).read_bytes())
+        size, sha256 = json.loads(seal_of(path).read_bytes())
     except (OSError, ValueError, TypeError, RecursionError):
         return None
     if type(size) is not int or not isinstance(sha256, str):

@@ -103,6 +103,7 @@ NUMBERS = [
     (BUILD["images"], "--workers", ("1.5",)),
     ("shards plan x", "--window", ("0.5",)),
     ("shards plan x", "--sentences-per-visit", ("0", str(2**63))),
+    ("shards plan x", "--lanes", ("0", "-4", "1e400")),
     ("shards plan x", "--batch", ("0", "1.5")),
     ("shards plan x", "--steps-ahead", ("1.5",)),
     ("shards plan x", "--cache-limit-gb", ("0", "1e300")),

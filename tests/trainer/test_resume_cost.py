@@ -29,13 +29,13 @@ def test_the_first_batch_fetches_its_window_and_no_more(
     (stream,) = sampler.streams
     begin = int(share * stream.pairs)
     plans: list[int] = []
-    real = Sampler.plan
+    real = Sampler.slice
 
     def counted(*arguments: object) -> object:
         plans.append(1)
         return real(*arguments)
 
-    monkeypatch.setattr(Sampler, "plan", counted)
+    monkeypatch.setattr(Sampler, "slice", counted)
     steps = load_steps(
         data,
         sampler,

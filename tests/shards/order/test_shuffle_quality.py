@@ -147,15 +147,29 @@ def test_the_planner_prints_what_a_choice_costs(
     build(small_records(40), tmp_path / "set", BuildSettings("planned", "t", images_per_shard=5))
     run = ["shards", "plan", str(tmp_path / "set"), "--cache", str(tmp_path / "cache")]
     run += ["--window", "0", "2", "--sentences-per-visit", "1", "3", "--batch", "16"]
+    run += ["--lanes", "1", "8"]
     assert main([*run, "--cache-limit-gb", "0.0000001", "--steps-ahead", "0"]) == 0
     out = capsys.readouterr().out
     assert "planned: 40 images" in out and "8 shards of" in out
     table = [line.split() for line in out.splitlines() if line.split()[:1] in (["2"], ["all"])]
-    assert [row[0] for row in table] == ["2", "all", "2", "2", "all", "all"]
+    assert [row[0] for row in table] == [
+        "2",
+        "all",
+        *["2"] * 2,
+        *["all"] * 2,
+        *["2"] * 4,
+        *["all"] * 4,
+    ]
     assert table[0][-1] == table[1][-1] == "no"
-    images = {(row[0], row[1]): float(row[2]) for row in table[2:]}
-    assert images["all", "3"] < images["all", "1"] and images["2", "3"] < images["2", "1"]
-    assert images["2", "1"] <= 10  # of two shards
+    # Window, lanes, and what 1, 2, … nodes read: each all of it, or its lanes.
+    read = {(row[0], row[1]): [float(x) for x in row[2::2]] for row in table[2:6]}
+    assert read["2", "1"][1] == pytest.approx(2 * read["2", "1"][0], abs=0.02)
+    assert read["all", "8"][1] < 1.5 * read["all", "8"][0]
+    images = {(row[0], row[1], row[2]): float(row[3]) for row in table[6:]}
+    for lanes in ("1", "8"):
+        for window in ("2", "all"):
+            assert images[window, lanes, "3"] < images[window, lanes, "1"]
+    assert images["2", "1", "1"] <= 10  # of two shards
     visits = (["--sentences-per-visit", visit] for visit in ("0", str(2**63)))
     for wrong in (["--batch", "0"], ["--window", "-1"], *visits):
         with pytest.raises(SystemExit):
