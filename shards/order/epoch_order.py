@@ -27,6 +27,7 @@ from shards.order.keys import (
     lane_keys,
     loose_key,
     shards_key,
+    turn_key,
     window_key,
 )
 from shards.order.permutation import SMALL, permute
@@ -76,6 +77,11 @@ class EpochOrder:
         """Pairs before each window, i64 (windows + 1,)."""
         return np.append(self.start[: -1 : self.window], self.start[-1])
 
+    def first_turn(self, window: int) -> int:
+        """Which turn a window begins with. Another one in each window of each stream, or the
+        streams of a step, which may begin together, would all take from the same few lanes."""
+        return turn_key(self.key, window) % self.lanes
+
     def window_of(self, position: int) -> int:
         """The window of a position of the epoch."""
         return (int(np.searchsorted(self.start, position, side="right")) - 1) // self.window
@@ -87,7 +93,7 @@ class EpochOrder:
         places = self.places(window)
         start = self.start[places.start : places.stop + 1] - self.start[places.start]
         pairs = int(start[-1])
-        edges = lane_starts(pairs // self.k, self.lanes) * self.k
+        edges = lane_starts(pairs // self.k, self.lanes, self.first_turn(window)) * self.k
         edges[-1] = pairs  # the last visit may be short
         begin, end = int(edges[first]), int(edges[last])
         if begin == end:
@@ -156,9 +162,9 @@ def _turn_of(lanes: int) -> I64:
     return np.argsort(lane_turns(lanes))
 
 
-def lane_starts(visits: int, lanes: int) -> I64:
-    """Visits before each lane, and all: i64 (lanes + 1,)."""
-    sizes = visits // lanes + (_turn_of(lanes) < visits % lanes)
+def lane_starts(visits: int, lanes: int, first: int) -> I64:
+    """Visits before each lane, and all, where turn `first` begins: i64 (lanes + 1,)."""
+    sizes = visits // lanes + ((_turn_of(lanes) - first) % lanes < visits % lanes)
     return np.concatenate([[0], np.cumsum(sizes)])
 
 
@@ -208,15 +214,16 @@ class Windows:
         keys = [s.order.key for s in spans]
         self._epoch_key = np.asarray(keys, dtype=np.uint64)
         if self._lanes > 1:
+            turns = [s.order.first_turn(s.window) for s in spans]
             counts = (self.pairs // self._k).tolist()
-            self._lane_start = np.stack([lane_starts(n, self._lanes) for n in counts])
+            each = zip(counts, turns, strict=True)
+            self._lane_start = np.stack([lane_starts(n, self._lanes, turn) for n, turn in each])
+            self._first_turn = np.asarray(turns, dtype=np.int64)
             return
-        each = list(zip(keys, self.window.tolist(), strict=True))
-        self._key = np.asarray([window_key(self._version, *e) for e in each], dtype=np.uint64)
+        of = list(zip(keys, self.window.tolist(), strict=True))
+        self._key = np.asarray([window_key(self._version, *w) for w in of], dtype=np.uint64)
         if self._k > 1:
-            self._loose_key = np.asarray(
-                [loose_key(self._version, *e) for e in each], dtype=np.uint64
-            )
+            self._loose_key = np.asarray([loose_key(self._version, *w) for w in of], np.uint64)
             self._visits = _before(sizes // self._k)
             self._rest = _before(sizes % self._k)
             self._visits_first = self._visits[first]
@@ -227,7 +234,7 @@ class Windows:
         if self._lanes == 1:
             return np.zeros_like(local)
         visit = local // self._k
-        lane = lane_turns(self._lanes)[visit % self._lanes]
+        lane = lane_turns(self._lanes)[(visit + self._first_turn[which]) % self._lanes]
         # A short visit at the window's end lies behind the last lane's.
         short = visit >= self.pairs[which] // self._k
         return np.where(short, self._lanes - 1, lane)

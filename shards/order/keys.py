@@ -39,6 +39,7 @@ class Purpose(IntEnum):
     WINDOW = 13
     LOOSE = 14
     LANE = 15
+    TURN = 16
 
 
 def epoch_key(version: int, seed: int, epoch: int, stream: int) -> int:
@@ -64,6 +65,11 @@ def loose_key(version: int, epoch: int, window: int) -> int:
 def lane_keys(epoch: U64, window: I64, lane: I64) -> U64:
     """Of the permutations of lanes, element by element."""
     return draw(0, epoch, Purpose.LANE, window, lane)
+
+
+def turn_key(epoch: int, window: int) -> int:
+    """Of the turn that a window with lanes begins with."""
+    return fold(epoch, Purpose.TURN, window)
 
 
 def match_key(version: int, seed: int, stream: int) -> int:

@@ -51,7 +51,7 @@ class SamplerSettings(BaseModel):
     lanes: int = Field(1, ge=1, le=1 << 16)
     """Parts of every window that are shuffled for themselves; a step takes from all in turn. A
     worker takes whole lanes where there are as many as workers, so that a node reads the shards of
-    its own lanes only. 1: every node reads all. With 4 for each worker, the workers' slices of a
-    step differ by a quarter at most."""
+    its own lanes only. 1: every node reads all. With 4 for each worker, a worker's slice of a step
+    is an even one and a quarter at most, and a pair or two of each stream."""
     last_batch: Literal["wrap", "short"] = "wrap"
     """A batch at the end of an epoch goes on into the next one, or is short."""

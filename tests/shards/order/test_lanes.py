@@ -9,7 +9,7 @@ from shards.order.draws import I64
 from shards.order.epoch_order import Span, Windows, epoch_order, lane_starts, lane_turns
 from shards.order.sampler import Sampler, make_sampler
 from shards.order.settings import SamplerSettings
-from shards.order.streams import Contents
+from shards.order.streams import Contents, ShardRange
 
 SIZES = np.asarray([50, 13, 0, 61, 7, 44, 90, 1, 33, 20, 58])
 
@@ -51,7 +51,7 @@ def test_an_epoch_has_every_pair_once_in_lanes_of_equal_size(
         sizes = np.bincount(lane // 1, minlength=lanes)
         assert sizes.max() - sizes.min() <= k + (k > 1) * (k - 1)
         np.testing.assert_array_equal(
-            np.diff(lane_starts(pairs // k, lanes)),
+            np.diff(lane_starts(pairs // k, lanes, order.first_turn(w))),
             np.bincount(lane[: pairs // k * k : k], minlength=lanes),
         )
         for v in range(lanes):
@@ -99,6 +99,18 @@ def test_four_lanes_a_rank_make_slices_even_to_a_quarter() -> None:
             assert max(found) <= 1.25 * 512 / world + 6
             sizes += found
         assert sizes.max() <= 1.25 * sizes.mean()
+
+
+def test_streams_that_begin_together_take_from_different_lanes() -> None:
+    """Of many streams a step takes a few pairs each. Were their first lanes the same, some ranks
+    would have them all."""
+    streams, world = 64, 16
+    ranges = [ShardRange(f"d{i}", 8 * i, 8 * i + 8, 1.0) for i in range(streams)]
+    contents = Contents(np.full((8 * streams, 1), 100), ["pairs"], [], ranges)
+    sampler = make_sampler(SamplerSettings(window=4, lanes=64), 3, contents)
+    step = sampler.step(sampler.start(), 4 * streams)
+    found = [len(sampler.slice(step, rank, world)) for rank in range(world)]
+    assert min(found) > 0 and max(found) <= 2 * 4 * streams / world
 
 
 # --- what nodes read ----------------------------------------------------------------------------

@@ -159,7 +159,7 @@ GOLDEN = {
     (3, "alternating"): "e199e9c8fa758b59",
     (3, "weighted"): "ef68c892e09456a1",
     (3, "visits"): "46e388cde19f2833",
-    (3, "lanes"): "b5fc920b16fbc7bf",
+    (3, "lanes"): "fe445d50102bde80",
 }
 
 
