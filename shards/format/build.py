@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,12 +22,13 @@ from shards.errors import DataError
 from shards.format.answers import answer_index, count_answers
 from shards.format.arrays import save_arrays
 from shards.format.check import check_record
-from shards.format.manifest import MANIFEST, Counts, FileInfo, Manifest, Schema, with_pages
+from shards.format.manifest import Counts, FileInfo, Manifest, Schema, with_pages
 from shards.format.members import RECORD, Member, members_of
+from shards.format.publish import commit_point, publish
 from shards.format.record import QA_SOURCES, ImageRecord, Report, record_json, record_key
 from shards.format.sentences import Document, SentenceEncoder
 from shards.format.shard_list import ShardInfo, ShardList
-from shards.format.staging import check_free, publish, staging_folder
+from shards.format.staging import staging_folder
 from shards.format.table import member_columns
 from shards.format.tar import TarWriter
 from shards.format.tokenizer import load_vocab, make_tokenizer, train_vocab
@@ -39,10 +39,6 @@ VOCAB, ANSWERS = "vocab.txt", "answers.json"
 # Records whose layouts are compared before the first is written, where bad ones are left out; they
 # are in memory at one time.
 _VOTERS = 100
-# Names of a data set's files but for the manifest; many a WebDataset has some of them, too.
-_OWNED = re.compile(
-    r"shard-\d{6}\.(tar|table\.safetensors)|shards-\d{6}\.safetensors|vocab\.txt|answers\.json"
-)
 
 
 @dataclass(frozen=True)
@@ -109,16 +105,12 @@ def build(
     tokens = settings.vocab
     if isinstance(tokens, Path):
         tokens = load_vocab(tokens)
-    if not settings.overwrite:
-        check_free(out, MANIFEST, _OWNED)
+    before = commit_point(out, settings.overwrite)
     with staging_folder(out, staging) as folder:
         job = _Job(folder, settings, report or Report(), progress)
         shards, schema = _write_tars(job, records)
         manifest = _write_rest(job, shards, schema, list(tokens or _train(job, shards)))
-        (folder / MANIFEST).write_bytes(manifest.to_json())
-        files = [*_files(manifest), MANIFEST]
-        publish(folder, out, files, _OWNED, progress, settings.overwrite)
-    return manifest
+        return publish(folder, out, manifest, _files(manifest), before, progress)
 
 
 def _check_settings(settings: BuildSettings) -> None:
