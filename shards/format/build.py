@@ -22,7 +22,14 @@ from shards.errors import DataError
 from shards.format.answers import answer_index, count_answers
 from shards.format.arrays import save_arrays
 from shards.format.check import check_record
-from shards.format.manifest import Counts, FileInfo, Manifest, Schema, with_pages
+from shards.format.manifest import (
+    Counts,
+    FileInfo,
+    Manifest,
+    Schema,
+    given_file,
+    with_pages,
+)
 from shards.format.members import RECORD, Member, members_of
 from shards.format.publish import commit_point, publish
 from shards.format.record import QA_SOURCES, ImageRecord, Report, record_json, record_key
@@ -50,8 +57,8 @@ class BuildSettings:
     extractor: str
     """What made the features, recorded, too: those of two extractors are no substitutes."""
     vocab: Path | Sequence[str] | None = None
-    """A vocab.txt or its tokens, or None to train one of at most `vocab_size` tokens from the
-    sentences."""
+    """A vocab.txt, or the folder of a data set that has one; or its tokens; or None to train one
+    of at most `vocab_size` tokens from the sentences."""
     vocab_size: int = 30522
     answers: Sequence[str] | None = None
     """The answer table, or None to make one of all answers that at least `min_answer_count`
@@ -104,7 +111,7 @@ def build(
     _check_settings(settings)
     tokens = settings.vocab
     if isinstance(tokens, Path):
-        tokens = load_vocab(tokens)
+        tokens = load_vocab(given_file(tokens, "vocab"))
     before = commit_point(out, settings.overwrite)
     with staging_folder(out, staging) as folder:
         job = _Job(folder, settings, report or Report(), progress)

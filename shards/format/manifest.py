@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -257,6 +257,17 @@ def parse_manifest(data: bytes, url: str, cache: Path | None = None) -> Manifest
     except ValueError as error:
         raise DataError(f"{where} is not usable: {error}; build the data set again") from None
     return manifest
+
+
+def given_file(place: str | Path, which: Literal["vocab", "answers"]) -> Path:
+    """A vocabulary's or answer table's own path, or, where a data set's folder or URL is given, the
+    path of that of the data set."""
+    url = str(place)
+    if not objects.exists(objects.join(url, MANIFEST)):
+        return Path(place)
+    manifest = load_manifest(url)
+    info: FileInfo = getattr(manifest, which)
+    return local_file(info.at(manifest.place(url)), table=True)
 
 
 def _parse(data: bytes, url: str) -> tuple[_Whole | _Paged, str, int]:

@@ -84,7 +84,7 @@ def publish(
             raise
         if not won:
             raise DataError(
-                f"another build has finished at {out} meanwhile, or it was cleaned: this one stops; "
+                f"another build has finished at {out} meanwhile, or a cleaning: this one stops; "
                 "choose another place, or replace what is there with --overwrite"
             )
     except BaseException:
