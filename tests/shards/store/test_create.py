@@ -12,7 +12,12 @@ import pytest
 
 from shards.errors import DataError
 from shards.store import create, objects
-from shards.store.create import check_create_only, create_bytes
+from shards.store.create import (
+    check_conditions,
+    check_create_only,
+    create_bytes,
+    replace_bytes,
+)
 from shards.store.retry import Retry
 from tests.object_store import FaultProxy, ObjectStore, first
 
@@ -103,4 +108,64 @@ def test_a_store_that_can_do_it_is_told_from_one_that_cannot(
         message = "runs need a file system with hard links"
     with pytest.raises(DataError, match=message):
         check_create_only(place)
+    assert not objects.list_names(place)
+
+
+# --- replacing ------------------------------------------------------------------------------------
+
+
+def test_what_was_read_is_replaced_and_nothing_else(place: str) -> None:
+    url = f"{place}/deep/manifest"
+    assert not replace_bytes(url, b"two", "0" * 32, FAST), "there is nothing to replace"
+    assert replace_bytes(url, b"one", None, FAST) and not replace_bytes(url, b"other", None, FAST)
+    data, tag = objects.read_tagged(url)
+    assert data == b"one" and replace_bytes(url, b"two", tag, FAST)
+    assert not replace_bytes(url, b"three", tag, FAST), "another writer was first"
+    assert replace_bytes(url, b"two", tag, FAST), "the reply to an earlier try was lost"
+    assert objects.read_tagged(url)[0] == b"two"
+    assert not [n for n in objects.list_names(f"{place}/deep") if n != "manifest"]
+
+
+def test_one_of_many_replacers_wins(place: str) -> None:
+    writers = 12
+    start = threading.Barrier(writers)
+    url = f"{place}/raced"
+    create_bytes(url, b"first")
+
+    def write(number: int, tag: str) -> bool:
+        start.wait()
+        return replace_bytes(url, b"%d" % number, tag, FAST)
+
+    with ThreadPoolExecutor(writers) as pool:
+        for _ in range(20):
+            tag = objects.read_tagged(url)[1]
+            own = [os.urandom(3)[0] * 1000 + i for i in range(writers)]
+            won = list(pool.map(write, own, [tag] * writers))
+            assert sum(won) == 1
+            assert objects.read_bytes(url) == b"%d" % own[won.index(True)]
+
+
+@pytest.mark.parametrize("kind", ["lost", "reset", "503"])
+def test_a_lost_reply_to_a_replacement_is_no_other_writer(
+    s3: str, proxy: FaultProxy, kind: str
+) -> None:
+    url = f"{s3}/replaced-{kind}"
+    assert create_bytes(url, b"one", FAST)
+    tag = objects.read_tagged(url)[1]
+    proxy.begin(first(2, kind))
+    assert replace_bytes(url, b"two", tag, FAST)
+    proxy.begin(first(2, kind))
+    assert not replace_bytes(url, b"three", tag, FAST)
+
+
+def test_a_store_that_ignores_conditions_is_refused(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_conditions(place)
+    assert not objects.list_names(place)
+    if "://" not in place:
+        return
+    monkeypatch.setattr(create, "_put_in_place", lambda u, d, *_: objects.write_bytes(u, d))
+    with pytest.raises(DataError, match=r"overwrites objects in spite of If-Match"):
+        check_conditions(place)
     assert not objects.list_names(place)
