@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
+import re
+import secrets
 from functools import partial
 
 from cluster.cli import audit
@@ -16,10 +19,11 @@ from shards.dataset import DatasetSpec, open_dataset
 from shards.format.answers import load_answers
 from shards.format.build import BuildSettings, build
 from shards.format.clean import clean, leftovers
-from shards.format.manifest import given_file
+from shards.format.info import info
+from shards.format.manifest import given_file, load_manifest
 from shards.format.pretrained import pretrained_vocab
 from shards.format.record import Report
-from shards.format.verify import info, verify
+from shards.format.verify import verify
 from shards.sources import SOURCES
 from shards.sources.easy_vqa import write_easy_vqa
 from shards.sources.source import Source
@@ -131,13 +135,44 @@ def _build(source: Source, args: argparse.Namespace) -> int:
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("url", type=given_place)
+    add = parser.add_argument
+    add("url", type=given_place)
+    add("--jobs", type=whole(1), help="processes (default: one a core)")
+    part = parser.add_mutually_exclusive_group().add_argument
+    part("--shards", type=_ranges, metavar="A-B,C", help="only these, by number from 0")
+    part("--sample", type=whole(1), metavar="N", help="only so many, drawn at random")
+    add("--seed", type=whole(0), help="of --sample's draw (default: another one each time)")
+    add(
+        "--state",
+        type=given_path,
+        metavar="FILE",
+        help="where to keep what was found whole: a check that was interrupted goes on with it",
+    )
     parser.set_defaults(func=_verify)
 
 
+def _ranges(text: str) -> list[int]:
+    """The type of --shards."""
+    out: list[int] = []
+    for part in text.split(","):
+        if not (match := re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part.strip())):
+            raise argparse.ArgumentTypeError(f"{text!r:.80} is no list as 10-20,25")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise argparse.ArgumentTypeError(f"{part.strip()!r} ends before it begins")
+        out += range(first, last + 1)
+    return out
+
+
 def _verify(args: argparse.Namespace) -> int:
+    shards = args.shards
+    if args.sample is not None:
+        seed = secrets.randbelow(1 << 31) if args.seed is None else args.seed
+        count = len(load_manifest(args.url).shards)
+        shards = random.Random(seed).sample(range(count), min(args.sample, count))
+        say(f"checking {len(shards)} of {count} shards, drawn with --seed {seed}")
     with shown_progress() as progress:
-        problems = verify(args.url, progress)
+        problems = verify(args.url, progress, jobs=args.jobs, shards=shards, state=args.state)
     for problem in problems:
         print(shown(problem))
     return verdict(args.url, problems, "whole")

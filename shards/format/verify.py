@@ -1,267 +1,227 @@
-"""Checking a whole data set: every byte against its hash, every member against its table."""
+"""Checking a data set: every byte against its hash, every member against its table.
+
+Shards are checked side by side by several processes, all of them or some, and what was found whole
+can be kept in a file, so that a check that was interrupted goes on where it was.
+"""
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import json
-import tarfile
+import multiprocessing
+import os
+import signal
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from shards.errors import DataError
-from shards.format.answers import answer_index, load_answers
-from shards.format.arrays import map_arrays
-from shards.format.check import check_record
-from shards.format.manifest import Manifest, ShardInfo, load_manifest
-from shards.format.members import RECORD, members_of
-from shards.format.record import ImageRecord, check_sentence, record_json, record_key
-from shards.format.sentences import Document, SentenceEncoder
-from shards.format.table import Table, member_columns, open_table
-from shards.format.tokenizer import make_tokenizer, parse_vocab
+from shards.format.manifest import Manifest, load_manifest
+from shards.format.sentences import SentenceEncoder
+from shards.format.shard_list import ShardInfo
+from shards.format.verify_shard import HASH, Check, make_encoder, verify_shard
+from shards.processes import end_with_parent, make_home, without_signals
 from shards.progress import Progress, no_progress
 from shards.store import objects
-from shards.store.stored import StoredFile, hash_file
 
-BLOCK = 512
+_AHEAD = 4  # shards that wait for each process
 
 
-def verify(url: str | Path, progress: Progress = no_progress) -> list[str]:
+@dataclass(frozen=True)
+class Found:
+    """What a shard's check has found."""
+
+    shard: int
+    problems: list[str]
+    images: bytes
+    """A hash of each image's id, of HASH bytes."""
+
+
+def verify(
+    url: str | Path,
+    progress: Progress = no_progress,
+    *,
+    jobs: int | None = None,
+    shards: Sequence[int] | None = None,
+    state: Path | None = None,
+) -> list[str]:
     """Everything that is wrong with the data set at `url`, one sentence each; empty when it is
     whole. Object storage is read shard by shard through the system's temporary folder, past the
-    cache. DataError is raised only where the manifest cannot be read.
+    cache.
+
+    jobs: processes, by default one a core. shards: numbers of those to check, by default all.
+    state: a file of the shards that were found whole, which are not checked again.
+    DataError is raised only where the manifest or the state cannot be read.
     """
     manifest = load_manifest(str(url))
+    count = len(manifest.shards)
+    chosen = sorted(set(range(count) if shards is None else shards))
+    if chosen and not 0 <= chosen[0] <= chosen[-1] < count:
+        raise DataError(f"{url} has shards 0 to {count - 1}, not {chosen[0]} to {chosen[-1]}")
+    before = _read_state(state, manifest) if state else {}
+    whole = {i: before[i] for i in chosen if i in before}
+    found = {i: Found(i, [], images) for i, images in whole.items()}
     with tempfile.TemporaryDirectory(prefix="lxscale-verify-") as folder:
-        check = _Check(manifest.place(str(url)), manifest, Path(folder))
-        encoder = _encoder(check)
-        for i, shard in enumerate(manifest.shards, 1):
-            _verify_shard(check, shard, encoder)
-            progress("shards verified", i, len(manifest.shards))
-    return check.problems
+        check = Check(manifest.place(str(url)), manifest, Path(folder))
+        encoder = make_encoder(check)
+        problems = list(check.problems)
+        left = [i for i in chosen if i not in found]
+        with _opened(state, manifest, before) as log:
+            for one in _checked(check, encoder, left, min(jobs or _cores(), len(left))):
+                found[one.shard] = one
+                if log and not one.problems:
+                    log.write(_line(manifest.shards[one.shard], one.images) + "\n")
+                    log.flush()
+                progress("shards verified", len(found), len(chosen))
+        if not left:
+            progress("shards verified", len(chosen), len(chosen))
+    for i in chosen:
+        problems += found[i].problems
+    return problems + _twice(manifest, [found[i] for i in chosen])
 
 
-@dataclass
-class _Check:
-    """A check under way."""
-
-    url: str
-    manifest: Manifest
-    folder: Path
-    """For fetched files."""
-    problems: list[str] = field(default_factory=list)
-    images: set[str] = field(default_factory=set)
-    """Seen so far."""
-
-    def fetch(self, file: StoredFile) -> Path | None:
-        """The file on this machine; None, and a problem, where it is missing or damaged."""
-        path = objects.local_path(file.url)
-        try:
-            if path is None:
-                path = self.folder / file.url.rpartition("/")[2]
-                with open(path, "wb") as f:
-                    objects.download(file.url, f)
-            if (actual := objects.file_size(str(path))) != file.size:
-                self.problems.append(
-                    f"{file.url} has {actual} bytes, the manifest says {file.size}"
-                )
-            elif hash_file(path) != file.sha256:
-                self.problems.append(f"{file.url} has another sha256 than the manifest says")
-            else:
-                return path
-        except (DataError, OSError) as error:
-            self.problems.append(f"{file.url} cannot be read: {error}")
-        return None
-
-    def done_with(self, path: Path | None) -> None:
-        """Free the space of a fetched file."""
-        if path is not None and path.parent == self.folder:
-            path.unlink(missing_ok=True)
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
-def _encoder(check: _Check) -> SentenceEncoder | None:
-    """What sentences were encoded with; None, and a problem, where that cannot be read."""
-    manifest = check.manifest
-    vocab, table = (check.fetch(f.at(check.url)) for f in (manifest.vocab, manifest.answers))
-    tokens, answers = None, None
+def _twice(manifest: Manifest, found: list[Found]) -> list[str]:
+    """Images that come more than once, in whichever shards."""
+    hashes = np.frombuffer(b"".join(f.images for f in found), dtype=f"V{HASH}")
+    order = np.argsort(hashes, kind="stable")
+    same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+    ends = np.cumsum([len(f.images) // HASH for f in found])
+    out = []
+    for i in same.tolist():
+        where = []
+        for image in sorted(order[i : i + 2].tolist()):
+            at = int(np.searchsorted(ends, image, side="right"))
+            first = int(ends[at - 1]) if at else 0
+            where.append(f"record {image - first} of {manifest.shards[found[at].shard].name}")
+        out.append(f"an image comes twice in the data set: {where[0]} is {where[1]}")
+    return out
+
+
+# --- processes ----------------------------------------------------------------------------------
+
+
+def _checked(
+    check: Check, encoder: SentenceEncoder | None, shards: list[int], jobs: int
+) -> Iterator[Found]:
+    """What is found in each of some shards, as it is."""
+    if jobs <= 1:
+        for i in shards:
+            own = replace(check, problems=[])
+            images = verify_shard(own, check.manifest.shards[i], encoder)
+            yield Found(i, own.problems, images)
+        return
+    make_home()
+    context = multiprocessing.get_context("spawn")
+    # A process needs what is said of the data set, and one shard at a time.
+    bare = replace(check, manifest=replace(check.manifest, shards=check.manifest.shards[:0]))
+    pool = ProcessPoolExecutor(jobs, context, _begin, (bare,))
     try:
-        if vocab:
-            tokens = parse_vocab(vocab.read_bytes(), vocab)
-            if not len(tokens) == manifest.vocab.count == manifest.schema.vocab_size:
-                check.problems.append(f"{vocab.name} has {len(tokens)} tokens, not as the manifest")
-        if table:
-            answers = load_answers(table)
-            if len(answers) != manifest.answers.count:
-                check.problems.append(
-                    f"{table.name} has {len(answers)} answers, not as the manifest"
-                )
-    except DataError as error:
-        check.problems.append(str(error))
-    if tokens is None or answers is None:
-        return None
-    return SentenceEncoder(
-        manifest.schema, manifest.sources, make_tokenizer(tokens), answer_index(answers)
-    )
+        waiting = iter(shards)
+        with without_signals(signal.SIGINT):  # the first of them start the processes
+            running = {
+                pool.submit(_in_process, i, check.manifest.shards[i])
+                for i in islice(waiting, jobs * _AHEAD)
+            }
+        while running:
+            done = next(as_completed(running))
+            running.discard(done)
+            for i in waiting:
+                running.add(pool.submit(_in_process, i, check.manifest.shards[i]))
+                break
+            yield done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _verify_shard(check: _Check, shard: ShardInfo, encoder: SentenceEncoder | None) -> None:
-    """Tar, table and manifest against each other; problems name shard, image and array."""
-    tar, table = check.fetch(shard.tar_at(check.url)), check.fetch(shard.table_at(check.url))
-    if tar and table:
-        try:
-            documents = _verify_members(check, shard, tar, open_table(table))
-            if documents is not None and _verify_counts(check, shard, documents) and encoder:
-                _verify_table(check, shard, table, documents, encoder)
-        except DataError as error:
-            check.problems.append(str(error))
-    check.done_with(tar)
-    check.done_with(table)
+_check: Check
+_encoder: SentenceEncoder | None
 
 
-def _verify_members(
-    check: _Check, shard: ShardInfo, path: Path, table: Table
-) -> list[Document] | None:
-    """The JSON of all records of a tar; None where a record does not fit the table."""
-    where = objects.join(check.url, shard.name)
-    documents: list[Document] = []
-    with open(path, "rb") as f:
-        tar = np.memmap(f, dtype=np.uint8, mode="r")
-        end = 0
-        for i in range(len(table.image_objects)):
-            try:
-                record, end = _read_record(check.manifest, tar, table, i, end)
-                check_record(record, check.manifest.schema)
-                if record.image in check.images:
-                    raise ValueError(f"image {record.image!r} comes twice in the data set")
-            except (ValueError, KeyError, TypeError, IndexError) as error:
-                check.problems.append(f"{where}: record {i}: {error}")
-                return None
-            check.images.add(record.image)
-            documents.append(json.loads(record_json(record)))
-        if bool(np.any(tar[end:])):
-            check.problems.append(f"{where}: there is something after the last record of the table")
-    return documents
+def _begin(check: Check) -> None:
+    global _check, _encoder
+    end_with_parent()
+    # Other processes fetch at the same time: each has a folder of its own.
+    folder = check.folder / str(os.getpid())
+    folder.mkdir()
+    _check = replace(check, folder=folder, problems=[])
+    _encoder = make_encoder(_check)
 
 
-def _verify_counts(check: _Check, shard: ShardInfo, documents: list[Document]) -> bool:
-    """Images and pairs against the manifest. False where a source is not in the manifest, so that
-    the sentences cannot be encoded."""
-    where = objects.join(check.url, shard.name)
-    counted = dict.fromkeys(check.manifest.sources, 0)
-    for document in documents:
-        for sentence in document["sentences"]:
-            if sentence["source"] not in counted:
-                check.problems.append(f"{where}: source {sentence['source']!r} not in the manifest")
-                return False
-            counted[sentence["source"]] += 1
-    found = (len(documents), sum(counted.values()), {k: n for k, n in counted.items() if n})
-    if found != (shard.images, shard.pairs, shard.pairs_per_source):
-        check.problems.append(f"{where}: images and pairs are {found}, not as in the manifest")
-    return True
+def _in_process(number: int, shard: ShardInfo) -> Found:
+    check = replace(_check, problems=[])
+    images = verify_shard(check, shard, _encoder)
+    return Found(number, check.problems, images)
 
 
-def _verify_table(
-    check: _Check,
-    shard: ShardInfo,
-    path: Path,
-    documents: list[Document],
-    encoder: SentenceEncoder,
-) -> None:
-    """The arrays of a table against what a build makes of its records' JSON."""
-    table, stored = open_table(path), map_arrays(path)
-    due = {
-        **member_columns(table.image_objects, table.record_size, table.offset),
-        **encoder.arrays(documents, lambda *_: None),
+# --- state --------------------------------------------------------------------------------------
+
+
+def _head(manifest: Manifest) -> dict[str, str]:
+    return {"verified": manifest.fingerprint}
+
+
+def _read_state(path: Path, manifest: Manifest) -> dict[int, bytes]:
+    """Shard -> the hashes of its images, of shards that were found whole before."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    number = {name.decode(): i for i, name in enumerate(manifest.shards.name.tolist())}
+    out = {}
+    try:
+        head, *rest = lines[:-1]  # the last line is empty, or cut off by a crash
+        if json.loads(head) != _head(manifest):
+            raise DataError(f"{path} is of another data set: name another file for --state")
+        for line in rest:
+            entry = json.loads(line)
+            i = number[entry["shard"]]
+            images = base64.b64decode(entry["images"], validate=True)
+            shard = manifest.shards[i]
+            if [shard.sha256, shard.table_sha256] != entry["sha256"]:
+                raise ValueError("another hash")
+            if len(images) != HASH * shard.images:
+                raise ValueError("another number of images")
+            out[i] = images
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} is no state of a check ({error}): remove it") from None
+    return out
+
+
+@contextlib.contextmanager
+def _opened(
+    path: Path | None, manifest: Manifest, before: dict[int, bytes]
+) -> Iterator[IO[str] | None]:
+    """The state file, open to be added to."""
+    if path is None:
+        yield None
+        return
+    # Written anew: without a line that a crash has cut off.
+    lines = [json.dumps(_head(manifest))]
+    lines += [_line(manifest.shards[i], images) for i, images in before.items()]
+    objects.write_bytes(str(path), "".join(f"{line}\n" for line in lines).encode())
+    with open(path, "a") as f:
+        yield f
+
+
+def _line(shard: ShardInfo, images: bytes) -> str:
+    entry = {
+        "shard": shard.name,
+        "sha256": [shard.sha256, shard.table_sha256],
+        "images": base64.b64encode(images).decode(),
     }
-    for name, array in due.items():
-        if stored[name].dtype != array.dtype or not np.array_equal(stored[name], array):
-            where = objects.join(check.url, shard.table)
-            check.problems.append(f"{where}: {name} differs from what the records say")
-
-
-def _read_record(
-    manifest: Manifest, tar: NDArray[np.uint8], table: Table, i: int, end: int
-) -> tuple[ImageRecord, int]:
-    """Record i of the table, whose first header is due at `end`, and the end of its last member.
-
-    ValueError, KeyError or the like says what does not fit.
-    """
-    schema = manifest.schema
-    n, size = int(table.image_objects[i]), int(table.record_size[i])
-    text = bytes(tar[int(table.offset[RECORD.name][i]) :][:size])
-    document = json.loads(text)
-    key, who = record_key(document["image"]), f"image {document['image']!r:.80}"
-    found: dict[str, Any] = {}
-    for member in members_of(schema):
-        if member.name not in table.offset:
-            raise ValueError(f"the table has no {member.offset_column}")
-        offset = int(table.offset[member.name][i])
-        length = n * member.object_bytes(schema) if member.columns else size
-        name, stated = _header(tar, end)
-        if name != f"{key}.{member.suffix}" or stated != length or offset != end + BLOCK:
-            raise ValueError(
-                f"{who}: member {name!r:.90} of {stated} bytes at {end + BLOCK}, "
-                f"the table has .{member.suffix} of {length} bytes at {offset}"
-            )
-        if member.columns:
-            found[member.name] = member.value(bytes(tar[offset : offset + length]), n, schema)
-        end = offset + length + -length % BLOCK
-    if document["num_objects"] != n:
-        raise ValueError(f"{who}: num_objects differs from the table")
-    record = ImageRecord(
-        image=document["image"],
-        width=document["width"],
-        height=document["height"],
-        sentences=tuple(
-            check_sentence(s, f"{who}, sentence {j}") for j, s in enumerate(document["sentences"])
-        ),
-        split=document.get("split"),
-        **found,
-    )
-    if record_json(record) != text:
-        raise ValueError(f"{who}: the JSON is not as a build writes it")
-    return record, end
-
-
-def _header(tar: np.ndarray, at: int) -> tuple[str, int]:
-    """Name and size of the member whose header is at `at`; ValueError for no good header."""
-    try:
-        info = tarfile.TarInfo.frombuf(bytes(tar[at : at + BLOCK]), "ascii", "strict")
-    except (tarfile.HeaderError, UnicodeDecodeError) as error:
-        raise ValueError(f"no tar member at byte {at}: {error}") from None
-    return info.name, info.size
-
-
-def info(url: str | Path) -> str:
-    """A summary of a data set for people."""
-    m = load_manifest(str(url))
-    size = sum(s.size + s.table_size for s in m.shards)
-    labels = "no labels"
-    if m.schema.labels:
-        objects, attributes = m.schema.num_object_classes, m.schema.num_attribute_classes
-        labels = f"{objects} object and {attributes} attribute classes"
-    lines = [
-        f"name         {m.name}",
-        f"extractor    {m.extractor}",
-        f"fingerprint  {m.fingerprint}",
-        f"images       {m.images:,}",
-        f"pairs        {m.pairs:,}",
-        f"shards       {len(m.shards)} ({size / 1e6:,.1f} MB)",
-        f"objects      up to {m.schema.max_objects} of width {m.schema.feature_dim}, {labels}",
-        f"vocabulary   {m.schema.vocab_size:,} tokens, sentences of up to {m.schema.max_tokens}",
-        f"answers      {m.answers.count:,}",
-        *_sources(m, m.sources),
-    ]
-    return "\n".join(lines)
-
-
-def _sources(m: Manifest, sources: Sequence[str]) -> list[str]:
-    return [
-        f"source       {s}: {m.counts.sentences[s]:,} pairs"
-        f"{' (questions)' if s in m.question_sources else ''}"
-        for s in sources
-    ]
+    return json.dumps(entry)
