@@ -128,14 +128,16 @@ def epoch_order(
     k: int = 1,
     lanes: int = 1,
     version: int = VERSION,
+    shards: I64 | None = None,
 ) -> EpochOrder:
-    """The order of `epoch` over shards with `sizes` pairs; window 0 = all shards; visits of k."""
+    """The order of `epoch` over shards with `sizes` pairs; window 0 = all shards; visits of k.
+    shards: whose sizes these are, i64 (n,), rising; 0, 1, 2, … where it is None."""
     key = epoch_key(version, seed, epoch, stream)
-    visited = np.flatnonzero(sizes)
-    bits = draw(shards_key(version, key), visited)
-    shard_order = visited[np.argsort(bits, kind="stable")]
-    ordered = np.asarray(sizes, dtype=np.int64)[shard_order]
-    start = np.concatenate([[0], np.cumsum(ordered)])
+    at = np.flatnonzero(sizes)
+    visited = at if shards is None else shards[at]
+    turn = np.argsort(draw(shards_key(version, key), visited), kind="stable")
+    shard_order = visited[turn]
+    start = _before(np.asarray(sizes, dtype=np.int64)[at[turn]])
     every = window or max(len(visited), 1)
     return EpochOrder(shard_order.astype(np.int32), start, every, k, lanes, key, version)
 
