@@ -128,13 +128,13 @@ def epoch_order(
     k: int = 1,
     lanes: int = 1,
     version: int = VERSION,
-    shards: I64 | None = None,
+    shards: NDArray[np.int32] | None = None,
 ) -> EpochOrder:
     """The order of `epoch` over shards with `sizes` pairs; window 0 = all shards; visits of k.
-    shards: whose sizes these are, i64 (n,), rising; 0, 1, 2, … where it is None."""
+    shards: whose sizes these are, (n,), rising; 0, 1, 2, … where it is None."""
     key = epoch_key(version, seed, epoch, stream)
     at = np.flatnonzero(sizes)
-    visited = at if shards is None else shards[at]
+    visited = at if shards is None else shards[at].astype(np.int64)
     turn = np.argsort(draw(shards_key(version, key), visited), kind="stable")
     shard_order = visited[turn]
     start = _before(np.asarray(sizes, dtype=np.int64)[at[turn]])

@@ -110,9 +110,10 @@ class Future:
         out = np.full(len(shards), np.inf)
         rates = self._sampler.rates
         in_use = np.zeros(len(shards), dtype=bool)
+        few = shards.astype(np.int32)  # as streams have them: else numpy converts all of theirs
         for i, here in enumerate(self._standing):
             stream = self._sampler.streams[i]
-            at = np.searchsorted(stream.shards, shards).clip(max=len(stream.shards) - 1)
+            at = np.searchsorted(stream.shards, few).clip(max=len(stream.shards) - 1)
             mine = np.flatnonzero(stream.shards[at] == shards)
             if not len(mine):
                 continue

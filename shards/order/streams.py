@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shards.errors import DataError
 from shards.order.apportionment import shares_of
@@ -58,8 +59,8 @@ class Stream:
     """Number of its data set."""
     sources: tuple[int, ...]
     """Numbers of its sources, in the order in which the pairs of a shard are counted."""
-    shards: I64
-    """That have pairs of the stream, rising, i64 (n,)."""
+    shards: NDArray[np.int32]
+    """That have pairs of the stream, rising, (n,)."""
     sizes: I64
     """Pairs of the stream in each of them, i64 (n,)."""
     share: Fraction
@@ -145,7 +146,7 @@ class _Group:
 
     dataset: int
     sources: list[str]
-    shards: I64
+    shards: NDArray[np.int32]
     sizes: I64
     weight: Fraction
 
@@ -165,8 +166,9 @@ def _groups(
             each = table[dataset.begin : dataset.end, columns].sum(1, dtype=np.int64)
             if total := int(each.sum()):
                 at = np.flatnonzero(each)
+                shards = (dataset.begin + at).astype(np.int32)
                 share = Fraction(str(weight)) * total
-                here.append(_Group(d, group, dataset.begin + at, each[at], share))
+                here.append(_Group(d, group, shards, each[at], share))
         if not here or dataset.weight == 0:
             continue
         weights = sum(group.weight for group in here)
