@@ -29,6 +29,7 @@ import peers
 from protocol import Contestant, Length, Result, machine, markdown, measure
 from shards.dataset import Dataset, open_dataset
 from shards.format.build import BuildSettings, build
+from shards.format.manifest import given_file
 from shards.format.tokenizer import load_tokenizer
 from shards.order.settings import SamplerSettings
 from synthetic import DIM, FEATURE_BYTES, OBJECTS, records
@@ -107,7 +108,7 @@ def contestants(images: int, root: Path) -> list[Contestant]:
     """Everyone, with the formats built under `root`."""
     shards = root / "shards"
     build(records(images), shards, BuildSettings("bench", "random", shard_bytes=64 << 20))
-    vocab = shards / "vocab.txt"
+    vocab = given_file(shards, "vocab")
     both = (BEST, STEPS)
     found = [
         Contestant(OURS, ours, (shards, 0), (STEPS,)),

@@ -106,7 +106,7 @@ def simulate(folder: Path, shards: int, images: int, sentences: int) -> tuple[Te
     listed = ShardList(**many)
     totals = dict(zip(one.sources, listed.pairs_per_source.sum(0).tolist(), strict=True))
     counts = Counts(int(listed.images.sum()), int(listed.pairs.sum()), totals)
-    manifest = dataclasses.replace(one, shards=listed, counts=counts)
+    manifest = dataclasses.replace(one, shards=listed, counts=counts, folder="")
     manifest = with_pages(manifest, folder / "set")
     (folder / "set" / "manifest.json").write_bytes(manifest.to_json())
     return template, manifest

@@ -228,7 +228,9 @@ class Dataset:
 
     def file(self, info: FileInfo) -> Path:
         """A verified local copy of the vocabulary or the answer table."""
-        return local_file(info.at(self.specs[0].url), self.cache, table=True)
+        return local_file(
+            info.at(self.manifests[0].place(self.specs[0].url)), self.cache, table=True
+        )
 
     def record(self, image: int) -> bytes:
         """The JSON of an image record."""
@@ -317,7 +319,8 @@ def _open(
         ShardRange(m.name, end - len(m.shards), end, spec.weight)
         for spec, m, end in zip(specs, manifests, ends, strict=True)
     )
-    places = [spec.url for spec, m in zip(specs, manifests, strict=True) for _ in m.shards]
+    places_of = [m.place(spec.url) for spec, m in zip(specs, manifests, strict=True)]
+    places = [place for place, m in zip(places_of, manifests, strict=True) for _ in m.shards]
     own_sources = [[manifest.sources.index(s) for s in m.sources] for m in manifests]
     tars = [s.tar_at(place) for place, s in zip(places, manifest.shards, strict=True)]
     shards = ShardFiles(tars, folder, limit)
@@ -325,7 +328,7 @@ def _open(
     def table_of(number: int) -> TableFile:
         """A shard's table, which is fetched if it is not here."""
         of, shard = bisect_right(ends, number), manifest.shards[number]
-        file = shard.table_at(specs[of].url)
+        file = shard.table_at(places_of[of])
         path = local_file(file, folder, table=True)
         return TableFile(path, file.url, manifests[of], shard, own_sources[of])
 

@@ -57,7 +57,7 @@ def as_webdataset(url: str, cache: str | Path | None = None, *, shuffle: int = 0
     Raises DataError naming the object where the manifest, or later a shard, is absent or damaged.
     """
     manifest = load_manifest(url)
-    shards = {file.url: file for file in (s.tar_at(url) for s in manifest.shards)}
+    shards = {file.url: file for file in (s.tar_at(manifest.place(url)) for s in manifest.shards)}
     folder = Path(cache) if cache else default_cache()
     return Records(
         webdataset.SimpleShardList(list(shards)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import signal
@@ -11,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shards.format.manifest import load_manifest
 from shards.format.record import ImageRecord, Labels, Sentence
+from shards.store import objects
 from tests.object_store import (
     SHARED,
     FaultProxy,
@@ -143,6 +146,24 @@ def small_records(
             )
         )
     return records
+
+
+def files_of(folder: Path) -> Path:
+    """Where the files of a data set in a folder are, but for the manifest."""
+    return Path(load_manifest(str(folder)).place(str(folder)))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """The files of a data set, the manifest's fingerprint among them."""
+    files = sorted(files_of(folder).iterdir())
+    manifest = {"fingerprint": load_manifest(str(folder)).fingerprint}
+    return manifest | {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def upload_set(folder: Path, url: str) -> None:
+    """A copy of a data set in the store."""
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        objects.upload(path, objects.join(url, str(path.relative_to(folder))))
 
 
 @pytest.fixture(scope="session")

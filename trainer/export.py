@@ -19,9 +19,8 @@ from shards.dataset import open_dataset
 from shards.errors import DataError
 from shards.format.build import VOCAB
 from shards.format.manifest import load_manifest
-from shards.format.staging import publish, staging_folder
+from shards.format.staging import publish_files, staging_folder
 from shards.format.tokenizer import parse_vocab
-from shards.progress import no_progress
 from shards.store import objects
 from trainer import setup
 from trainer.checkpoint.errors import CheckpointError
@@ -89,7 +88,7 @@ def export_huggingface(path: str, out: str | Path) -> Generation:
         names = {p.name for p in folder.iterdir()} - {"lock", _CONFIG}
         files = [*sorted(names), _CONFIG]
         _check_place(str(out), files)
-        publish(folder, str(out), files, _NOTHING, no_progress, overwrite=True)
+        publish_files(folder, str(out), files)
     return generation
 
 

@@ -73,7 +73,7 @@ def build_data(folder: Path) -> None:
         settings = BuildSettings(
             f"easy-vqa-{split}",
             EXTRACTOR,
-            vocab=None if split == "train" else folder / "train" / "vocab.txt",
+            vocab=None if split == "train" else folder / "train",
             answers=load_answers(inputs.answers),
             images_per_shard=500,
         )

@@ -15,6 +15,8 @@ from shards.arguments import given_path, given_place, size, whole
 from shards.dataset import DatasetSpec, open_dataset
 from shards.format.answers import load_answers
 from shards.format.build import BuildSettings, build
+from shards.format.clean import clean, leftovers
+from shards.format.manifest import given_file
 from shards.format.pretrained import pretrained_vocab
 from shards.format.record import Report
 from shards.format.verify import info, verify
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("build", _add_build, "convert a source into shards"),
         ("verify", _add_verify, "check every byte of a data set"),
         ("info", _add_info, "describe a data set"),
+        ("clean", _add_clean, "say, or remove, what builds have left at a data set's place"),
         ("plan", _add_plan, "what windows, visits and a cache limit cost"),
         ("audit", audit.add_arguments, "prove what a run has consumed"),
         ("easy-vqa", _add_easy_vqa, "write the inputs of `build images` from the easy-VQA package"),
@@ -52,12 +55,22 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
 def _add_build_arguments(parser: argparse.ArgumentParser, extractor: str) -> None:
     add = parser.add_argument
     add("--out", type=out_place, required=True, metavar="URL", help="folder or s3:// prefix")
-    add("--answers", type=given_path, metavar="JSON", help="answer table (default: from the data)")
+    add(
+        "--answers",
+        type=given_path,
+        metavar="JSON",
+        help="answer table, or a data set that has it (default: from the data)",
+    )
     add(
         "--min-answer-count", type=whole(1), default=1, help="sentences that an answer needs for it"
     )
     vocab = parser.add_mutually_exclusive_group().add_argument
-    vocab("--vocab", type=given_path, metavar="TXT", help="vocab.txt (default: train one)")
+    vocab(
+        "--vocab",
+        type=given_path,
+        metavar="TXT",
+        help="vocab.txt, or a data set that has it (default: train one)",
+    )
     vocab("--tokenizer", metavar="FOLDER", help="or a name: for Hugging Face's AutoTokenizer")
     add("--vocab-size", type=whole(1), default=30522, help="most tokens of a trained one")
     add("--name", help="name of the data set (default: the last part of --out)")
@@ -89,7 +102,7 @@ def _build(source: Source, args: argparse.Namespace) -> int:
         extractor=args.extractor,
         vocab=args.vocab if args.tokenizer is None else pretrained_vocab(args.tokenizer),
         vocab_size=args.vocab_size,
-        answers=load_answers(args.answers) if args.answers else None,
+        answers=load_answers(given_file(args.answers, "answers")) if args.answers else None,
         min_answer_count=args.min_answer_count,
         shard_bytes=args.shard_mb,
         images_per_shard=args.images_per_shard,
@@ -137,6 +150,33 @@ def _add_info(parser: argparse.ArgumentParser) -> None:
 
 def _info(args: argparse.Namespace) -> int:
     print(info(args.url))
+    return 0
+
+
+def _add_clean(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("url", type=given_place)
+    add("--remove", action="store_true", help="remove it; builds at work there then fail")
+    add(
+        "--older",
+        type=whole(0),
+        default=24,
+        metavar="HOURS",
+        help="only what was written so long ago (24): a run may read a set that was replaced",
+    )
+    parser.set_defaults(func=_clean)
+
+
+def _clean(args: argparse.Namespace) -> int:
+    found = leftovers(args.url, args.older)
+    for old in found.objects:
+        print(f"{old.size:>15,}  {shown(args.url)}/{old.name}")
+    if args.remove:
+        with shown_progress() as progress:
+            clean(args.url, found, progress)
+    total = sum(old.size for old in found.objects)
+    what = "removed" if args.remove else "nothing refers to"
+    print(f"{shown(args.url)}: {what} {len(found.objects):,} objects of {total:,} bytes")
     return 0
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,12 +22,20 @@ from shards.errors import DataError
 from shards.format.answers import answer_index, count_answers
 from shards.format.arrays import save_arrays
 from shards.format.check import check_record
-from shards.format.manifest import MANIFEST, Counts, FileInfo, Manifest, Schema, with_pages
+from shards.format.manifest import (
+    Counts,
+    FileInfo,
+    Manifest,
+    Schema,
+    given_file,
+    with_pages,
+)
 from shards.format.members import RECORD, Member, members_of
+from shards.format.publish import commit_point, publish
 from shards.format.record import QA_SOURCES, ImageRecord, Report, record_json, record_key
 from shards.format.sentences import Document, SentenceEncoder
 from shards.format.shard_list import ShardInfo, ShardList
-from shards.format.staging import check_free, publish, staging_folder
+from shards.format.staging import staging_folder
 from shards.format.table import member_columns
 from shards.format.tar import TarWriter
 from shards.format.tokenizer import load_vocab, make_tokenizer, train_vocab
@@ -39,10 +46,6 @@ VOCAB, ANSWERS = "vocab.txt", "answers.json"
 # Records whose layouts are compared before the first is written, where bad ones are left out; they
 # are in memory at one time.
 _VOTERS = 100
-# Names of a data set's files but for the manifest; many a WebDataset has some of them, too.
-_OWNED = re.compile(
-    r"shard-\d{6}\.(tar|table\.safetensors)|shards-\d{6}\.safetensors|vocab\.txt|answers\.json"
-)
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class BuildSettings:
     extractor: str
     """What made the features, recorded, too: those of two extractors are no substitutes."""
     vocab: Path | Sequence[str] | None = None
-    """A vocab.txt or its tokens, or None to train one of at most `vocab_size` tokens from the
-    sentences."""
+    """A vocab.txt, or the folder of a data set that has one; or its tokens; or None to train one
+    of at most `vocab_size` tokens from the sentences."""
     vocab_size: int = 30522
     answers: Sequence[str] | None = None
     """The answer table, or None to make one of all answers that at least `min_answer_count`
@@ -108,17 +111,13 @@ def build(
     _check_settings(settings)
     tokens = settings.vocab
     if isinstance(tokens, Path):
-        tokens = load_vocab(tokens)
-    if not settings.overwrite:
-        check_free(out, MANIFEST, _OWNED)
+        tokens = load_vocab(given_file(tokens, "vocab"))
+    before = commit_point(out, settings.overwrite)
     with staging_folder(out, staging) as folder:
         job = _Job(folder, settings, report or Report(), progress)
         shards, schema = _write_tars(job, records)
         manifest = _write_rest(job, shards, schema, list(tokens or _train(job, shards)))
-        (folder / MANIFEST).write_bytes(manifest.to_json())
-        files = [*_files(manifest), MANIFEST]
-        publish(folder, out, files, _OWNED, progress, settings.overwrite)
-    return manifest
+        return publish(folder, out, manifest, _files(manifest), before, progress)
 
 
 def _check_settings(settings: BuildSettings) -> None:

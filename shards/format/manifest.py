@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -114,6 +114,15 @@ class Manifest:
     shards: ShardList
     pages: tuple[FileInfo, ...] = ()
     """The files that list the shards; none where the manifest does."""
+    folder: str = dataclasses.field(default="", compare=False)
+    """Of the build, beside the manifest: where all other files are; empty: right beside it. Not in
+    the fingerprint, as equal data is equal wherever it is."""
+    cleaned: int = dataclasses.field(default=0, compare=False)
+    """How often the place was cleaned (clean.py); not in the fingerprint."""
+
+    def place(self, url: str) -> str:
+        """Where the files of the data set at `url` are."""
+        return objects.join(url, self.folder) if self.folder else url
 
     @cached_property
     def fingerprint(self) -> str:
@@ -141,6 +150,8 @@ class Manifest:
     def to_json(self) -> bytes:
         """The bytes of manifest.json; equal manifests give equal bytes."""
         document = self._document() | {"fingerprint": self.fingerprint}
+        document |= {"folder": self.folder} if self.folder else {}
+        document |= {"cleaned": self.cleaned} if self.cleaned else {}
         return (json.dumps(document, sort_keys=True, indent=1) + "\n").encode()
 
 
@@ -211,26 +222,35 @@ def load_manifest(url: str, cache: Path | None = None) -> Manifest:
     try:
         data = objects.read_bytes(where)
         try:
-            document = _parse(data, where)
+            return parse_manifest(data, url, cache)
         except DataError:
             # Damaged on its way, perhaps: at rest, it comes the same again.
             again = objects.read_bytes(where)
             if again == data:
                 raise
-            document = _parse(again, where)
+            return parse_manifest(again, url, cache)
     except NotFoundError as error:
         raise DataError(
             f"no data set at {url}: {error}; `lxscale shards build` makes one"
         ) from None
+
+
+def parse_manifest(data: bytes, url: str, cache: Path | None = None) -> Manifest:
+    """The manifest in these bytes, of the data set at `url`; see `load_manifest`."""
+    where = objects.join(url, MANIFEST)
+    document, folder, cleaned = _parse(data, where)
     pages: tuple[FileInfo, ...] = ()
     try:
+        if folder:
+            check_name(folder)
         if isinstance(document, _Whole):
             shards = ShardList.of(document.shards, document.sources)
         else:
             pages = document.shards.pages
-            shards = _read_pages(pages, url, cache, document.sources)
+            place = objects.join(url, folder) if folder else url
+            shards = _read_pages(pages, place, cache, document.sources)
         shared = {name: getattr(document, name) for name in _SHARED}
-        manifest = Manifest(**shared, shards=shards, pages=pages)
+        manifest = Manifest(**shared, shards=shards, pages=pages, folder=folder, cleaned=cleaned)
         _check(manifest)
     except DataError:
         raise
@@ -239,8 +259,20 @@ def load_manifest(url: str, cache: Path | None = None) -> Manifest:
     return manifest
 
 
-def _parse(data: bytes, url: str) -> _Whole | _Paged:
-    """The document in `data`; DataError naming `url` where it is damaged or of another format."""
+def given_file(place: str | Path, which: Literal["vocab", "answers"]) -> Path:
+    """A vocabulary's or answer table's own path, or, where a data set's folder or URL is given, the
+    path of that of the data set."""
+    url = str(place)
+    if not objects.exists(objects.join(url, MANIFEST)):
+        return Path(place)
+    manifest = load_manifest(url)
+    info: FileInfo = getattr(manifest, which)
+    return local_file(info.at(manifest.place(url)), table=True)
+
+
+def _parse(data: bytes, url: str) -> tuple[_Whole | _Paged, str, int]:
+    """The document in `data`, with the folder of its files and how often it was cleaned; DataError
+    naming `url` where it is damaged or of another format."""
     try:
         document = json.loads(data)
         if not isinstance(document, dict):
@@ -252,13 +284,19 @@ def _parse(data: bytes, url: str) -> _Whole | _Paged:
             f"{url} has format {document.get('format')!r:.80}, this lxscale reads {FORMAT!r}: "
             "use a matching version, or build the data set again"
         )
+    if document.get("shards") is None and "cleaned" in document:
+        raise NotFoundError(f"{url} says that builds were removed there")
     stated = document.pop("fingerprint", None)
+    folder, cleaned = document.pop("folder", ""), document.pop("cleaned", 0)
+    if not isinstance(folder, str) or type(cleaned) is not int:
+        raise DataError(f"{url} is not usable: its folder is no name; build the data set again")
     if stated != _fingerprint(document):
         raise DataError(f"{url} is damaged (its fingerprint does not match): restore or rebuild it")
     paged = isinstance(document.get("shards"), dict)
     try:
         canonical = json.dumps(document)
-        return _PAGED.validate_json(canonical) if paged else _WHOLE.validate_json(canonical)
+        parsed = _PAGED.validate_json(canonical) if paged else _WHOLE.validate_json(canonical)
+        return parsed, folder, cleaned
     except ValidationError as error:
         problem = _first_problem(error)
         raise DataError(f"{url} is not usable: {problem}; build the data set again") from None

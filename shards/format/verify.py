@@ -37,7 +37,7 @@ def verify(url: str | Path, progress: Progress = no_progress) -> list[str]:
     """
     manifest = load_manifest(str(url))
     with tempfile.TemporaryDirectory(prefix="lxscale-verify-") as folder:
-        check = _Check(str(url), manifest, Path(folder))
+        check = _Check(manifest.place(str(url)), manifest, Path(folder))
         encoder = _encoder(check)
         for i, shard in enumerate(manifest.shards, 1):
             _verify_shard(check, shard, encoder)

@@ -1,7 +1,9 @@
-"""Create-only writes: of any number of writers of one name, one succeeds, and its bytes stay.
+"""Conditional writes: of any number of writers of one name, one succeeds.
 
-On S3 a PUT with `If-None-Match: *`, in a folder a hard link to a file that is whole. A store that
-overwrites in spite of the condition is found by `check_create_only`.
+To create an object that is not there: on S3 a PUT with `If-None-Match: *`, in a folder a hard link
+to a file that is whole. A store that overwrites in spite of the condition is found by
+`check_create_only`. To replace one that is as it was read: on S3 a PUT with `If-Match`, in a folder
+a look and a renaming under a lock.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from typing import Any
 
 from shards.errors import DataError, NotFoundError
 from shards.store import objects
-from shards.store.atomic import flush
+from shards.store.atomic import flush, written_whole
+from shards.store.locks import alone
 from shards.store.places import bucket_and_key
 from shards.store.retry import Retry, answer_of, retrying
 from shards.store.s3 import endpoint, s3
@@ -45,6 +48,73 @@ def create_bytes(url: str, data: bytes, retry: Retry | None = None) -> bool:
     return retrying(url, "write", action, retry)
 
 
+def replace_bytes(url: str, data: bytes, tag: str | None, retry: Retry | None = None) -> bool:
+    """Replace an object, whole at once, if it is as it was when `objects.read_tagged` gave this
+    tag, or is absent where the tag is None; whether it is there now with these bytes.
+
+    As with `create_bytes`, bytes of different writers must differ. Raises DataError where the store
+    cannot be reached, and it is then not known whether the object was written.
+    """
+    if path := objects.local_path(url):
+        try:
+            return _exchange(path, data, tag)
+        except OSError as error:
+            raise DataError(f"cannot write {path}: {error.strerror}") from None
+    if tag is None:
+        return create_bytes(url, data, retry)
+
+    def action(until: float) -> bool:
+        # Ceph's gateway compares the tag as it is, without the quotes of an HTTP header.
+        for form in (tag, f'"{tag}"'):
+            try:
+                _put_in_place(url, data, form, until)
+            except FileNotFoundError:
+                return False
+            except OSError as error:
+                if answer_of(error)[1] != 412:
+                    raise
+            else:
+                return True
+            try:
+                now, tagged = objects.read_tagged(url)
+            except NotFoundError:
+                return False
+            if now == data or tagged != tag:
+                return now == data
+        raise DataError(
+            f"{endpoint()} does not honour If-Match ({url}): what is there cannot be replaced "
+            "safely; build to another place, or use a store that does"
+        )
+
+    return retrying(url, "write", action, retry)
+
+
+def check_conditions(prefix: str) -> None:
+    """Raise DataError where the store under `prefix` writes in spite of a condition. In folders
+    conditions are of our own making."""
+    if objects.local_path(prefix):
+        return
+    check_create_only(prefix)
+    url = objects.join(prefix, f"probe-{secrets.token_hex(8)}")
+    first, second = secrets.token_bytes(8), secrets.token_bytes(8)
+    try:
+        create_bytes(url, first)
+        tag = objects.read_tagged(url)[1]
+        if (
+            not replace_bytes(url, second, "0" * 32)
+            and replace_bytes(url, second, tag)
+            and not replace_bytes(url, first, tag)
+            and _holds(url, second)
+        ):
+            return
+    finally:
+        objects.delete(url)
+    raise DataError(
+        f"{endpoint()} overwrites objects in spite of If-Match ({prefix}): two builds there cannot "
+        "be kept apart; use a store that honours it, or a folder"
+    )
+
+
 def check_create_only(prefix: str) -> None:
     """Raise DataError where the store under `prefix` overwrites what it is told to create only."""
     url = objects.join(prefix, f"probe-{secrets.token_hex(8)}")
@@ -67,6 +137,29 @@ def _put_new(url: str, data: bytes, until: float) -> None:
     bucket, key = bucket_and_key(url, "write")
     options: dict[str, Any] = {"Bucket": bucket, "Key": key, "Body": data, "IfNoneMatch": "*"}
     s3().run(s3().file_system()._call_s3("put_object", **options), until)
+
+
+def _put_in_place(url: str, data: bytes, tag: str, until: float) -> None:
+    """One conditional PUT; an OSError with the store's 412 where the object is another one."""
+    bucket, key = bucket_and_key(url, "write")
+    options: dict[str, Any] = {"Bucket": bucket, "Key": key, "Body": data, "IfMatch": tag}
+    s3().run(s3().file_system()._call_s3("put_object", **options), until)
+
+
+def _exchange(path: Path, data: bytes, tag: str | None) -> bool:
+    """Replace a file by renaming, or make one, while no other process does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    now: bytes | None
+    tagged: str | None
+    with alone(path.with_name(f".{path.name}.lock")):
+        try:
+            now, tagged = objects.read_tagged(str(path))
+        except NotFoundError:
+            now, tagged = None, None
+        if tagged == tag:
+            with written_whole(path) as temporary:
+                temporary.write_bytes(data)
+        return tagged == tag or now == data
 
 
 def _link(path: Path, data: bytes) -> bool:

@@ -16,6 +16,7 @@ import io
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -249,6 +250,65 @@ def _parts(url: str, begin: int, end: int, until: float) -> tuple[int | None, It
     if url.startswith("s3://"):
         return s3().read(*bucket_and_key(url), begin, end, until)
     return None, [_call(url, until, "cat_file", start=begin, end=end)]
+
+
+def read_tagged(url: str, retry: Retry | None = None) -> tuple[bytes, str]:
+    """A small object, and the tag of this content, by which it can be replaced (create.py).
+    NotFoundError where it is absent."""
+    if local_path(url):
+        data = read_bytes(url)
+        return data, hashlib.sha256(data).hexdigest()
+    bucket, key = bucket_and_key(url)
+
+    def action(until: float) -> tuple[bytes, str]:
+        file_system = s3().file_system()
+
+        async def get() -> tuple[bytes, str]:
+            answer = await file_system._call_s3("get_object", Bucket=bucket, Key=key)
+            async with answer["Body"] as body:
+                return await body.read(), answer["ETag"].strip('"')
+
+        return s3().run(get(), until)
+
+    return retrying(url, "read", action, retry)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """An object below a place."""
+
+    name: str
+    """Relative to the place, with / between folders."""
+    size: int
+    modified: float
+    """Seconds since the epoch."""
+
+
+def list_tree(url: str, retry: Retry | None = None) -> list[Listed]:
+    """All objects below a folder or prefix, by name; hidden ones, too."""
+    if path := local_path(url):
+        found = []
+        for folder, _, names in os.walk(path):
+            for name in names:
+                full = Path(folder, name)
+                with contextlib.suppress(FileNotFoundError):
+                    s = full.lstat()
+                    found.append(Listed(str(full.relative_to(path)), s.st_size, s.st_mtime))
+        return sorted(found, key=lambda o: o.name)
+    key = url.partition("://")[2].rstrip("/")
+
+    def action(until: float) -> list[Listed]:
+        entries = _call(url, until, "find", detail=True)
+        return [
+            Listed(name.removeprefix(f"{key}/"), e["size"], e["LastModified"].timestamp())
+            for name, e in sorted(entries.items())
+            if e["type"] == "file" and name.startswith(f"{key}/")
+        ]
+
+    try:
+        return retrying(url, "list", action, retry)
+    except NotFoundError:
+        return []
 
 
 def file_size(url: str, retry: Retry | None = None) -> int:

@@ -15,7 +15,7 @@ from cluster.cli import progress
 from cluster.cli.progress import shown_progress
 from shards.format.build import BuildSettings, build
 from shards.format.verify import verify
-from tests.conftest import MakeRecords, subprocess_environment
+from tests.conftest import MakeRecords, files_of, subprocess_environment
 
 WORK = """
 from cluster.cli.progress import shown_progress
@@ -85,10 +85,10 @@ def test_a_build_goes_on_whoever_looks_on(
     tmp_path: Path, make_records: MakeRecords, redirected: str, status: int
 ) -> None:
     build(make_records(9), tmp_path / "given", BuildSettings("own", "test"))
-    out = tmp_path / "out"
+    out, tar = tmp_path / "out", files_of(tmp_path / "given") / "shard-000000.tar"
     command = (
         f"{sys.executable} -m cluster.cli shards build webdataset --feature-dim 8 --out {out} "
-        f"--tars {tmp_path}/given/shard-000000.tar {redirected}; exit ${{PIPESTATUS[0]}}"
+        f"--tars {tar} {redirected}; exit ${{PIPESTATUS[0]}}"
     )
     environment = subprocess_environment(PYTHONUNBUFFERED="")
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)

@@ -295,7 +295,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     place = tmp_path / "long"
     place.mkdir()
     paged = manifest_file.with_pages(
-        dataclasses.replace(manifest, shards=long, counts=counts), place
+        dataclasses.replace(manifest, shards=long, counts=counts, folder=""), place
     )
     assert len(paged.pages) == 5
     (place / "manifest.json").write_bytes(paged.to_json())

@@ -15,7 +15,7 @@ from shards.errors import DataError
 from shards.format.build import BuildSettings, build
 from shards.format.record import ImageRecord
 from shards.webdataset import as_webdataset
-from tests.conftest import small_records
+from tests.conftest import files_of, small_records
 
 SETTINGS = BuildSettings("loop", "test", images_per_shard=4)
 RECORDS = small_records(30, labels=True)
@@ -49,7 +49,7 @@ def test_records_are_those_that_were_built(data: Path) -> None:
     found = list(as_webdataset(str(data)))
     for one, record in zip(found, RECORDS, strict=True):
         assert_same(one, record)
-    assert found[0]["__url__"] == f"{data}/shard-000000.tar"
+    assert found[0]["__url__"] == f"{files_of(data)}/shard-000000.tar"
     torch.from_numpy(found[0]["features"])[0] = 0.0  # no warning: it may be written to
 
 
@@ -68,7 +68,7 @@ def test_on_s3_through_the_cache(s3: str, tmp_path: Path) -> None:
 
 def test_a_damaged_shard_gives_no_record(tmp_path: Path) -> None:
     build(RECORDS, tmp_path, SETTINGS)
-    tar = tmp_path / "shard-000001.tar"
+    tar = files_of(tmp_path) / "shard-000001.tar"
     content = bytearray(tar.read_bytes())
     content[5000] ^= 1
     tar.write_bytes(content)

@@ -19,7 +19,7 @@ from shards.errors import DataError
 from shards.format.build import BuildSettings, build
 from shards.format.tokenizer import encode_batch, load_tokenizer
 from shards.store import objects
-from tests.conftest import small_records, subprocess_environment
+from tests.conftest import files_of, small_records, subprocess_environment
 from tests.ranks import config_tree, run_ranks
 from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.generations import find_generation, load_weights
@@ -37,8 +37,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = BuildSettings(
         "v",
         "test",
-        vocab=root / "train" / "vocab.txt",
-        answers=json.loads((root / "train" / "answers.json").read_text()),
+        vocab=files_of(root / "train") / "vocab.txt",
+        answers=json.loads((files_of(root / "train") / "answers.json").read_text()),
         images_per_shard=4,
     )
     build(records[30:], root / "test", settings)
@@ -151,7 +151,7 @@ numpy.savez(out, answers=answers, pooled=pooled, **inputs, **seen)
         [sys.executable, "-c", script, str(exported), str(out)], env=environment, check=True
     )
     found = {k: torch.from_numpy(v) for k, v in np.load(out).items()}
-    tokenizer = load_tokenizer(trained / "train" / "vocab.txt")
+    tokenizer = load_tokenizer(files_of(trained / "train") / "vocab.txt")
     cls, sep = (tokenizer.token_to_id(t) for t in ("[CLS]", "[SEP]"))
     own = encode_batch(tokenizer, ["what color is it 3?", "a red circle"], 18)
     mask = found["attention_mask"].bool()

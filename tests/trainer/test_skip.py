@@ -9,8 +9,9 @@ import pytest
 
 from shards.dataset import Dataset, open_dataset
 from shards.format.build import BuildSettings, build
+from shards.format.manifest import load_manifest
 from shards.store import objects
-from tests.conftest import small_records
+from tests.conftest import small_records, upload_set
 from tests.ranks import config_tree, fresh_server, run_ranks
 from trainer.checkpoint.generations import find_generation
 from trainer.checkpoint.journal import StepLine, read_segments
@@ -39,9 +40,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def remote(source: Path, s3: str, tmp_path: Path) -> str:
     """A copy in the store, for a test to damage."""
     url = f"{s3}/skip/{tmp_path.name}"
-    for path in source.iterdir():
-        if path.is_file():
-            objects.upload(path, f"{url}/{path.name}")
+    upload_set(source, url)
     return url
 
 
@@ -99,6 +98,11 @@ def late_shard(config: dict[str, Any], data: Dataset) -> tuple[int, int]:
     return shard, needs[shard]
 
 
+def place_of(remote: str) -> str:
+    """Where its files are."""
+    return load_manifest(remote).place(remote)
+
+
 def damage(url: str, how: str) -> None:
     if how == "deleted":
         objects.delete(url)
@@ -114,10 +118,10 @@ def test_fail_ends_every_rank_with_one_error(
     data = open_dataset(str(source), tmp_path / "reference")
     shard, _ = late_shard(config, data)
     name = data.manifest.shards[shard].name
-    damage(f"{remote}/{name}", how)
+    damage(f"{place_of(remote)}/{name}", how)
     errors = run_ranks(3, [(config, None, False)])
     assert len(errors) == 3 and len(set(errors)) == 1, errors
-    assert f"{remote}/{name}" in errors[0]
+    assert f"{place_of(remote)}/{name}" in errors[0]
     assert "does not exist" in errors[0] if how == "deleted" else "content" in errors[0]
 
 
@@ -142,7 +146,7 @@ def test_skip_leaves_out_that_shards_pairs_and_no_others(
     data = open_dataset(str(source), tmp_path / "reference")
     shard, at = late_shard(config, data)
     name = data.manifest.shards[shard].name
-    damage(f"{remote}/{name}", how)
+    damage(f"{place_of(remote)}/{name}", how)
     assert not run_ranks(world, [(config, None, False)])
     digests, passed = expected_digests(config, data, {shard: at})
     lines = journal_of(tmp_path / "run")
@@ -164,7 +168,7 @@ def test_what_is_skipped_is_said_once(
     data = open_dataset(str(source), tmp_path / "reference")
     shard, at = late_shard(config, data)
     name, pairs = data.manifest.shards[shard].name, data.manifest.shards[shard].pairs
-    damage(f"{remote}/{name}", "deleted")
+    damage(f"{place_of(remote)}/{name}", "deleted")
     assert not run_ranks(2, [(config, None, False)])
     said = "".join(capfd.readouterr())
     assert said.count(f"skipping {remote}/{name} and its {pairs} pairs") == 1
@@ -179,10 +183,10 @@ def test_a_resume_at_another_world_size_goes_on_without_the_shard(
     data = open_dataset(str(source), tmp_path / "reference")
     shard, at = late_shard(whole, data)
     name = data.manifest.shards[shard].name
-    damage(f"{remote}/{name}", "deleted")
+    damage(f"{place_of(remote)}/{name}", "deleted")
     stop = at // BATCH + 2  # stopped two steps later, resumed with the object back in its place
     assert not run_ranks(2, [(whole, None, False), (parts, stop, False)])
-    objects.upload(source / name, f"{remote}/{name}")
+    objects.upload(source / name, f"{place_of(remote)}/{name}")
     assert not run_ranks(3, [(parts, 1, False)])
     assert not run_ranks(1, [(parts, None, False)])
     one, two = journal_of(tmp_path / "whole"), journal_of(tmp_path / "parts")
@@ -202,7 +206,7 @@ def test_ranks_agree_when_only_one_lacks_the_shard(
     warm = open_dataset(remote, tmp_path / "cache-0")
     warm.tar(shard)
     name = data.manifest.shards[shard].name
-    damage(f"{remote}/{name}", "deleted")
+    damage(f"{place_of(remote)}/{name}", "deleted")
     caches = [{"LXSCALE_CACHE": str(tmp_path / f"cache-{r}")} for r in range(2)]
     assert not run_ranks(2, [(config, None, False)], environments=caches)
     lines = journal_of(tmp_path / "run")
@@ -225,7 +229,7 @@ def test_a_step_of_which_nothing_is_left_does_no_harm(
     config["train"]["global_batch"] = BATCH
     data = open_dataset(str(source), tmp_path / "reference")
     shard, at = late_shard(config, data)
-    damage(f"{remote}/{data.manifest.shards[shard].name}", "deleted")
+    damage(f"{place_of(remote)}/{data.manifest.shards[shard].name}", "deleted")
     assert not run_ranks(2, [(config, None, False)])
     assert [x.digest for x in journal_of(tmp_path / "run")] == expected_digests(
         config, data, {shard: at}
@@ -234,8 +238,9 @@ def test_a_step_of_which_nothing_is_left_does_no_harm(
 
 def test_no_shard_at_all_is_an_error(remote: str, source: Path, tmp_path: Path) -> None:
     config = tree(remote, tmp_path, "run")
-    for path in source.glob("*.tar"):
-        objects.delete(f"{remote}/{path.name}")
+    place = place_of(remote)
+    for path in source.rglob("*.tar"):
+        objects.delete(f"{place}/{path.name}")
     errors = run_ranks(2, [(config, None, False)])
     assert len(set(errors)) == 1 and len(errors) == 2
     assert "no shard of" in errors[0]

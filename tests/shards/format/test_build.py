@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -28,7 +26,7 @@ from shards.format.table import open_table
 from shards.format.tokenizer import load_tokenizer
 from shards.format.verify import verify
 from shards.store import objects
-from tests.conftest import MakeRecords, subprocess_environment
+from tests.conftest import MakeRecords, contents, files_of, subprocess_environment
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -40,10 +38,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 SETTINGS = BuildSettings("small", "random", vocab_size=200, images_per_shard=4)
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
 def test_what_is_written_is_what_was_given(tmp_path: Path, make_records: MakeRecords) -> None:
@@ -64,10 +58,11 @@ def test_what_is_written_is_what_was_given(tmp_path: Path, make_records: MakeRec
     )
     assert manifest.sources == ("coco_cap", "vqa") and manifest.question_sources == ("vqa",)
     assert report.counts == {"answers that are not in the answer table": 10}
-    tokenizer = load_tokenizer(tmp_path / "vocab.txt")
+    files = files_of(tmp_path)
+    tokenizer = load_tokenizer(files / "vocab.txt")
     at = 0
     for shard in manifest.shards:
-        table, data = open_table(tmp_path / shard.table), (tmp_path / shard.name).read_bytes()
+        table, data = open_table(files / shard.table), (files / shard.name).read_bytes()
         for i in range(shard.images):
             record = records[at]
             at += 1
@@ -99,7 +94,7 @@ def test_stock_readers_read_a_shard(tmp_path: Path, make_records: MakeRecords) -
 
     records = make_records(5, labels=True)
     build(records, tmp_path, replace(SETTINGS, images_per_shard=None))
-    tar = tmp_path / "shard-000000.tar"
+    tar = files_of(tmp_path) / "shard-000000.tar"
     samples = list(webdataset.WebDataset(str(tar), shardshuffle=False))
     assert len(samples) == 5
     for sample, record in zip(samples, records, strict=True):
@@ -119,23 +114,24 @@ def test_stock_readers_read_a_shard(tmp_path: Path, make_records: MakeRecords) -
 
 def test_s3_gets_the_same_bytes(tmp_path: Path, make_records: MakeRecords, s3: str) -> None:
     url = f"{s3}/same"
-    # A crowd of shards of an interrupted build: none of it may stay.
-    objects.write_bytes(f"{url}/.unfinished", b"")
-    objects.write_bytes(f"{url}/shard-000007.tar", b"old")
     local = build(make_records(9), tmp_path / "data", SETTINGS)
     remote = build(make_records(9), url, SETTINGS, staging=tmp_path / "staging")
     assert remote == local == load_manifest(url)
-    names = objects.list_names(url)
-    assert names == sorted(contents(tmp_path / "data"))
+    assert objects.list_names(url) == [MANIFEST]
+    names, files = objects.list_names(remote.place(url)), files_of(tmp_path / "data")
+    assert names == sorted(p.name for p in files.iterdir())
     for name in names:
-        assert objects.read_bytes(f"{url}/{name}") == (tmp_path / "data" / name).read_bytes()
+        assert objects.read_bytes(f"{remote.place(url)}/{name}") == (files / name).read_bytes()
     assert not (tmp_path / "staging").exists()
     assert verify(url) == []
     with pytest.raises(DataError, match="--overwrite"):
         build(make_records(3), url, SETTINGS)
     fewer = build(make_records(3), url, replace(SETTINGS, overwrite=True))
     assert load_manifest(url) == fewer != local
-    assert [n for n in objects.list_names(url) if n.endswith(".tar")] == ["shard-000000.tar"]
+    tars = [n for n in objects.list_names(fewer.place(url)) if n.endswith(".tar")]
+    assert tars == ["shard-000000.tar"]
+    # Whoever reads the one before goes on.
+    assert objects.list_names(remote.place(url)) == names
 
 
 def test_an_existing_data_set_is_replaced_only_on_request(
@@ -151,7 +147,7 @@ def test_an_existing_data_set_is_replaced_only_on_request(
         build(bad, tmp_path, replace(SETTINGS, overwrite=True))
     assert contents(tmp_path) == before
     build(make_records(3), tmp_path, replace(SETTINGS, overwrite=True))
-    assert sorted(p.name for p in tmp_path.glob("shard-*.tar")) == ["shard-000000.tar"]
+    assert [p.name for p in files_of(tmp_path).glob("*.tar")] == ["shard-000000.tar"]
     assert verify(tmp_path) == []
 
 
@@ -306,20 +302,19 @@ def test_of_two_builds_at_once_none_mixes_with_the_other(
         if what == "files published" and done == 1:
             other.start()
             assert ready.wait(30)
-            other.join(0.5)
+            other.join()
 
-    (tmp_path / ".publishing").touch()  # as a process that was killed leaves it
-    first = build(make_records(9), tmp_path, settings, progress=show)
-    other.join()
+    (tmp_path / ".manifest.json.lock").touch()  # as a process that was killed leaves it
     if overwrite:
-        assert ended == ["built"] and load_manifest(str(tmp_path)).images == 5
-    else:
-        assert "another build has finished at" in ended[0] and "--overwrite" in ended[0]
-        assert load_manifest(str(tmp_path)) == first
+        build(make_records(2), tmp_path, SETTINGS)
+    with pytest.raises(DataError, match=r"another build has finished at .*--overwrite"):
+        build(make_records(9), tmp_path, settings, progress=show)
+    assert ended == ["built"] and load_manifest(str(tmp_path)).images == 5
     assert verify(tmp_path) == []
     manifest = load_manifest(str(tmp_path))
     due = {n for s in manifest.shards for n in (s.name, s.table)}
-    assert set(contents(tmp_path)) == due | {"manifest.json", "vocab.txt", "answers.json"}
+    assert set(contents(tmp_path)) == due | {"fingerprint", "vocab.txt", "answers.json"}
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == [MANIFEST]
 
 
 @pytest.mark.parametrize("name", ["shard_bytes", "images_per_shard"])
@@ -363,16 +358,14 @@ def test_every_stage_of_a_build_and_of_a_check_ends(
 
 
 @pytest.mark.parametrize("theirs", ["shard-000077.tar", "vocab.txt", "answers.json"])
-def test_what_is_no_data_set_is_not_replaced_unasked(
+def test_what_is_no_data_set_is_not_touched(
     place: str, make_records: MakeRecords, theirs: str
 ) -> None:
     """Many a WebDataset is of such names, the one that is read perhaps."""
     objects.write_bytes(f"{place}/{theirs}", b"precious")
-    with pytest.raises(DataError, match=rf"{re.escape(place)} has {theirs}.*--overwrite"):
-        build(make_records(2), place, SETTINGS)
-    assert objects.list_names(place) == [theirs]
+    build(make_records(2), place, SETTINGS)
+    build(make_records(3), place, replace(SETTINGS, overwrite=True))
     assert objects.read_bytes(f"{place}/{theirs}") == b"precious"
-    build(make_records(2), place, replace(SETTINGS, overwrite=True))
     assert verify(place) == []
 
 
@@ -385,20 +378,20 @@ def _killed_while_it_publishes(place: str, records: list[ImageRecord], overwrite
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_the_next_build_goes_over_what_a_killed_one_has_published(
+def test_a_build_that_is_killed_while_it_publishes_changes_nothing(
     place: str, make_records: MakeRecords, overwrite: bool
 ) -> None:
     if overwrite:
-        build(make_records(9), place, SETTINGS)
+        build(make_records(5), place, SETTINGS)
     context = multiprocessing.get_context("spawn")
     arguments = (place, list(make_records(9)), overwrite)
     child = context.Process(target=_killed_while_it_publishes, args=arguments)
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
-    names = objects.list_names(place)
-    assert MANIFEST not in names and any(name.endswith(".tar") for name in names)
-    manifest = build(make_records(2), place, SETTINGS)
-    assert verify(place) == []
-    files = {f for s in manifest.shards for f in (s.name, s.table)}
-    assert set(objects.list_names(place)) == {*files, "vocab.txt", "answers.json", MANIFEST}
+    if overwrite:
+        assert load_manifest(place).images == 5 and verify(place) == []
+    else:
+        assert not objects.exists(f"{place}/{MANIFEST}")
+    build(make_records(2), place, replace(SETTINGS, overwrite=overwrite))
+    assert load_manifest(place).images == 2 and verify(place) == []

@@ -16,6 +16,7 @@ from cluster.cli.main import main
 from shards.errors import DataError
 from shards.format.pretrained import pretrained_vocab
 from shards.format.tokenizer import SPECIAL, make_tokenizer
+from tests.conftest import files_of
 
 VOCAB = [*SPECIAL, *"abcdefghijklmnop", *(f"##{c}" for c in "abcdefgh"), "the", "red"]
 
@@ -150,7 +151,7 @@ def test_a_build_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     ]
     folder = bert(tmp_path)
     assert main(["shards", "build", "images", *arguments, "--tokenizer", folder]) == 0
-    assert (tmp_path / "out" / "vocab.txt").read_text().split("\n")[:-1] == VOCAB
+    assert (files_of(tmp_path / "out") / "vocab.txt").read_text().split("\n")[:-1] == VOCAB
     with pytest.raises(SystemExit):
         main(["shards", "build", "images", *arguments, "--tokenizer", folder, "--vocab", "v.txt"])
     assert "not allowed with argument" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from shards.format.manifest import Manifest, load_manifest
 from shards.format.table import Table, open_table
 from shards.format.verify import verify
 from shards.store.stored import hash_file
-from tests.conftest import MakeRecords
+from tests.conftest import MakeRecords, files_of
 
 TAR, TABLE = "shard-000001.tar", "shard-000001.table.safetensors"
 
@@ -51,7 +51,7 @@ def test_a_whole_data_set_has_no_problem(data: Path) -> None:
 
 @pytest.mark.parametrize("name", [TAR, TABLE, "vocab.txt", "answers.json"])
 def test_flipped_truncated_and_missing_files_are_named(data: Path, name: str) -> None:
-    path = data / name
+    path = files_of(data) / name
     flip(path, -1)
     assert verify(data) == [f"{path} has another sha256 than the manifest says"]
     flip(path, -1)
@@ -69,10 +69,10 @@ def reseal(data: Path) -> None:
     shards = tuple(
         dataclasses.replace(
             s,
-            size=(data / s.name).stat().st_size,
-            sha256=hash_file(data / s.name),
-            table_size=(data / s.table).stat().st_size,
-            table_sha256=hash_file(data / s.table),
+            size=(files_of(data) / s.name).stat().st_size,
+            sha256=hash_file(files_of(data) / s.name),
+            table_size=(files_of(data) / s.table).stat().st_size,
+            table_sha256=hash_file(files_of(data) / s.table),
         )
         for s in manifest.shards
     )
@@ -80,9 +80,9 @@ def reseal(data: Path) -> None:
 
 
 def change_table(data: Path, name: str, change: Callable[[np.ndarray], object]) -> None:
-    arrays = {k: np.array(v) for k, v in map_arrays(data / TABLE).items()}
+    arrays = {k: np.array(v) for k, v in map_arrays(files_of(data) / TABLE).items()}
     change(arrays[name])
-    save_arrays(data / TABLE, arrays)
+    save_arrays(files_of(data) / TABLE, arrays)
     reseal(data)
 
 
@@ -122,10 +122,10 @@ def test_a_wrong_table_under_a_right_hash(
 def test_wrong_members_under_a_right_hash(
     data: Path, array: str, value: bytes, message: str
 ) -> None:
-    at = int(map_arrays(data / TABLE)[array][0])
-    content = bytearray((data / TAR).read_bytes())
+    at = int(map_arrays(files_of(data) / TABLE)[array][0])
+    content = bytearray((files_of(data) / TAR).read_bytes())
     content[at : at + len(value)] = value
-    (data / TAR).write_bytes(content)
+    (files_of(data) / TAR).write_bytes(content)
     reseal(data)
     (problem,) = verify(data)
     assert TAR in problem and message in problem
@@ -134,18 +134,19 @@ def test_wrong_members_under_a_right_hash(
 def test_tables_read_without_a_copy_and_by_the_library(data: Path) -> None:
     import safetensors.numpy
 
-    arrays, library = map_arrays(data / TABLE), safetensors.numpy.load_file(data / TABLE)
+    file = files_of(data) / TABLE
+    arrays, library = map_arrays(file), safetensors.numpy.load_file(file)
     assert set(arrays) == set(library)
     for name, array in arrays.items():
         assert array.dtype == library[name].dtype and not array.flags.owndata
         np.testing.assert_array_equal(array, library[name])
-    table = open_table(data / TABLE)
+    table = open_table(files_of(data) / TABLE)
     assert isinstance(table, Table) and not table.tokens.flags.writeable
-    content = (data / TABLE).read_bytes()
+    content = (files_of(data) / TABLE).read_bytes()
     for damaged in (content[:-8], content + b"12345678", content[:4], b"", b"\xff" * 64):
-        (data / TABLE).write_bytes(damaged)
+        (files_of(data) / TABLE).write_bytes(damaged)
         with pytest.raises(DataError, match=TABLE):
-            open_table(data / TABLE)
+            open_table(files_of(data) / TABLE)
 
 
 def test_the_manifest_round_trips_and_refuses_damage(data: Path) -> None:
@@ -208,7 +209,7 @@ def test_a_manifest_is_read_as_it_was_written_or_not_at_all(
 ) -> None:
     path = data / "manifest.json"
     document = json.loads(path.read_bytes())
-    del document["fingerprint"]
+    del document["fingerprint"], document["folder"]
     change(document)
     canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
     document["fingerprint"] = hashlib.sha256(canonical.encode()).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -21,11 +20,7 @@ from shards.format.manifest import load_manifest
 from shards.format.record import Report
 from shards.sources.easy_vqa import write_easy_vqa
 from shards.sources.images import LAYOUTS, describe, grid_boxes, read_images
-from tests.conftest import subprocess_environment
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+from tests.conftest import contents, files_of, subprocess_environment
 
 
 def cli(*arguments: object) -> int:
@@ -72,7 +67,11 @@ def test_two_processes_build_the_same_bytes(tmp_path: Path, pictures: Path) -> N
     assert len(contents(tmp_path / "a/data")) == 9
     assert contents(tmp_path / "a/data") == contents(tmp_path / "b/data")
     manifest = load_manifest(str(tmp_path / "a/data"))
-    assert json.loads((tmp_path / "a/data/answers.json").read_text()) == ["red", "blue", "gray"]
+    assert json.loads((files_of(tmp_path / "a/data") / "answers.json").read_text()) == [
+        "red",
+        "blue",
+        "gray",
+    ]
     assert manifest.counts.sentences == {"coco_cap": 7, "vqa": 7}
 
 
@@ -144,7 +143,7 @@ def test_easy_vqa_and_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture
     assert cli("info", out) == 0
     assert "answers      13" in capsys.readouterr().out
     assert cli("verify", out) == 0
-    (out / "answers.json").write_text("[]")
+    (files_of(out) / "answers.json").write_text("[]")
     assert cli("verify", out) == 1
     assert "answers.json has 2 bytes" in capsys.readouterr().out
 

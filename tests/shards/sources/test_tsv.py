@@ -18,6 +18,7 @@ from shards.format.record import ImageRecord, Report
 from shards.format.table import open_table
 from shards.format.verify import verify
 from shards.sources.tsv import COLUMNS, Expected, read_tsv
+from tests.conftest import files_of
 
 DIM = 6
 
@@ -215,9 +216,9 @@ def test_real_rows(shared_data: Path, tmp_path: Path) -> None:
     assert manifest.question_sources == ("gqa", "vgqa") and manifest.schema.labels
     assert report.counts == {"answers that are not in the answer table": 10}
     assert verify(tmp_path / "data") == []
-    table = open_table(tmp_path / "data" / "shard-000000.table.safetensors")
+    table = open_table(files_of(tmp_path / "data") / "shard-000000.table.safetensors")
     assert int(np.diff(table.token_start).max()) == 18
-    answers = json.loads((tmp_path / "data" / "answers.json").read_text())
+    answers = json.loads((files_of(tmp_path / "data") / "answers.json").read_text())
     assert [answers[i] for i in table.answer_id[:2].tolist()] == ["gray", "yes"]
     # LXMERT.md: features are >= 0, with 24–39 % exact zeros and maxima of 25–35.
     for record in records:

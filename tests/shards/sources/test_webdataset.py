@@ -379,7 +379,7 @@ def test_our_own_tars_come_back_equal(
     settings = BuildSettings("own", "test", images_per_shard=5)
     first = build(make_records(12, labels=labels), tmp_path / "first", settings)
     layout = Layout(expected=Expected(feature_dim=8))
-    pattern = f"{tmp_path}/first/shard-{{000000..000002}}.tar"
+    pattern = f"{first.place(str(tmp_path / 'first'))}/shard-{{000000..000002}}.tar"
     second = build(read_webdataset([pattern], layout), tmp_path / "second", settings)
     assert second == first and verify(tmp_path / "second") == []
 
@@ -387,22 +387,23 @@ def test_our_own_tars_come_back_equal(
 def test_from_and_to_s3_by_the_command(
     tmp_path: Path, s3: str, make_records: MakeRecords, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    build(make_records(9), f"{s3}/own", BuildSettings("own", "test", images_per_shard=5))
+    built = build(make_records(9), f"{s3}/own", BuildSettings("own", "test", images_per_shard=5))
+    own = built.place(f"{s3}/own")
     room = tmp_path / "room"
     arguments = [
-        *("shards", "build", "webdataset", "--tars", f"{s3}/own/shard-{{000000..000001}}.tar"),
+        *("shards", "build", "webdataset", "--tars", f"{own}/shard-{{000000..000001}}.tar"),
         *("--feature-dim", "8", "--out", f"{s3}/again", "--name", "own", "--extractor", "test"),
         *("--images-per-shard", "5", "--staging", str(room)),
     ]
     assert main(arguments) == 0
     assert load_manifest(f"{s3}/again") == load_manifest(f"{s3}/own")
     assert not room.exists()
-    cut = objects.read_bytes(f"{s3}/own/shard-000001.tar")[:-10240]
-    objects.write_bytes(f"{s3}/own/shard-000001.tar", cut)
+    cut = objects.read_bytes(f"{own}/shard-000001.tar")[:-10240]
+    objects.write_bytes(f"{own}/shard-000001.tar", cut)
     capsys.readouterr()
     assert main([*arguments, "--overwrite"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"error: {s3}/own/shard-000001.tar: it is cut off")
+    assert error.startswith(f"error: {own}/shard-000001.tar: it is cut off")
 
 
 def test_the_commands_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

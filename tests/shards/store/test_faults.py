@@ -27,7 +27,7 @@ from shards.dataset import Dataset, open_dataset
 from shards.errors import DataError
 from shards.format.build import BuildSettings, build
 from shards.store import objects
-from tests.conftest import small_records, subprocess_environment
+from tests.conftest import files_of, small_records, subprocess_environment, upload_set
 from tests.object_store import (
     BEFORE,
     IN_BODY,
@@ -76,11 +76,16 @@ class Place:
     url: str
     stream: list[dict[str, object]]
 
+    @property
+    def files(self) -> str:
+        """Where all but the manifest is in the store."""
+        return objects.join(self.url, files_of(self.folder).name)
+
     def shard(self, name: str = BAD) -> bytes:
-        return (self.folder / name).read_bytes()
+        return (files_of(self.folder) / name).read_bytes()
 
     def put(self, content: bytes, name: str = BAD) -> None:
-        objects.write_bytes(objects.join(self.url, name), content)
+        objects.write_bytes(objects.join(self.files, name), content)
 
 
 def stream(data: Dataset, workers: int = 0) -> list[dict[str, object]]:
@@ -135,8 +140,7 @@ def remote(local: Place, server: ObjectStore) -> Place:
         for key, value in server.environment.items():
             patch.setenv(key, value)
         url = objects.join(server.bucket, "faults")
-        for path in sorted(local.folder.iterdir()):
-            objects.upload(path, objects.join(url, path.name))
+        upload_set(local.folder, url)
     return Place(local.folder, url, local.stream)
 
 
@@ -146,7 +150,7 @@ def place(remote: Place, proxy: FaultProxy) -> Iterator[Place]:
     yield remote
     proxy.up()
     proxy.begin()
-    if objects.read_bytes(objects.join(remote.url, BAD)) != remote.shard():
+    if objects.read_bytes(objects.join(remote.files, BAD)) != remote.shard():
         remote.put(remote.shard())
 
 
@@ -297,9 +301,9 @@ def test_damage_in_the_store_is_an_error_until_it_is_mended(
     if damage == "bytes after the end":  # what the manifest names is there and is all that is read
         assert stream(data) == place.stream
         return
-    with pytest.raises(DataError, match=f"{place.url}/{BAD} does not have the content.*again"):
+    with pytest.raises(DataError, match=f"{place.files}/{BAD} does not have the content.*again"):
         data.tar(names.index(BAD))
-    with pytest.raises(DataError, match=f"{place.url}/{BAD} does not have the content"):
+    with pytest.raises(DataError, match=f"{place.files}/{BAD} does not have the content"):
         stream(data)
     for i in range(len(names)):  # the others are none the worse for it
         if names[i] != BAD:
@@ -316,11 +320,12 @@ def test_damage_of_a_local_data_set_is_an_error_until_it_is_mended(
     shutil.copytree(local.folder, folder)
     good = local.shard()
     bad = DAMAGE[damage](good) if damage in DAMAGE else local.shard("shard-000002.tar")
-    (folder / BAD).write_bytes(bad)
+    path = files_of(folder) / BAD
+    path.write_bytes(bad)
     data = open_dataset(str(folder), tmp_path / "cache")
-    with pytest.raises(DataError, match=f"{folder}/{BAD} is damaged: .*restore it"):
+    with pytest.raises(DataError, match=f"{path} is damaged: .*restore it"):
         stream(data)
-    (folder / BAD).write_bytes(good)
+    path.write_bytes(good)
     assert stream(data) == local.stream
 
 
@@ -444,8 +449,7 @@ def test_equal_names_in_two_data_sets_do_not_meet(
 ) -> None:
     make_set(tmp_path / "other", seed=1)
     other = f"{place.url}-other"
-    for path in sorted((tmp_path / "other").iterdir()):
-        objects.upload(path, objects.join(other, path.name))
+    upload_set(tmp_path / "other", other)
     expected = stream(open_dataset(str(tmp_path / "other"), tmp_path / "local cache"))
     first, second = (open_dataset(url, tmp_path / "cache") for url in (place.url, other))
     assert [s.name for s in first.manifest.shards] == [s.name for s in second.manifest.shards]

@@ -22,7 +22,7 @@ from shards.order.keys import VERSION
 from shards.order.sampler import SamplerState, make_sampler
 from shards.order.settings import FamilyWeights, SamplerSettings
 from shards.order.streams import Contents, ShardRange
-from tests.conftest import small_records
+from tests.conftest import files_of, small_records
 from trainer.config import LoaderSettings
 from trainer.data.batch import BatchSettings, make_batch
 from trainer.data.loader import RankSlice, largest_slice, load_steps
@@ -60,9 +60,13 @@ def mixed(data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """Two data sets with equal vocabulary and answers, mixed three to one."""
     folder = tmp_path_factory.mktemp("mixed")
     first = Path(data.specs[0].url)
-    answers = load_answers(first / data.manifest.answers.file)
+    answers = load_answers(files_of(first) / data.manifest.answers.file)
     settings = BuildSettings(
-        "other", "test", images_per_shard=4, vocab=first / data.manifest.vocab.file, answers=answers
+        "other",
+        "test",
+        images_per_shard=4,
+        vocab=files_of(first) / data.manifest.vocab.file,
+        answers=answers,
     )
     build(small_records(14, labels=True, seed=9), folder / "set", settings)
     places = (DatasetSpec(str(first), 3.0), DatasetSpec(str(folder / "set"), 1.0))

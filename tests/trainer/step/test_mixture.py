@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from shards.format.answers import load_answers
 from shards.format.build import BuildSettings, build
 from shards.format.manifest import load_manifest
-from tests.conftest import small_records
+from tests.conftest import files_of, small_records
 from tests.ranks import config_tree, run_ranks
 
 STEPS, BATCH = 40, 26
@@ -27,8 +27,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "second",
         "test",
         images_per_shard=5,
-        vocab=folder / "first" / manifest.vocab.file,
-        answers=load_answers(folder / "first" / manifest.answers.file),
+        vocab=files_of(folder / "first") / manifest.vocab.file,
+        answers=load_answers(files_of(folder / "first") / manifest.answers.file),
     )
     build(small_records(12, seed=3), folder / "second", settings)
     return folder
