@@ -20,6 +20,7 @@ from model.lxmert import PreTrainingOutput
 from model.objectives.base import LossSettings
 from shards.dataset import Dataset
 from shards.errors import DataError
+from shards.order.keys import VERSION
 from shards.order.lookahead import working_set
 from shards.order.sampler import Sampler
 from shards.order.settings import SamplerSettings
@@ -97,8 +98,9 @@ def _batches(task: Evaluation, sampler: Sampler, drawn: BatchSettings) -> Iterat
         yield batch
 
 
-def _all_pairs(data: Dataset) -> Sampler:
-    return data.sampler(SamplerSettings(window=1), VALIDATION_SEED)
+def _all_pairs(data: Dataset, order: int = VERSION) -> Sampler:
+    """order: its version."""
+    return data.sampler(SamplerSettings(window=1), VALIDATION_SEED, order)
 
 
 def evaluation_bytes(data: Dataset, batch_size: int) -> int:
@@ -112,7 +114,8 @@ def _masked_pass(
     names = sorted(objectives)
     sums = torch.zeros(3, len(names), dtype=torch.float64)
     classified: set[str] = set()
-    for batch in _batches(task, _all_pairs(task.data), replace(task.batch, seed=VALIDATION_SEED)):
+    drawn = replace(task.batch, seed=VALIDATION_SEED)
+    for batch in _batches(task, _all_pairs(task.data, drawn.order), drawn):
         out = forward(batch, objectives)
         classified |= out.correct.keys()
         for i, name in enumerate(names):
@@ -130,12 +133,13 @@ def _masked_pass(
     return metrics
 
 
-def _questions(data: Dataset) -> Sampler:
-    """All pairs of the question sources, with their own sentences, as one stream."""
+def _questions(data: Dataset, order: int) -> Sampler:
+    """All pairs of the question sources, with their own sentences, as one stream. order: its
+    version."""
     manifest = data.manifest
     others = {s: 0.0 for s in manifest.sources if s not in manifest.question_sources}
     settings = SamplerSettings(window=1, mismatch=0.0, source_weights=others)
-    return data.sampler(settings, VALIDATION_SEED)
+    return data.sampler(settings, VALIDATION_SEED, order)
 
 
 def _qa_pass(forward: Forward, task: Evaluation) -> dict[str, float]:
@@ -148,7 +152,7 @@ def _qa_pass(forward: Forward, task: Evaluation) -> dict[str, float]:
     score, asked = np.zeros(kinds), np.zeros(kinds)
     loss = np.zeros(2)
     answers = task.data.answers() if task.predict else []
-    for batch in _batches(task, _questions(task.data), drawn):
+    for batch in _batches(task, _questions(task.data, drawn.order), drawn):
         out = forward(batch, frozenset({"qa"}))
         loss += [float(out.loss_sum["qa"]), float(out.count["qa"])]
         predicted = out.prediction["qa"].cpu().numpy()

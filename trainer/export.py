@@ -60,7 +60,7 @@ def evaluate_checkpoint(
 
     task = Evaluation(
         data,
-        setup.batch_settings(config, data),
+        setup.batch_settings(config, data, setup.order_version([generation])),
         frozenset(setup.resolve_objectives(config, data)),
         batch_size,
         blind,

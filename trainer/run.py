@@ -348,7 +348,7 @@ def validate(run: Run, state: TrainState) -> TrainState:
     run.engine.eval()
     task = Evaluation(
         run.validation,
-        setup.batch_settings(run.config, run.validation),
+        setup.batch_settings(run.config, run.validation, run.batch.order),
         frozenset(run.objectives),
         run.config.train.validation_batch,
     )

@@ -13,14 +13,14 @@ shards at most and every lane keeps to its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.order.draws import I64, U64, draw
+from shards.order.draws import I64, draw
 from shards.order.keys import (
     VERSION,
     epoch_key,
@@ -30,7 +30,7 @@ from shards.order.keys import (
     turn_key,
     window_key,
 )
-from shards.order.permutation import SMALL, permute
+from shards.order.permutation import SMALL, Bijections, permute
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,14 +128,16 @@ def epoch_order(
     k: int = 1,
     lanes: int = 1,
     version: int = VERSION,
+    shards: NDArray[np.int32] | None = None,
 ) -> EpochOrder:
-    """The order of `epoch` over shards with `sizes` pairs; window 0 = all shards; visits of k."""
+    """The order of `epoch` over shards with `sizes` pairs; window 0 = all shards; visits of k.
+    shards: whose sizes these are, (n,), rising; 0, 1, 2, … where it is None."""
     key = epoch_key(version, seed, epoch, stream)
-    visited = np.flatnonzero(sizes)
-    bits = draw(shards_key(version, key), visited)
-    shard_order = visited[np.argsort(bits, kind="stable")]
-    ordered = np.asarray(sizes, dtype=np.int64)[shard_order]
-    start = np.concatenate([[0], np.cumsum(ordered)])
+    at = np.flatnonzero(sizes)
+    visited = at if shards is None else shards[at].astype(np.int64)
+    turn = np.argsort(draw(shards_key(version, key), visited), kind="stable")
+    shard_order = visited[turn]
+    start = _before(np.asarray(sizes, dtype=np.int64)[at[turn]])
     every = window or max(len(visited), 1)
     return EpochOrder(shard_order.astype(np.int32), start, every, k, lanes, key, version)
 
@@ -221,13 +223,22 @@ class Windows:
             self._first_turn = np.asarray(turns, dtype=np.int64)
             return
         of = list(zip(keys, self.window.tolist(), strict=True))
-        self._key = np.asarray([window_key(self._version, *w) for w in of], dtype=np.uint64)
-        if self._k > 1:
-            self._loose_key = np.asarray([loose_key(self._version, *w) for w in of], np.uint64)
+        small = SMALL if self._version > 2 else 0
+
+        def bijections(lengths: I64, key: Callable[[int, int, int], int]) -> Bijections:
+            of_each = np.asarray([key(self._version, *w) for w in of], dtype=np.uint64)
+            return Bijections(lengths, of_each, small)
+
+        if self._k == 1:
+            self._shuffle = bijections(self.pairs, window_key)
+        else:
             self._visits = _before(sizes // self._k)
             self._rest = _before(sizes % self._k)
             self._visits_first = self._visits[first]
             self._rest_first = self._rest[first]
+            loose = np.diff(self._rest_first)
+            self._shuffle = bijections(np.diff(self._visits_first) + loose // self._k, window_key)
+            self._shuffle_loose = bijections(loose, loose_key)
 
     def lane_of(self, which: I64, local: I64) -> I64:
         """The lane of each position; which: its window's number here; local: its position in it."""
@@ -246,17 +257,11 @@ class Windows:
         elif self._k > 1:
             return self._in_visits(which, local)
         else:
-            at = self._permute(local, self.pairs[which], self._key, which)
+            at = self._shuffle.permute(local, which)
             lane = np.zeros_like(local)
         at = at + self._base[which]
         place = np.searchsorted(self._start, at, side="right") - 1
         return self._shard[place].astype(np.int64), at - self._start[place], lane
-
-    def _permute(self, index: I64, length: I64, keys: U64, which: I64) -> I64:
-        small = SMALL if self._version > 2 else 0
-        if len(which) and (which[0] == which).all():
-            return permute(index, int(length[0]), int(keys[which[0]]), small)
-        return permute(index, length, keys[which], small)
 
     def _in_lanes(self, which: I64, local: I64) -> tuple[I64, I64]:
         """Positions -> places among the pairs of their window, and lanes."""
@@ -280,7 +285,7 @@ class Windows:
         visit, offset = np.divmod(local, k)
         units = whole + loose // k
         moved = np.flatnonzero(visit < units)
-        visit[moved] = self._permute(visit[moved], units[moved], self._key, which[moved])
+        visit[moved] = self._shuffle.permute(visit[moved], which[moved])
         place, index = np.empty_like(local), np.empty_like(local)
         here = visit < whole
         at = visits[which[here]] + visit[here]
@@ -288,7 +293,7 @@ class Windows:
         index[here] = (at - self._visits[place[here]]) * k + offset[here]
         left = np.flatnonzero(~here)
         at = (visit[left] - whole[left]) * k + offset[left]
-        at = self._permute(at, loose[left], self._loose_key, which[left])
+        at = self._shuffle_loose.permute(at, which[left])
         at += rest[which[left]]
         place[left] = np.searchsorted(self._rest, at, side="right") - 1
         size = self._start[place[left] + 1] - self._start[place[left]]

@@ -40,6 +40,8 @@ class Purpose(IntEnum):
     LOOSE = 14
     LANE = 15
     TURN = 16
+    # Of a step on a rank.
+    DROPOUT = 100
 
 
 def epoch_key(version: int, seed: int, epoch: int, stream: int) -> int:

@@ -110,13 +110,15 @@ class Future:
         out = np.full(len(shards), np.inf)
         rates = self._sampler.rates
         in_use = np.zeros(len(shards), dtype=bool)
+        few = shards.astype(np.int32)  # as streams have them: else numpy converts all of theirs
         for i, here in enumerate(self._standing):
-            place = self._places(i, here.epoch)[shards]
-            mine = np.flatnonzero(place >= 0)
+            stream = self._sampler.streams[i]
+            at = np.searchsorted(stream.shards, few).clip(max=len(stream.shards) - 1)
+            mine = np.flatnonzero(stream.shards[at] == shards)
             if not len(mine):
                 continue
-            window = place[mine] // here.order.window
-            pairs = self._sampler.streams[i].pairs
+            at, pairs = at[mine], stream.pairs
+            window = self._places(i, here.epoch)[at] // here.order.window
             position = np.empty(len(mine), dtype=np.int64)
             later = window > here.window
             starts = here.order.start
@@ -124,8 +126,8 @@ class Future:
             gone = np.flatnonzero(window < here.window)
             if len(gone):
                 after = self._sampler.order(i, here.epoch + 1)
-                at = self._places(i, here.epoch + 1)[shards[mine[gone]]] // after.window
-                position[gone] = (here.epoch + 1) * pairs + after.start[at * after.window]
+                next_ = self._places(i, here.epoch + 1)[at[gone]] // after.window
+                position[gone] = (here.epoch + 1) * pairs + after.start[next_ * after.window]
             when = self._begin[i] + position / max(rates[i], 1e-12)
             now = window == here.window
             if self._lanes == (0, here.order.lanes):
@@ -175,12 +177,15 @@ class Future:
             soon = False
 
     def _places(self, stream: int, epoch: int) -> NDArray[np.int32]:
-        """The place of every shard in an epoch of a stream; -1 for those that have none."""
+        """The place in an epoch of a stream of each of its shards."""
         found = self._place_of.get((stream, epoch))
         if found is None:
             order = self._sampler.order(stream, epoch)
-            found = np.full(len(self._sampler.streams[stream].sizes), -1, dtype=np.int32)
-            found[order.shard_order] = np.arange(len(order.shard_order), dtype=np.int32)
+            shards = self._sampler.streams[stream].shards
+            first = int(shards[0])
+            of_all = np.empty(int(shards[-1]) - first + 1, dtype=np.int32)
+            of_all[order.shard_order - first] = np.arange(len(shards), dtype=np.int32)
+            found = of_all[shards - first]
             self._place_of[stream, epoch] = found
         return found
 
@@ -196,10 +201,10 @@ def working_set(
     total = 0
     lanes = sampler.settings.lanes
     for stream, rate in zip(sampler.streams, sampler.rates, strict=True):
-        visited = np.flatnonzero(stream.sizes)
+        visited = stream.shards
         window = sampler.settings.window or len(visited)
         pairs = int(in_flight * rate) + 1
-        smallest = int(np.sort(stream.sizes[visited])[:window].sum())
+        smallest = int(np.sort(stream.sizes)[:window].sum())
         windows = 2 + pairs // max(smallest, 1)
         # Whole lanes of each rank, which begin and end within a shard.
         share = min(1.0, ranks * -(-lanes // world) / lanes)
@@ -209,5 +214,5 @@ def working_set(
         # An epoch's last window may be smaller, and then all of it lies between two others.
         shards += len(visited) % window * (1 + pairs // stream.pairs)
         total += int(np.sort(shard_bytes[visited])[::-1][:shards].sum())
-    used = np.any([s.sizes > 0 for s in sampler.streams], axis=0)
+    used = np.unique(np.concatenate([s.shards for s in sampler.streams]))
     return min(total, int(shard_bytes[used].sum()))

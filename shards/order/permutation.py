@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from shards.order.draws import FACTORS, I64, U64, draw, fold
+from shards.order.draws import FACTORS, I64, U64, draw
 
 # Eight half-rounds (four full Feistel rounds): from here on Luby-Rackoff's argument holds for a
 # round function as good as a hash, and tests find no trace of the input's order.
@@ -29,17 +28,54 @@ def permute(index: I64, length: int | I64, key: int | U64, small: int = SMALL) -
     likely instead.
     """
     if isinstance(length, int) and isinstance(key, int):
-        return _sorted(index, length, key) if length < small else _walk(index, length, key)
+        one = Bijections(np.asarray([length]), np.asarray([key % (1 << 64)], np.uint64), small)
+        return one.permute(index, np.zeros_like(index))
     lengths, keys = np.broadcast_arrays(np.asarray(length), np.asarray(key, dtype=np.uint64))
-    out = np.empty_like(index)
-    few = lengths < small
-    if few.any():
-        at = np.flatnonzero(few)
-        out[at] = _sorted(index[at], lengths[at], keys[at])
-    if not few.all():
+    return Bijections(lengths, keys, small).permute(index, np.arange(len(index)))
+
+
+class Bijections:
+    """Those of `permute` for some lengths and keys, each (n,), made ready to be used often."""
+
+    def __init__(self, lengths: I64, keys: U64, small: int = SMALL) -> None:
+        self._lengths, self._keys, self._few = lengths, keys, lengths < small
+        self._rows, self._columns = _grids(lengths)
+        self._rounds = [draw(0, keys, i) for i in range(_HALF_ROUNDS)]
+
+    def permute(self, index: I64, which: I64) -> I64:
+        """The images of `index`, i64 (m,), each under the bijection `which`, i64 (m,)."""
+        if len(which) and (which == which[0]).all():
+            return self._of_one(index, int(which[0]))
+        few = self._few[which]
+        if not few.any():
+            return self._walk(index, which)
+        out, at = np.empty_like(index), np.flatnonzero(few)
+        out[at] = _sorted(index[at], self._lengths[which[at]], self._keys[which[at]])
         at = np.flatnonzero(~few)
-        out[at] = _walk(index[at], lengths[at], keys[at])
-    return out
+        out[at] = self._walk(index[at], which[at])
+        return out
+
+    def _of_one(self, index: I64, which: int) -> I64:
+        """`permute` by a single bijection, which takes half the time."""
+        length = int(self._lengths[which])
+        if self._few[which]:
+            return _sorted(index, length, int(self._keys[which]))
+        keys = [k[which] for k in self._rounds]
+        return _walk(index, length, (self._rows[which], self._columns[which]), keys)
+
+    def _walk(self, index: I64, which: I64) -> I64:
+        out = self._network(index.astype(np.uint64), which)
+        bound = self._lengths[which].astype(np.uint64)
+        outside = np.flatnonzero(out >= bound)
+        while len(outside):
+            walked = self._network(out[outside], which[outside])
+            out[outside] = walked
+            outside = outside[walked >= bound[outside]]
+        return out.view(np.int64)
+
+    def _network(self, x: U64, which: I64) -> U64:
+        keys = [k[which] for k in self._rounds]
+        return _network(x, self._rows[which], self._columns[which], keys)
 
 
 def _sorted(index: I64, length: int | I64, key: int | U64) -> I64:
@@ -53,39 +89,29 @@ def _sorted(index: I64, length: int | I64, key: int | U64) -> I64:
     return np.argsort(bits, axis=1, kind="stable")[np.arange(len(index)), index]
 
 
-def _walk(index: I64, length: int | I64, key: int | U64) -> I64:
-    """`permute` by the network."""
-    if isinstance(length, int) and isinstance(key, int):
-        if length <= 1:
-            return np.zeros_like(index)
-        rows, columns = _grid(length)
-        keys = [np.uint64(fold(key, i)) for i in range(_HALF_ROUNDS)]
-        out = _network(index.astype(np.uint64), rows, columns, keys)
-        outside = np.flatnonzero(out >= np.uint64(length))
-        while len(outside):
-            walked = _network(out[outside], rows, columns, keys)
-            out[outside] = walked
-            outside = outside[walked >= np.uint64(length)]
-        return out.view(np.int64)
-    length = np.asarray(length)
-    distinct, which = np.unique(length, return_inverse=True)
-    grids = np.asarray([_grid(n) for n in distinct.tolist()], dtype=np.uint64)[which.reshape(-1)]
-    of_each = [draw(0, np.asarray(key), i) for i in range(_HALF_ROUNDS)]
-    bound = length.astype(np.uint64)
-    out = _network(index.astype(np.uint64), grids[:, 0], grids[:, 1], of_each)
-    outside = np.flatnonzero(out >= bound)
+def _walk(
+    index: I64, length: int, grid: tuple[np.uint64, np.uint64], keys: Sequence[np.uint64]
+) -> I64:
+    """`permute` by the network, on a grid of so many rows and columns."""
+    out = _network(index.astype(np.uint64), *grid, keys)
+    outside = np.flatnonzero(out >= np.uint64(length))
     while len(outside):
-        grid, part = grids[outside], [k[outside] for k in of_each]
-        walked = _network(out[outside], grid[:, 0], grid[:, 1], part)
+        walked = _network(out[outside], *grid, keys)
         out[outside] = walked
-        outside = outside[walked >= bound[outside]]
+        outside = outside[walked >= np.uint64(length)]
     return out.view(np.int64)
 
 
-def _grid(length: int) -> tuple[np.uint64, np.uint64]:
-    """Rows and columns; a single value has a grid of one."""
-    rows = math.isqrt(max(length - 1, 0)) + 1
-    return np.uint64(rows), np.uint64(max(-(-length // rows), 1))
+def _grids(lengths: I64) -> tuple[U64, U64]:
+    """Rows and columns for each length: √length, rounded up, and as many as it takes."""
+    below = np.maximum(lengths - 1, 0)
+    root = np.sqrt(below.astype(np.float64)).astype(np.int64)
+    # The floating-point root of a large number may be one off.
+    root -= root * root > below
+    root += (root + 1) * (root + 1) <= below
+    rows = root + 1
+    columns = np.maximum(-(-lengths // rows), 1)
+    return rows.astype(np.uint64), columns.astype(np.uint64)
 
 
 def _network(x: U64, rows: Any, columns: Any, keys: Sequence[Any]) -> U64:

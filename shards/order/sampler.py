@@ -170,6 +170,7 @@ class Sampler:
                 settings.sentences_per_visit,
                 settings.lanes,
                 self.version,
+                of.shards,
             )
         self._orders[stream, epoch] = found
         if len(self._orders) > 2 * len(self.streams):

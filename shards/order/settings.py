@@ -52,6 +52,6 @@ class SamplerSettings(BaseModel):
     """Parts of every window that are shuffled for themselves; a step takes from all in turn. A
     worker takes whole lanes where there are as many as workers, so that a node reads the shards of
     its own lanes only. 1: every node reads all. With 4 for each worker, a worker's slice of a step
-    is an even one and a quarter at most, and a pair or two of each stream."""
+    is an even one and a quarter at most, and a visit or two of each stream."""
     last_batch: Literal["wrap", "short"] = "wrap"
     """A batch at the end of an epoch goes on into the next one, or is short."""

@@ -8,10 +8,11 @@ one for each kind of pairs, data set and group of sources of equal weight.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shards.errors import DataError
 from shards.order.apportionment import shares_of
@@ -58,8 +59,10 @@ class Stream:
     """Number of its data set."""
     sources: tuple[int, ...]
     """Numbers of its sources, in the order in which the pairs of a shard are counted."""
+    shards: NDArray[np.int32]
+    """That have pairs of the stream, rising, (n,)."""
     sizes: I64
-    """Pairs of the stream in each shard, i64 (shards,)."""
+    """Pairs of the stream in each of them, i64 (n,)."""
     share: Fraction
     """Of its family's pairs."""
     key: int
@@ -128,6 +131,7 @@ def _streams_of_kind(
                 family=family,
                 dataset=group.dataset,
                 sources=tuple(names.index(s) for s in group.sources),
+                shards=group.shards,
                 sizes=group.sizes,
                 share=share * kind.share,
                 key=key + i,
@@ -142,6 +146,7 @@ class _Group:
 
     dataset: int
     sources: list[str]
+    shards: NDArray[np.int32]
     sizes: I64
     weight: Fraction
 
@@ -157,14 +162,16 @@ def _groups(
     for d, dataset in enumerate(contents.ranges()):
         here: list[_Group] = []
         for weight, group in by_weight.items():
-            sizes = np.zeros(len(table), dtype=np.int64)
-            shards = slice(dataset.begin, dataset.end)
-            sizes[shards] = table[shards, [names.index(s) for s in group]].sum(1)
-            if sizes.any():
-                here.append(_Group(d, group, sizes, Fraction(str(weight)) * int(sizes.sum())))
+            columns = [names.index(s) for s in group]
+            each = table[dataset.begin : dataset.end, columns].sum(1, dtype=np.int64)
+            if total := int(each.sum()):
+                at = np.flatnonzero(each)
+                shards = (dataset.begin + at).astype(np.int32)
+                share = Fraction(str(weight)) * total
+                here.append(_Group(d, group, shards, each[at], share))
         if not here or dataset.weight == 0:
             continue
-        total = sum(group.weight for group in here)
-        scale = Fraction(1) if dataset.weight is None else Fraction(str(dataset.weight)) / total
-        found += [_Group(g.dataset, g.sources, g.sizes, g.weight * scale) for g in here]
+        weights = sum(group.weight for group in here)
+        scale = Fraction(1) if dataset.weight is None else Fraction(str(dataset.weight)) / weights
+        found += [replace(g, weight=g.weight * scale) for g in here]
     return found

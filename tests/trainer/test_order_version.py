@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shards.dataset import open_dataset
 from shards.format.build import BuildSettings, build
@@ -18,7 +20,10 @@ from trainer.checkpoint.journal import read_segments
 from trainer.config import parse_config
 from trainer.data.batch import make_batch
 from trainer.data.digest import digest
-from trainer.setup import batch_settings
+from trainer.evaluate import Evaluation, evaluate, without_gradient
+from trainer.export import evaluate_checkpoint
+from trainer.model import load_checkpoint
+from trainer.setup import batch_settings, resolve_objectives
 
 STEPS = 9
 
@@ -27,7 +32,11 @@ STEPS = 9
 def test_a_run_keeps_its_order(tmp_path: Path, version: int) -> None:
     build(small_records(31), tmp_path / "set", BuildSettings("order", "test", images_per_shard=7))
     sampler = {"mode": "balanced", "window": 2}
-    tree = config_tree(tmp_path / "set", tmp_path, "run", train={"steps": STEPS}, sampler=sampler)
+    train = {"steps": STEPS, "validation_batch": 7}
+    validation = {"validation": str(tmp_path / "set")}
+    tree = config_tree(
+        tmp_path / "set", tmp_path, "run", data=validation, train=train, sampler=sampler
+    )
     assert not run_ranks(1, [(tree, 4, False)])
     generation = find_generation(str(tmp_path / "run"))
     done = generation.step
@@ -57,3 +66,23 @@ def test_a_run_keeps_its_order(tmp_path: Path, version: int) -> None:
     assert [line.digest for line in lines[done:]] == expected
     found = audit(str(tmp_path / "run"), cache=str(tmp_path / "cache"))
     assert version == 2 or found.problems == []
+
+    # Validations, too, are of the run's version, whoever makes them.
+    metrics = evaluate_checkpoint(str(tmp_path / "run"), str(tmp_path / "set"))
+    assert validated(tmp_path / "run") == pytest.approx(metrics, rel=1e-4)
+    model, config, _ = load_checkpoint(str(tmp_path / "run"))
+    task = Evaluation(data, drawn, frozenset(resolve_objectives(config, data)), 20)
+    forward = without_gradient(model.eval(), torch.device("cpu"), config.objectives.losses())
+    assert evaluate(forward, task) == pytest.approx(metrics, rel=1e-4)
+    other = replace(task, batch=replace(drawn, order=5 - version))
+    assert evaluate(forward, other)["loss/masked_lm"] != pytest.approx(
+        metrics["loss/masked_lm"], rel=1e-4
+    )
+
+
+def validated(run: Path) -> dict[str, float]:
+    """The metrics of a run's last validation."""
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    tags = [t for t in events.Tags()["scalars"] if t.startswith("validation/")]
+    return {t.removeprefix("validation/"): events.Scalars(t)[-1].value for t in tags}

@@ -6,6 +6,7 @@ gives the same stream, and none has a state to save.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
@@ -159,7 +160,7 @@ def load_steps(
 
     # Ready, being made, and in the reader's hands: of each worker, for each micro-batch.
     ready = (prefetch if workers else 0) + 2
-    largest = -(-global_batch // (part.world * part.accumulation))
+    largest = -(-largest_slice(sampler, global_batch, part.world) // part.accumulation)
     shared = SharedBatches(
         max(workers, 1),
         ready * part.accumulation,
@@ -208,6 +209,18 @@ def _ended(made: Iterator[_Made], workers: list[BaseProcess]) -> Iterator[_Made]
         del made  # which asks them to end, and waits for some seconds
         for worker in workers:
             worker.kill()
+
+
+def largest_slice(sampler: Sampler, count: int, world: int) -> int:
+    """Pairs of a rank's slice of a step of `count`, hardly ever more."""
+    lanes = sampler.settings.lanes
+    if lanes == 1:
+        return -(-count // world)
+    # Of each lane's part, that of the rank with most lanes, or of fewest ranks that share one.
+    part = -(-count // lanes)
+    even = part * -(-lanes // world) if lanes >= world else -(-part // (world // lanes))
+    # The lanes of many streams' pairs come together as chance has it, a visit at a time.
+    return even + 2 * math.isqrt(even * sampler.settings.sentences_per_visit) + 2
 
 
 def _slot_size(data: Dataset, batch: BatchSettings, pairs: int) -> int:

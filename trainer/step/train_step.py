@@ -11,9 +11,9 @@ import torch.distributed as dist
 from model.batch import Batch
 from model.objectives.base import LossSettings
 from shards.order.draws import fold
+from shards.order.keys import Purpose
 from trainer.ranks import all_reduce_sum
 
-_DROPOUT = 100  # purpose of draws; shards and batches use lower ones
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -83,4 +83,4 @@ def _unchecked_square(engine: Any) -> torch.Tensor:
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
     """Dropout is drawn anew at each step and on each rank, and the same again after a restart."""
-    return fold(seed, _DROPOUT, step, rank)
+    return fold(seed, Purpose.DROPOUT, step, rank)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -139,7 +140,8 @@ def test_every_stream_takes_each_of_its_pairs_once_an_epoch(
     taken = rows(plans)
     for i, stream in enumerate(sampler_for(settings, parts).streams):
         cursor = state.cursors[i]
-        expected = {(s, k) for s, size in enumerate(stream.sizes.tolist()) for k in range(size)}
+        sizes = zip(stream.shards.tolist(), stream.sizes.tolist(), strict=True)
+        expected = {(s, k) for s, size in sizes for k in range(size)}
         for epoch in range(cursor // stream.pairs):
             seen = [r[2:4] for r in taken if r[0] == i and r[1] == epoch]
             assert len(seen) == len(expected) and set(seen) == expected
@@ -367,6 +369,18 @@ def test_the_working_set_is_two_windows_of_every_stream() -> None:
     assert working_set(two, sizes, 5) == 100
     # A batch that spans several windows needs them all.
     assert working_set(one, sizes, 60) == 100
+
+
+def test_a_stream_holds_its_own_shards_alone() -> None:
+    """What loader workers are sent does not grow with streams times shards."""
+    shards, streams = 6400, 64
+    ranges = [ShardRange(f"d{i}", 100 * i, 100 * i + 100, 1.0) for i in range(streams)]
+    contents = Contents(np.full((shards, 1), 1000), ["pairs"], [], ranges)
+    sampler = make_sampler(NATURAL, SEED, contents)
+    assert len(pickle.dumps(sampler)) < 16 * shards + 1000 * streams
+    future = Future(sampler, (0, 1), 0, 10**9)
+    future.at(sampler.start())
+    assert np.isfinite(future.due(np.arange(shards))).all()
 
 
 def test_balanced_does_not_tie_mismatch_to_questions() -> None:

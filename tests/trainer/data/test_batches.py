@@ -19,12 +19,13 @@ from shards.errors import DataError
 from shards.format.answers import load_answers
 from shards.format.build import BuildSettings, build
 from shards.order.keys import VERSION
-from shards.order.sampler import SamplerState
+from shards.order.sampler import SamplerState, make_sampler
 from shards.order.settings import FamilyWeights, SamplerSettings
+from shards.order.streams import Contents, ShardRange
 from tests.conftest import files_of, small_records
 from trainer.config import LoaderSettings
 from trainer.data.batch import BatchSettings, make_batch
-from trainer.data.loader import RankSlice, load_steps
+from trainer.data.loader import RankSlice, largest_slice, load_steps
 
 GLOBAL_BATCH = 13
 SEED = 4
@@ -437,3 +438,18 @@ def test_an_empty_slice_is_a_batch_of_no_pairs(data: Dataset) -> None:
     empty = sampler.plan(sampler.step(sampler.start(), 4)).take(slice(2, 2))
     batch = make_batch(data, sampler, empty, drawn(data))
     assert len(batch.matched) == len(batch.tokens) == len(batch.answer_pair) == 0
+
+
+@pytest.mark.parametrize("lanes", [1, 4, 50, 64])
+@pytest.mark.parametrize("streams", [1, 12])
+def test_memory_for_batches_is_enough_for_slices_of_lanes(lanes: int, streams: int) -> None:
+    """A batch that does not fit is made in fresh memory, which costs more than filling it."""
+    ranges = [ShardRange(f"d{i}", 20 * i, 20 * i + 20, 1.0 + i % 3) for i in range(streams)]
+    contents = Contents(np.full((20 * streams, 1), 90), ["pairs"], [], ranges)
+    sampler = make_sampler(SamplerSettings(window=8, lanes=lanes), SEED, contents)
+    for world in (1, 3, 8):
+        most = largest_slice(sampler, 400, world)
+        assert most <= 2 * 400 / world
+        steps = list(sampler.steps_ahead(sampler.start(), 400, 20 * 400))
+        sizes = [len(sampler.slice(step, rank, world)) for step in steps for rank in range(world)]
+        assert np.mean(np.asarray(sizes) <= most) > 0.99
