@@ -98,9 +98,9 @@ def _twice(manifest: Manifest, found: list[Found]) -> list[str]:
     same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
     ends = np.cumsum([len(f.images) // HASH for f in found])
     out = []
-    for i in same.tolist():
+    for couple in sorted(sorted(order[i : i + 2].tolist()) for i in same.tolist()):
         where = []
-        for image in sorted(order[i : i + 2].tolist()):
+        for image in couple:
             at = int(np.searchsorted(ends, image, side="right"))
             first = int(ends[at - 1]) if at else 0
             where.append(f"record {image - first} of {manifest.shards[found[at].shard].name}")

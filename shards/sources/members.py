@@ -67,7 +67,10 @@ def _kind(suffix: str) -> str:
 @functools.lru_cache(maxsize=1)
 def _document(payload: bytes) -> Any:
     """Parsed once for all the parts that are in it."""
-    return json.loads(payload)
+    try:
+        return json.loads(payload)
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
 
 
 def _json(payload: bytes, name: str) -> Any:

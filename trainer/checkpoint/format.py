@@ -202,7 +202,7 @@ def parse_document(data: bytes, url: str, expected: str) -> dict[str, Any]:
     try:
         document = json.loads(data)
         found = document.get("format")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{url}: not a JSON object: {error}") from None
     if _is_newer(found, expected):
         raise NewerFormatError(

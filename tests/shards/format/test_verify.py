@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cluster.cli.main import main
 from shards.errors import DataError
 from shards.format.arrays import map_arrays, save_arrays
 from shards.format.build import BuildSettings, build
-from shards.format.manifest import Manifest, load_manifest
+from shards.format.manifest import Counts, Manifest, load_manifest
+from shards.format.shard_list import ShardList
 from shards.format.table import Table, open_table
 from shards.format.verify import verify
 from shards.store.stored import hash_file
@@ -216,3 +219,133 @@ def test_a_manifest_is_read_as_it_was_written_or_not_at_all(
     path.write_text(json.dumps(document))
     with pytest.raises(DataError, match=rf"{path} is not usable: .*{message}"):
         load_manifest(str(data))
+
+
+# --- what a tar may hold, and parts of a check ----------------------------------------------------
+
+
+def change_tar(data: Path, change: Callable[[bytearray, int], None]) -> list[str]:
+    """What is found once a tar was changed behind its first record, and vouched for."""
+    path = files_of(data) / TAR
+    content = bytearray(path.read_bytes())
+    change(content, int(map_arrays(files_of(data) / TABLE)["boxes_offset"][1]))
+    path.write_bytes(content)
+    reseal(data)
+    return verify(data)
+
+
+def as_kind(kind: bytes) -> Callable[[bytearray, int], None]:
+    def change(content: bytearray, at: int) -> None:
+        header = tarfile.TarInfo.frombuf(bytes(content[at - 512 : at]), "ascii", "strict")
+        header.type, header.linkname = kind, "/etc/passwd"
+        content[at - 512 : at] = header.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "kind", [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE]
+)
+def test_a_member_that_is_no_plain_file_is_refused(data: Path, kind: bytes) -> None:
+    (problem,) = change_tar(data, as_kind(kind))
+    assert TAR in problem and "record 1" in problem and "no plain file" in problem
+
+
+def test_bytes_between_members_and_after_them_are_refused(data: Path) -> None:
+    (problem,) = change_tar(data, lambda content, at: content.__setitem__(at - 513, 7))
+    assert TAR in problem and "something between" in problem
+
+
+def test_bytes_after_the_last_member_are_refused(data: Path) -> None:
+    (problem,) = change_tar(data, lambda content, at: content.__setitem__(-1, 7))
+    assert TAR in problem and "something after the last record" in problem
+
+
+def test_nested_json_in_a_record_is_one_problem(data: Path) -> None:
+    def nest(content: bytearray, at: int) -> None:
+        begin = int(map_arrays(files_of(data) / TABLE)["record_offset"][1])
+        size = int(map_arrays(files_of(data) / TABLE)["record_size"][1])
+        content[begin : begin + size] = b"[" * size
+
+    path = files_of(data) / TABLE
+    arrays = {k: np.array(v) for k, v in map_arrays(path).items()}
+    assert arrays["record_size"][1] < 5000
+    (problem,) = change_tar(data, nest)
+    assert TAR in problem and "record 1" in problem
+
+
+def test_processes_find_what_one_finds(data: Path) -> None:
+    flip(files_of(data) / TAR, 3000)
+    flip(files_of(data) / "shard-000002.table.safetensors", -1)
+    alone = verify(data, jobs=1)
+    assert len(alone) == 2 and verify(data, jobs=3) == alone
+
+
+def test_an_image_that_is_in_two_shards_is_found(data: Path, make_records: MakeRecords) -> None:
+    """As of two builds' tars under one manifest, which no build makes."""
+    manifest, files = load_manifest(str(data)), files_of(data)
+    first, second = manifest.shards[0], manifest.shards[1]
+    for name in ("name", "table"):
+        (files / getattr(second, name)).write_bytes((files / getattr(first, name)).read_bytes())
+    rows = [first, dataclasses.replace(first, name=second.name, table=second.table)]
+    rows.append(manifest.shards[2])
+    shards = ShardList.of(rows, manifest.sources)
+    totals = dict(zip(manifest.sources, shards.pairs_per_source.sum(0).tolist(), strict=True))
+    counts = Counts(int(shards.images.sum()), int(shards.pairs.sum()), totals)
+    changed = dataclasses.replace(manifest, shards=shards, counts=counts)
+    (data / "manifest.json").write_bytes(changed.to_json())
+    for jobs in (1, 2):
+        problems = verify(data, jobs=jobs)
+        assert len(problems) == first.images
+        assert "record 0 of shard-000000.tar is record 0 of shard-000001.tar" in problems[0]
+
+
+def test_some_shards_alone(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flip(files_of(data) / TAR, 3000)
+    assert verify(data, shards=[0, 2]) == []
+    assert main(["shards", "verify", str(data), "--shards", "0,2"]) == 0
+    assert main(["shards", "verify", str(data), "--shards", "0-1"]) == 1
+    assert TAR in capsys.readouterr().out
+    for wrong in ("1-0", "x", "-1", "1-"):
+        with pytest.raises(SystemExit):
+            main(["shards", "verify", str(data), f"--shards={wrong}"])
+    capsys.readouterr()
+    assert main(["shards", "verify", str(data), "--shards", "3"]) == 2
+    assert "has shards 0 to 2, not 3 to 3" in capsys.readouterr().err
+    found = {
+        main(["shards", "verify", str(data), "--sample", "1", "--seed", f"{i}"]) for i in "0123456"
+    }
+    assert found == {0, 1}
+    assert "drawn with --seed 4" in capsys.readouterr().err
+
+
+def test_an_interrupted_check_goes_on(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = tmp_path / "state"
+    command = ["shards", "verify", str(data), "--jobs", "1", "--state", str(state)]
+    flip(files_of(data) / TAR, 3000)
+    assert main(command) == 1
+    flip(files_of(data) / TAR, 3000)
+    # As it is when a crash cuts a line off.
+    state.write_bytes(state.read_bytes() + b'{"shard": "shard-0000')
+    done: list[int] = []
+    assert verify(data, lambda _w, n, _t: done.append(n), jobs=1, state=state) == []
+    assert done == [3], "two were found whole before"
+    assert verify(data, lambda _w, n, _t: done.append(n), jobs=1, state=state) == []
+    assert done == [3, 3]
+    # What is in it is not read again, and what is no state of this data set is refused.
+    (files_of(data) / TAR).unlink()
+    assert main(command) == 0
+    content = state.read_bytes()
+    for wrong in (
+        b"nothing\n",
+        content.replace(b"shard-000001", b"shard-000009"),
+        b"[]\n" + content,
+    ):
+        state.write_bytes(wrong)
+        capsys.readouterr()
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert str(state) in error and len(error.splitlines()) == 1
+        assert state.read_bytes() == wrong
