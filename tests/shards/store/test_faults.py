@@ -213,7 +213,7 @@ def test_an_outage_beyond_the_deadline_is_one_error(
     else:
         proxy.begin(lambda request: Fault(kind))
     begin = time.monotonic()
-    with pytest.raises(DataError, match=rf"{place.url}/shard-\d+.tar: .*gave up after"):
+    with pytest.raises(DataError, match=rf"{place.files}/shard-\d+.tar: .*gave up after"):
         stream(data)
     assert time.monotonic() - begin < 15
     proxy.up()
