@@ -316,10 +316,9 @@ def _open(
         ShardRange(m.name, end - len(m.shards), end, spec.weight)
         for spec, m, end in zip(specs, manifests, ends, strict=True)
     )
-    places = [spec.url for spec, m in zip(specs, manifests, strict=True) for _ in m.shards]
+    places = [(spec.url, end) for spec, end in zip(specs, ends, strict=True)]
     own_sources = [[manifest.sources.index(s) for s in m.sources] for m in manifests]
-    tars = [s.tar_at(place) for place, s in zip(places, manifest.shards, strict=True)]
-    shards = ShardFiles(tars, folder, limit)
+    shards = ShardFiles(manifest.shards.tars(places), folder, limit)
 
     def table_of(number: int) -> TableFile:
         """A shard's table, which is fetched if it is not here."""

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from shards.errors import DataError
 from shards.store.cache import CacheBudget, FullError, is_local, local_file, shrink
 from shards.store.locks import BusyError, open_shared, unlock
-from shards.store.stored import StoredFile
+from shards.store.stored import StoredFiles
 
 log = logging.getLogger("lxscale")
 
@@ -66,10 +66,10 @@ class ShardFiles:
     no limit.
     """
 
-    def __init__(self, files: list[StoredFile], cache: Path, limit: int | None = None) -> None:
+    def __init__(self, files: StoredFiles, cache: Path, limit: int | None = None) -> None:
         self.files, self.cache, self.limit = files, cache, limit
         self._mapped: dict[int, tuple[NDArray[np.uint8], IO[bytes] | None]] = {}
-        self._due_of: dict[str, float] = {f.sha256: 0.0 for f in files}
+        self._due: NDArray[np.float64] | None = None
         self._ahead: _Ahead | None = None
         self._in_use = np.zeros(0, dtype=np.int64)
         self._process = os.getpid()
@@ -81,7 +81,7 @@ class ShardFiles:
     @property
     def remote_sizes(self) -> NDArray[np.int64]:
         """Bytes that each shard takes in the cache."""
-        return np.asarray([file.size if file.remote else 0 for file in self.files])
+        return np.where(self.files.remote, self.files.size, 0)
 
     def tar(self, shard: int) -> NDArray[np.uint8]:
         """The bytes of a shard, verified and memory-mapped on first use; ShardError naming it."""
@@ -127,7 +127,14 @@ class ShardFiles:
     def _budget(self, after: float, placed: Callable[[], None] | None = None) -> CacheBudget | None:
         if self.limit is None:
             return None
-        return CacheBudget(self.limit, lambda sha: self._due_of.get(sha, np.inf), after, placed)
+        return CacheBudget(self.limit, self._due_of, after, placed)
+
+    def _due_of(self, sha256: str) -> float:
+        """When a file of the cache is needed next; before any look ahead, ours are in use."""
+        shards = self.files.numbers(sha256)
+        if not shards:
+            return np.inf
+        return 0.0 if self._due is None else float(self._due[shards].min())
 
     # --- ahead ----------------------------------------------------------------------------------
 
@@ -137,10 +144,7 @@ class ShardFiles:
         self._leave_parent()
         self._in_use = np.flatnonzero(ahead.mine)
         self._unmap([shard for shard in self._mapped if not ahead.mine[shard]])
-        due_of: dict[str, float] = {}
-        for file, when in zip(self.files, ahead.due.tolist(), strict=True):
-            due_of[file.sha256] = min(when, due_of.get(file.sha256, np.inf))
-        self._due_of = due_of
+        self._due = ahead.due
         if threads == 0:
             return
         if self._ahead is None:

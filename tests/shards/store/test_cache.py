@@ -84,7 +84,7 @@ def test_wrong_content_upstream_is_an_error_that_names_it(remote: str, tmp_path:
 def test_dead_processes_leave_no_obstacle(remote: str, tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()
     (tmp_path / "locks").mkdir()
-    stale = tmp_path / "files" / f".{SHA256}.deadbeef.tmp"
+    stale = tmp_path / "files" / f".{SHA256}.tmp"
     stale.write_bytes(CONTENT[:100])
     (tmp_path / "locks" / SHA256).touch()
     assert fetch(remote, tmp_path).read_bytes() == CONTENT

@@ -428,11 +428,11 @@ def test_what_dead_processes_left_is_no_obstacle(
     cache = tmp_path / "cache"
     assert stream(open_dataset(place.url, cache)) == place.stream
     for path in list((cache / "files").iterdir()):
-        path.with_name(f".{path.name}.0badf00d.tmp").write_bytes(path.read_bytes()[:100])
+        path.with_name(f".{path.name}.tmp").write_bytes(path.read_bytes()[:100])
         (cache / "locks" / path.name).touch()
         path.unlink()
     for path in list((cache / "verified").iterdir()):
-        path.with_name(f".{path.name}.0badf00d.tmp").write_bytes(b"[")
+        path.with_name(f".{path.name}.tmp").write_bytes(b"[")
         path.write_bytes(b"\xff\x00")
     assert stream(open_dataset(place.url, cache)) == place.stream
     shards = {s.sha256 for s in open_dataset(place.url, cache).manifest.shards}
