@@ -30,12 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import peers
 from protocol import THREADS, markdown
 from shards.dataset import open_dataset
+from shards.order.draws import I64
 from shards.store import objects
-from shards.store.prefetch import LookAhead
 
 GATEWAY = Path(__file__).parents[1].parent / "shared" / "tools" / "rgw-up"
 BUCKET = "lxscale-bench"
@@ -94,14 +95,28 @@ def _signed(url: str) -> list[str]:
     return [fs.url(objects.join(url, name), expires=3600) for name in names]
 
 
+class _AllInTurn:
+    """A future in which every shard is needed, one after the other."""
+
+    def __init__(self, shards: int) -> None:
+        self._shards = shards
+
+    def now(self) -> I64:
+        return np.arange(self._shards)
+
+    def due(self, shards: I64) -> NDArray[np.float64]:
+        return shards.astype(np.float64)
+
+    def upcoming(self) -> Iterator[tuple[int, float, bool]]:
+        return ((shard, float(shard), True) for shard in range(self._shards))
+
+
 def fetch(url: str, cache: Path) -> float:
     """Ours, until every shard is in the cache and verified."""
     data = open_dataset(url, cache)
     began = time.monotonic()
     shards = range(len(data.manifest.shards))
-    every = np.ones(len(shards), dtype=bool)
-    due = np.asarray(shards, dtype=np.float64)
-    data.shards.look_ahead(LookAhead(due, every, every, np.inf), FETCHES)
+    data.shards.look_ahead(_AllInTurn(len(shards)), FETCHES)
     for shard in shards:
         data.tar(shard)
     return time.monotonic() - began

@@ -82,7 +82,7 @@ def run(folder: Path) -> list[list[str]]:
         "sampler.window": 4,
         "train.steps": STEPS,
         "train.global_batch": BATCH,
-        "train.epochs": "null",
+        "data.validation": "null",
         "cluster.workers": 2,
     }
     most: defaultdict[str, float] = defaultdict(float)

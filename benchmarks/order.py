@@ -1,8 +1,13 @@
-"""The order of an epoch, position -> pair, on one core: python benchmarks/order.py [--out FILE]
+"""The order, on one core: python benchmarks/order.py [--out FILE]
+
+First that of an epoch, position -> pair.
 
 Positions are asked for in chunks: a batch of 256, 4,096 and 65,536, from one place of the epoch to
 the next. Memory is what Python and numpy hold after the order is made and used, beside what the
 sizes of the shards take, which a manifest has anyway. It grows with the shards, not with the pairs.
+
+Then what a step costs before anything is read: its place, its plan, and the look-ahead, by shards
+and streams. Streams are of data sets of their own, or ("shared") of sources that all shards have.
 """
 
 from __future__ import annotations
@@ -12,13 +17,18 @@ import statistics
 import time
 import tracemalloc
 from datetime import date
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from protocol import machine, markdown
 from shards.order.draws import I64
-from shards.order.permutation import EpochOrder, epoch_order
+from shards.order.epoch_order import EpochOrder, epoch_order
+from shards.order.lookahead import Future
+from shards.order.sampler import make_sampler
+from shards.order.settings import SamplerSettings
+from shards.order.streams import Contents, ShardRange
 
 # Pairs, shards, shards per window (0 = all of them: an exact global shuffle).
 SIZES = (
@@ -80,6 +90,69 @@ def memory(sizes: I64, window: int) -> tuple[float, float]:
     return kept, most
 
 
+# Shards, streams, whether these share the shards, shards per window, lanes, pairs a shard.
+STEPS = (
+    *((n, k, False, 16, 1, 1000) for n in (1_000, 10_000, 100_000) for k in (1, 8, 64)),
+    (100_000, 64, False, 0, 1, 1000),
+    (100_000, 64, True, 16, 1, 6400),
+    (100_000, 64, False, 16, 256, 1000),
+    # Windows of 160 pairs, of which a stream enters one every other step.
+    (100_000, 64, False, 16, 1, 10),
+)
+BATCH, WORLD = 256, 64
+
+
+def steps(
+    shards: int, streams: int, shared: bool, window: int, lanes: int, pairs: int, count: int
+) -> list[str]:
+    """A row of the table of steps."""
+    rng = np.random.default_rng(0)
+    weights = [1.0 + i % 7 for i in range(streams)]
+    settings = SamplerSettings(window=window, lanes=lanes)
+    names = ["pairs"]
+    ranges: list[ShardRange] = []
+    columns = rng.integers(pairs * 4 // 5, pairs * 6 // 5, (shards, 1))
+    if shared:
+        names = [f"s{i:02d}" for i in range(streams)]
+        columns = np.repeat(columns // streams, streams, 1)
+        each = {n: 1 + i / 100 for i, n in enumerate(names)}
+        settings = SamplerSettings(window=window, lanes=lanes, source_weights=each)
+    elif streams > 1:
+        edges = [shards * i // streams for i in range(streams + 1)]
+        ranges = [ShardRange(f"d{i}", edges[i], edges[i + 1], w) for i, w in enumerate(weights)]
+    began = time.perf_counter()
+    sampler = make_sampler(settings, 1, Contents(columns, names, [], ranges))
+    world = WORLD if lanes > 1 else 1
+    future = Future(sampler, sampler.lanes_of(0, world), 2 * BATCH, 10**12)
+    assert len(sampler.streams) == streams
+    times, changes, state = [], 0, sampler.start()
+    for i in range(count + 1):
+        if i:
+            began = time.perf_counter()
+        step = sampler.step(state, BATCH)
+        sampler.slice(step, 0, world)
+        if future.at(step.before):
+            changes += 1
+            future.now()
+            # What threads and evictions ask for at a time.
+            list(islice(future.upcoming(), 64))
+            future.due(np.arange(64))
+        times.append(time.perf_counter() - began)
+        state = step.after
+    first, *times = times
+    times.sort()
+    shown = (statistics.mean(times), times[len(times) // 2], times[len(times) * 99 // 100])
+    return [
+        f"{shards:,}",
+        f"{streams}{' shared' if shared else ''}",
+        f"{window}" if window else "all",
+        f"{lanes}",
+        f"{first * 1e3:.0f}",
+        *(f"{t * 1e3:.2f}" for t in shown),
+        f"{changes / count:.2f}",
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="short runs: a look")
@@ -106,6 +179,13 @@ def main() -> None:
     header += ["order, MB", "bytes a shard", "most at any time, MB"]
     text = f"# Order, {date.today()}, one core of {machine()}\n\n{markdown(header, rows)}"
     text += f"\nMedians of {ROUNDS} runs of consecutive chunks.\n"
+    text += f"\nSteps of {BATCH} pairs, milliseconds; with lanes for one of {WORLD} workers.\n\n"
+    rows = []
+    for what in STEPS:
+        rows.append(steps(*what, count=200 if given.quick else 2000))
+        print(*rows[-1], sep="  ", flush=True)
+    header = ["shards", "streams", "window", "lanes", "first step", "mean", "median", "99 %"]
+    text += markdown([*header, "changes of windows a step"], rows)
     print("\n" + text)
     if given.out:
         given.out.write_text(text)

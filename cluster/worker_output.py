@@ -9,12 +9,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from shards.urls import shown
+from trainer.progress import LogLine
+
 # Lines that wait for a driver that does not ask: of more, the oldest go.
 _MOST = 10_000
 
 
 class Lines:
-    """Lines of text from any thread, taken by one reader."""
+    """Lines of text from any thread, taken by one reader; without passwords."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
@@ -22,7 +25,7 @@ class Lines:
 
     def add(self, line: str) -> None:
         with self._lock:
-            self._lines.append(line)
+            self._lines.append(shown(line))
             del self._lines[:-_MOST]
 
     def take(self) -> list[str]:
@@ -59,7 +62,7 @@ class _Handler(logging.Handler):
     def __init__(self, add: Callable[[str], None]) -> None:
         super().__init__()
         self._add = add
-        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        self.setFormatter(LogLine())
 
     def emit(self, record: logging.LogRecord) -> None:
         self._add(self.format(record))

@@ -26,6 +26,7 @@ from shards.format.manifest import Counts, FileInfo, Manifest, Schema, load_mani
 from shards.format.members import BOXES, FEATURES, LABELS, MEMBERS, RECORD, Member, members_of
 from shards.format.shard_list import ShardList
 from shards.order.draws import I64
+from shards.order.keys import VERSION
 from shards.order.sampler import Plan, Sampler, make_sampler
 from shards.order.settings import SamplerSettings
 from shards.order.streams import Contents, ShardRange, Stream
@@ -89,9 +90,9 @@ class Dataset:
         """The bytes of a shard, verified and memory-mapped on first use."""
         return self.shards.tar(shard)
 
-    def sampler(self, settings: SamplerSettings, seed: int) -> Sampler:
-        """The sampler over all pairs of the data. Raises DataError where the settings ask for
-        pairs that there are none of."""
+    def sampler(self, settings: SamplerSettings, seed: int, version: int = VERSION) -> Sampler:
+        """The sampler over all pairs of the data; version: of the order. Raises DataError where the
+        settings ask for pairs that there are none of."""
         manifest = self.manifest
         contents = Contents(
             manifest.shards.pairs_per_source,
@@ -99,7 +100,7 @@ class Dataset:
             manifest.question_sources,
             self.shard_ranges,
         )
-        return make_sampler(settings, seed, contents)
+        return make_sampler(settings, seed, contents, version)
 
     # --- where things are -----------------------------------------------------------------------
 

@@ -22,6 +22,12 @@ _HOME = "lxscale-mp-"
 _PLACE = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
 
 
+@functools.cache
+def boot_id() -> str:
+    """A name of this start of the machine; every start has another. OSError where there is none."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
 def end_with_parent() -> None:
     """End this process when the one that it works for does, if that is killed, too."""
     parent = multiprocessing.parent_process()

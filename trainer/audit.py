@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from shards.dataset import Dataset, DatasetSpec, open_dataset
 from shards.errors import DataError
-from shards.order.permutation import VERSION
+from shards.order.keys import VERSIONS
 from shards.order.sampler import Sampler, SamplerState
 from shards.order.settings import SamplerSettings
 from shards.progress import Progress, no_progress
@@ -134,9 +134,9 @@ def _places(head: SegmentHead, newest: SegmentHead) -> tuple[str, ...]:
 
 def _replay(head: SegmentHead, urls: Sequence[str], cache: str | None) -> _Replay:
     state = head.data_state
-    if state["order"] != VERSION:
+    if state["order"] not in VERSIONS:
         raise ConfigError(
-            f"the run used version {state['order']} of the order, this lxscale has {VERSION}: "
+            f"the run used version {state['order']} of the order, this lxscale has {VERSIONS}: "
             "audit it with the version that trained it"
         )
     weights = state["data.weights"]
@@ -156,13 +156,14 @@ def _replay(head: SegmentHead, urls: Sequence[str], cache: str | None) -> _Repla
     prefix = "sampler."
     given = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     settings = SamplerSettings.model_validate(given)
-    return _Replay(data, data.sampler(settings, state["run.seed"]), _drawn(data, head), head.digest)
+    sampler = data.sampler(settings, state["run.seed"], state["order"])
+    return _Replay(data, sampler, _drawn(data, head), head.digest)
 
 
 def _drawn(data: Dataset, head: SegmentHead) -> BatchSettings:
     state = head.data_state
-    masks = (state[f"objectives.{key}"] for key in ("token_mask", "object_mask"))
-    return settings_of(data, state["run.seed"], *masks)
+    tokens, objects = (state[f"objectives.{key}"] for key in ("token_mask", "object_mask"))
+    return settings_of(data, state["run.seed"], tokens, objects, state["order"])
 
 
 def _replay_step(

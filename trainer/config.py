@@ -30,8 +30,17 @@ from model.objectives import OBJECTIVES
 from model.objectives.base import FeatureLoss, LabelScope, LossSettings
 from shards.dataset import DatasetSpec, Text
 from shards.order.settings import SamplerSettings
+from shards.store.objects import local_path
+from shards.store.places import bucket_and_key, expanded
+from shards.urls import shown
 
 _LONGEST = 255  # bytes of a file's name, on Linux
+
+# No number below can be meant to be more; products of them stay within 64 bits, and times within
+# what the system's clocks take.
+_MANY = 2**31
+_WEIGHT = 10**9
+_LONG = 10**7
 
 
 class ConfigError(ValueError):
@@ -43,9 +52,19 @@ class Section(BaseModel):
 
 
 def _place(text: str) -> str:
+    """A folder or URL, checked as far as that goes without asking for it. Configurations are stored
+    and shown, so that they have no credentials in them."""
     if not text.strip() or "\0" in text:
         raise ValueError(f"{json.dumps(text)} is no path or URL")
-    return text
+    if (safe := shown(text)) != text:
+        raise ValueError(
+            f"{json.dumps(safe, ensure_ascii=False)} has a password or a query in it: credentials "
+            "come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or the AWS files"
+        )
+    if text.startswith("s3://"):
+        bucket_and_key(text, "list")
+    local_path(text)
+    return expanded(text)
 
 
 Place = Annotated[str, AfterValidator(_place)]
@@ -61,7 +80,7 @@ class RunSection(Section):
     tensorboard: Place | None = None
     """Folder for TensorBoard events, written by rank 0; by default storage/name/tensorboard, or
     runs/name/tensorboard where the storage is remote (event files grow, objects cannot)."""
-    seed: int = 9595
+    seed: int = Field(9595, ge=-(2**63), lt=2**63)
     """Of the initial weights, the order, the masks and dropout."""
 
     @field_validator("name")
@@ -81,7 +100,7 @@ class DatasetSection(Section):
     """One of several data sets that are mixed."""
 
     url: Place
-    weight: float | None = Field(None, ge=0)
+    weight: float | None = Field(None, ge=0, le=_WEIGHT)
     """Its share of the pairs, against the others' weights; give all of them one or none. Without,
     the sets come in proportion to their pairs."""
 
@@ -89,14 +108,14 @@ class DatasetSection(Section):
 class LoaderSettings(Section):
     """How batches are made ahead of the step; a part of the section `data`."""
 
-    loader_workers: int = Field(0, ge=0)
+    loader_workers: int = Field(0, ge=0, lt=_MANY)
     """Processes that make batches ahead of the step, per training worker; 0 makes them in it."""
     loader_start: Literal["forkserver", "spawn", "fork"] = "forkserver"
     """How they start. forkserver: quick, small, and safe beside threads; spawn: slower, each
     imports all by itself; fork: quickest, but a copy of a process with threads."""
-    prefetch: int = Field(2, ge=1)
+    prefetch: int = Field(2, ge=1, lt=_MANY)
     """Steps that each loader worker keeps ready."""
-    fetch_threads: int = Field(8, ge=1)
+    fetch_threads: int = Field(8, ge=1, lt=_MANY)
     """Downloads at once, ahead of need, per training worker."""
 
 
@@ -127,7 +146,7 @@ class DataSection(LoaderSettings):
     cache: Place | None = None
     """Node cache of remote shards and of merged tables; by default LXSCALE_CACHE or
     ~/.cache/lxscale."""
-    cache_limit_gb: float | None = Field(None, gt=0)
+    cache_limit_gb: float | None = Field(None, gt=0, lt=_MANY)
     """GiB of remote shards that a node's cache may hold; by default no limit. It must hold two
     shuffle windows (`lxscale shards plan` says how much that is). Runs that
     share a cache need one limit, which holds what they use together."""
@@ -156,7 +175,7 @@ class DataSection(LoaderSettings):
 
 def weights_section() -> type[Section]:
     """A section with a weight for every objective of the table."""
-    keys: dict[str, Any] = {name: (float, Field(1.0, ge=0)) for name in OBJECTIVES}
+    keys: dict[str, Any] = {name: (float, Field(1.0, ge=0, le=_WEIGHT)) for name in OBJECTIVES}
     return create_model("WeightsSection", __base__=Section, **keys)
 
 
@@ -171,7 +190,7 @@ class ObjectiveSection(WeightsSection):
     losses are means over the masked objects here, which equals the released code's mean over all
     objects times 1/0.15."""
 
-    qa_from_epoch: float = Field(0.0, ge=0)
+    qa_from_epoch: float = Field(0.0, ge=0, lt=_MANY)
     """QA joins after so many epochs; the paper's schedule is 10 of 20."""
     token_mask: float = Field(0.15, ge=0, le=1)
     """Probability that a word is masked."""
@@ -210,22 +229,22 @@ class OptimizerSection(Section):
 
 
 class TrainSection(Section):
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0, lt=_MANY)
     """Of the training set's pairs; give this or `steps`."""
-    steps: int | None = Field(None, ge=0)
-    global_batch: int = Field(256, ge=1)
+    steps: int | None = Field(None, ge=0, lt=_MANY)
+    global_batch: int = Field(256, ge=1, lt=_MANY)
     """Pairs per optimizer step over all workers, whatever their number."""
-    accumulation: int = Field(1, ge=1)
+    accumulation: int = Field(1, ge=1, lt=_MANY)
     """Micro-batches per step and worker."""
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 1
-    max_skipped_updates: int = Field(5, ge=0)
+    max_skipped_updates: int = Field(5, ge=0, lt=_MANY)
     """A step whose loss or gradients are not finite makes no update. More of these in a row end the
     run, with an error that names their pairs and shards."""
-    log_every: int = Field(10, ge=1)
-    validate_every: int = Field(0, ge=0)
+    log_every: int = Field(10, ge=1, lt=_MANY)
+    validate_every: int = Field(0, ge=0, lt=_MANY)
     """Steps between validations; 0 = only at the end."""
-    validation_batch: int = Field(256, ge=1)
+    validation_batch: int = Field(256, ge=1, lt=_MANY)
     init_from: Place | None = None
     """Initial weights; by default from scratch. A Hugging Face folder of an LXMERT, or a .pth (a
     released one, or any with a state_dict in it): every weight; a Hugging Face folder of an
@@ -250,20 +269,20 @@ class TrainSection(Section):
 
 
 class CheckpointSection(Section):
-    every: int = Field(1000, ge=1)
+    every: int = Field(1000, ge=1, lt=_MANY)
     """Steps between checkpoints; one more is written at the end and on a clean stop."""
-    every_minutes: float | None = Field(None, gt=0)
+    every_minutes: float | None = Field(None, gt=0, le=_LONG)
     """Minutes from one checkpoint's begin to the next, beside `every`: what is due first counts."""
-    keep: int = Field(3, ge=1)
+    keep: int = Field(3, ge=1, lt=_MANY)
     """Newest generations that are kept."""
-    spool: int = Field(2, ge=1)
+    spool: int = Field(2, ge=1, lt=_MANY)
     """Checkpoints in host memory that wait for the store or are on their way there, at 12 bytes a
     parameter each over all workers. One that is due when there is no room is put off, and training
     goes on."""
-    max_unsaved: int | None = Field(None, ge=1)
+    max_unsaved: int | None = Field(None, ge=1, lt=_MANY)
     """Steps that training goes on after a checkpoint that is due and not on the store yet, before
     the run ends; by default any number, within the next."""
-    max_unsaved_minutes: float = Field(60, gt=0)
+    max_unsaved_minutes: float = Field(60, gt=0, le=_LONG)
     """Minutes that it does."""
     override_data_state: bool = False
     """Resume although the data set or an order-relevant setting differs from the checkpoint's."""
@@ -272,23 +291,23 @@ class CheckpointSection(Section):
 
 
 class ClusterSection(Section):
-    workers: int = Field(1, ge=1)
+    workers: int = Field(1, ge=1, lt=_MANY)
     """Training processes. More than there are cores share them."""
-    cpus_per_worker: float = Field(1, gt=0)
+    cpus_per_worker: float = Field(1, gt=0, lt=_MANY)
     """Cores that Ray reserves for a worker, and its threads."""
-    gpus_per_worker: float = Field(0, ge=0)
+    gpus_per_worker: float = Field(0, ge=0, lt=_MANY)
     """0 trains on the CPU."""
-    max_failures: int = Field(3, ge=-1)
+    max_failures: int = Field(3, ge=-1, lt=_MANY)
     """Failures without a new generation in between after which the run ends; -1 = any number."""
-    start_timeout_s: float = Field(60, gt=0)
+    start_timeout_s: float = Field(60, gt=0, le=_LONG)
     """How long to wait for room for all workers, and for them to start. A run that finds no room
     ends with status 75."""
-    stop_timeout_s: float = Field(60, gt=0)
+    stop_timeout_s: float = Field(60, gt=0, le=_LONG)
     """How long a stop (SIGTERM, SIGUSR1, Ctrl-C) may take, with the checkpoint that it saves."""
-    hang_timeout_s: float = Field(15, gt=0)
+    hang_timeout_s: float = Field(15, gt=0, le=_LONG)
     """A step that takes longer than this and than ten median ones is a hang, and so is a worker
     that does not answer for so long: all workers are started again."""
-    process_group_timeout_s: float = Field(360, gt=0)
+    process_group_timeout_s: float = Field(360, gt=0, le=_LONG)
     """How long a collective may hang in a start, a validation or a save. Above
     LXSCALE_STORE_DEADLINE, as a worker that waits for the store is waited for."""
 
@@ -334,8 +353,8 @@ def _in_words(error: ErrorDetails) -> str:
         "model_type": "keys are expected, as in {key: value}",
         "dict_type": "keys are expected, as in {key: value}",
     }.get(kind, error["msg"].replace("Input should", "should"))
-    shown = value is None or isinstance(value, str | bool | int | float)
-    return f"{key}: {expected}" + (f" (it is {json.dumps(value)})" if shown else "")
+    scalar = value is None or isinstance(value, str | bool | int | float)
+    return f"{key}: {expected}" + (f" (it is {json.dumps(value):.80})" if scalar else "")
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:

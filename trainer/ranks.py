@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from shards.processes import boot_id
 
 T = TypeVar("T")
 
@@ -15,6 +18,12 @@ def rank_and_world() -> tuple[int, int]:
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def ranks_of_node() -> int:
+    """How many of the ranks are on this rank's machine."""
+    here = f"{boot_id()} {socket.gethostname()}"
+    return gather_objects(here).count(here) if dist.is_initialized() else 1
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,7 @@ from trainer.data.loader import Loaded, MissingShard, RankSlice, load_steps
 from trainer.evaluate import Evaluation, evaluate, evaluation_bytes, without_gradient
 from trainer.model import build_model
 from trainer.progress import Progress
-from trainer.ranks import from_rank_0
+from trainer.ranks import from_rank_0, ranks_of_node
 from trainer.step.engine import build_engine, set_learning_rate
 from trainer.step.guard import diverged, skip_report
 from trainer.step.mixture import Mixture, plan_mixture
@@ -112,15 +112,16 @@ def start(config: RunConfig, claimant: Claimant) -> tuple[Run, TrainState]:
     url = setup.run_url(config)
     free = from_rank_0(lambda: check_free(url, claimant))
     data = setup.open_training_data(config)
-    sampler = data.sampler(config.sampler, config.run.seed)
+    before = from_rank_0(lambda: _generations(url))
+    order = setup.order_version(before)
+    sampler = data.sampler(config.sampler, config.run.seed, order)
     objectives = setup.resolve_objectives(config, data)
     validation = setup.open_validation_data(config, data)
-    batch = setup.batch_settings(config, data)
+    batch = setup.batch_settings(config, data, order)
     config = config.model_copy(update={"model": setup.resolve_model(config, data)})
-    before = from_rank_0(lambda: _generations(url))
     check_settings(before, config, objectives)
     engine, shapes = _engine(config, new=not before)
-    description = setup.describe(config, data, objectives, shapes)
+    description = setup.describe(config, data, objectives, shapes, order)
     now = description.data_state
     check_goes_on(before, url, shapes, now, config.checkpoint.override_data_state)
 
@@ -156,7 +157,7 @@ def start(config: RunConfig, claimant: Claimant) -> tuple[Run, TrainState]:
         config=config,
         url=url,
         attempt=attempt,
-        part=RankSlice(rank, world, config.train.accumulation),
+        part=RankSlice(rank, world, config.train.accumulation, ranks_of_node()),
         data=data,
         sampler=sampler,
         mixture=plan_mixture(sampler, data),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,12 @@ import yaml
 from model.config import ModelConfig
 from model.objectives import OBJECTIVES, objectives_of
 from shards.dataset import Dataset, open_dataset
+from shards.order.keys import VERSION, VERSIONS
 from shards.order.modes import MODES
-from shards.order.permutation import VERSION
 from shards.store import objects
 from shards.store.retry import Retry
 from trainer.checkpoint.format import RunDescription
+from trainer.checkpoint.generations import Generation
 from trainer.config import ConfigError, RunConfig
 from trainer.data.batch import BatchSettings, settings_of
 
@@ -44,7 +46,8 @@ def resolve_model(config: RunConfig, data: Dataset) -> ModelConfig:
     schema = data.manifest.schema
     fixed = {
         "vocab_size": schema.vocab_size,
-        "num_answers": data.manifest.answers.count,
+        # Without answers the head is one that nothing trains.
+        "num_answers": max(data.manifest.answers.count, 1),
         "feature_dim": schema.feature_dim,
     }
     if schema.labels:
@@ -110,9 +113,9 @@ def resolve_objectives(config: RunConfig, data: Dataset) -> dict[str, float]:
     return weights
 
 
-def batch_settings(config: RunConfig, data: Dataset) -> BatchSettings:
+def batch_settings(config: RunConfig, data: Dataset, order: int = VERSION) -> BatchSettings:
     masks = config.objectives
-    return settings_of(data, config.run.seed, masks.token_mask, masks.object_mask)
+    return settings_of(data, config.run.seed, masks.token_mask, masks.object_mask, order)
 
 
 def open_training_data(config: RunConfig) -> Dataset:
@@ -133,11 +136,19 @@ def open_validation_data(config: RunConfig, training: Dataset) -> Dataset | None
     return data
 
 
-def data_state(config: RunConfig, data: Dataset) -> dict[str, Any]:
-    """Everything that the stream of batches depends on, beside the sampler's integers."""
+def order_version(found: Sequence[Generation | str]) -> int:
+    """The version of the order that a run goes on with: that of its newest generation."""
+    newest = next((g.manifest for g in found if isinstance(g, Generation)), None)
+    version = newest.data_state.get("order") if newest else VERSION
+    return version if version in VERSIONS else VERSION
+
+
+def data_state(config: RunConfig, data: Dataset, order: int) -> dict[str, Any]:
+    """Everything that the stream of batches depends on, beside the sampler's integers. order: its
+    version."""
     state: dict[str, Any] = {
         "manifest": data.manifest.fingerprint,
-        "order": VERSION,
+        "order": order,
         "run.seed": config.run.seed,
         "data.weights": [p.weight for p in data.specs],
         "data.text": data.text,
@@ -153,14 +164,16 @@ def describe(
     data: Dataset,
     objectives: dict[str, float],
     shapes: dict[str, list[int]],
+    order: int,
 ) -> RunDescription:
-    """What every generation says of its run. config: with the model's resolved sizes."""
+    """What every generation says of its run. config: with the model's resolved sizes; order: the
+    version of its order."""
     return RunDescription(
         world_size=dist.get_world_size(),
         zero_stage=config.train.zero_stage,
         parameters=shapes,
         config=config.model_dump(mode="json"),
-        data_state=data_state(config, data),
+        data_state=data_state(config, data, order),
         objectives=objectives,
         vocab_sha256=data.manifest.vocab.sha256,
         answers_sha256=data.manifest.answers.sha256,

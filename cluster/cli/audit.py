@@ -6,12 +6,16 @@ import argparse
 
 from cluster.cli.common import CHECKPOINT, add_cache, verdict
 from cluster.cli.progress import shown_progress
+from shards.arguments import given_place
+from shards.urls import shown
 from trainer.audit import audit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", help=CHECKPOINT)
-    parser.add_argument("--data", nargs="+", metavar="URL", help="where its data sets are now")
+    parser.add_argument("run", type=given_place, help=CHECKPOINT)
+    parser.add_argument(
+        "--data", nargs="+", type=given_place, metavar="URL", help="where its data sets are now"
+    )
     add_cache(parser)
     parser.set_defaults(func=_audit)
 
@@ -20,5 +24,5 @@ def _audit(arguments: argparse.Namespace) -> int:
     with shown_progress() as progress:
         found = audit(arguments.run, arguments.data, arguments.cache, progress)
     for line in [*found.lines, *(f"problem: {p}" for p in found.problems)]:
-        print(line)
+        print(shown(line))
     return verdict(arguments.run, found.problems, "proved")

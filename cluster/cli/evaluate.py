@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from cluster.cli.common import CHECKPOINT, add_cache
+from shards.arguments import given_path, given_place, whole
 from trainer.export import evaluate_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help=CHECKPOINT)
-    parser.add_argument("--data", required=True, help="folder or URL of a data set")
+    parser.add_argument("checkpoint", type=given_place, help=CHECKPOINT)
+    parser.add_argument(
+        "--data", type=given_place, required=True, help="folder or URL of a data set"
+    )
     parser.add_argument("--blind", action="store_true", help="zero all features")
-    parser.add_argument("--batch", type=int, default=256, help="pairs per batch")
+    parser.add_argument("--batch", type=whole(1), default=256, help="pairs per batch")
     add_cache(parser)
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
-    parser.add_argument("--predictions", type=Path, help="write the predicted answers as JSON")
+    parser.add_argument(
+        "--predictions", type=given_path, help="write the predicted answers as JSON"
+    )
     parser.set_defaults(func=_evaluate)
 
 

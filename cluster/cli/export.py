@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 
 from cluster.cli.common import CHECKPOINT, out_place
+from shards.arguments import given_place
 from trainer.export import export_huggingface
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help=CHECKPOINT)
+    parser.add_argument("checkpoint", type=given_place, help=CHECKPOINT)
     parser.add_argument(
         "--out", type=out_place, required=True, metavar="URL", help="folder or s3://"
     )

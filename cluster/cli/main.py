@@ -6,9 +6,11 @@ import argparse
 import errno
 import importlib
 import sys
+from typing import NoReturn
 
 from cluster.cli.signals import Signals
 from cluster.cli.streams import open_closed_streams, reader_has_gone, say, silence, stdout_problem
+from shards.urls import shown
 
 # The module of each command offers `add_arguments(parser)`, which sets `func`: called with the
 # parsed arguments, it returns the exit status. A module is imported when its command is asked for:
@@ -59,9 +61,16 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors show no passwords."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(shown(message))
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments of a command line; a wrong one ends the process with status 2 and the usage."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lxscale", description="Pre-train LXMERT on a cluster and never lose a sample."
     )
     commands = parser.add_subparsers(dest="command", required=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 from functools import partial
-from pathlib import Path
 
 from cluster.cli import audit
-from cluster.cli.common import add_cache, at_least_one, out_place, positive, verdict
+from cluster.cli.common import add_cache, out_place, verdict
 from cluster.cli.plan import plan_report
 from cluster.cli.progress import shown_progress
 from cluster.cli.streams import say
+from shards.arguments import given_path, given_place, size, whole
 from shards.dataset import DatasetSpec, open_dataset
 from shards.format.answers import load_answers
 from shards.format.build import BuildSettings, build
@@ -21,6 +21,7 @@ from shards.format.verify import info, verify
 from shards.sources import SOURCES
 from shards.sources.easy_vqa import write_easy_vqa
 from shards.sources.source import Source
+from shards.urls import shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,19 +52,31 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
 def _add_build_arguments(parser: argparse.ArgumentParser, extractor: str) -> None:
     add = parser.add_argument
     add("--out", type=out_place, required=True, metavar="URL", help="folder or s3:// prefix")
-    add("--answers", type=Path, metavar="JSON", help="answer table (default: from the data)")
-    add("--min-answer-count", type=int, default=1, help="sentences that an answer needs for it")
+    add("--answers", type=given_path, metavar="JSON", help="answer table (default: from the data)")
+    add(
+        "--min-answer-count", type=whole(1), default=1, help="sentences that an answer needs for it"
+    )
     vocab = parser.add_mutually_exclusive_group().add_argument
-    vocab("--vocab", type=Path, metavar="TXT", help="vocab.txt (default: train one)")
+    vocab("--vocab", type=given_path, metavar="TXT", help="vocab.txt (default: train one)")
     vocab("--tokenizer", metavar="FOLDER", help="or a name: for Hugging Face's AutoTokenizer")
-    add("--vocab-size", type=int, default=30522, help="most tokens of a trained one")
+    add("--vocab-size", type=whole(1), default=30522, help="most tokens of a trained one")
     add("--name", help="name of the data set (default: the last part of --out)")
     add("--extractor", default=extractor, help="what made the features (default: %(default)s)")
-    add("--feature-dim", type=at_least_one, default=2048)
-    add("--max-tokens", type=int, default=20, help="with [CLS] and [SEP] (default: %(default)s)")
-    add("--shard-mb", type=positive, default=128, help="size of a shard (default: %(default)s MiB)")
-    add("--images-per-shard", type=at_least_one, help="a shard ends at so many, too")
-    add("--staging", type=Path, metavar="DIR", help="room for a build to object storage")
+    add("--feature-dim", type=whole(1, 1 << 20), default=2048)
+    add(
+        "--max-tokens",
+        type=whole(3, 1 << 16),
+        default=20,
+        help="with [CLS] and [SEP] (default: %(default)s)",
+    )
+    add(
+        "--shard-mb",
+        type=size(1 << 20),
+        default="128",
+        help="size of a shard (default: %(default)s MiB)",
+    )
+    add("--images-per-shard", type=whole(1), help="a shard ends at so many, too")
+    add("--staging", type=given_path, metavar="DIR", help="room for a build to object storage")
     add("--skip-bad", action="store_true", help="leave bad records out and report them")
     add("--overwrite", action="store_true", help="replace a data set at --out")
     add("--quiet", action="store_true", help="no progress")
@@ -78,7 +91,7 @@ def _build(source: Source, args: argparse.Namespace) -> int:
         vocab_size=args.vocab_size,
         answers=load_answers(args.answers) if args.answers else None,
         min_answer_count=args.min_answer_count,
-        shard_bytes=int(args.shard_mb * 2**20),
+        shard_bytes=args.shard_mb,
         images_per_shard=args.images_per_shard,
         max_tokens=args.max_tokens,
         overwrite=args.overwrite,
@@ -105,7 +118,7 @@ def _build(source: Source, args: argparse.Namespace) -> int:
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("url")
+    parser.add_argument("url", type=given_place)
     parser.set_defaults(func=_verify)
 
 
@@ -113,12 +126,12 @@ def _verify(args: argparse.Namespace) -> int:
     with shown_progress() as progress:
         problems = verify(args.url, progress)
     for problem in problems:
-        print(problem)
+        print(shown(problem))
     return verdict(args.url, problems, "whole")
 
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("url")
+    parser.add_argument("url", type=given_place)
     parser.set_defaults(func=_info)
 
 
@@ -129,29 +142,28 @@ def _info(args: argparse.Namespace) -> int:
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("url", nargs="+")
-    add("--window", nargs="+", type=int, default=[1, 4, 16, 0], metavar="SHARDS")
-    add("--sentences-per-visit", nargs="+", type=int, default=[1, 2, 4, 8], metavar="K")
-    add("--batch", type=int, default=256, help="pairs of a step")
-    add("--steps-ahead", type=int, default=8, help="loader workers x prefetch")
-    add("--cache-limit-gb", type=positive, help="GiB of the node's cache")
+    add("url", nargs="+", type=given_place)
+    add("--window", nargs="+", type=whole(0), default=[1, 4, 16, 0], metavar="SHARDS")
+    add("--sentences-per-visit", nargs="+", type=whole(1), default=[1, 2, 4, 8], metavar="K")
+    add("--batch", type=whole(1), default=256, help="pairs of a step")
+    add("--steps-ahead", type=whole(0), default=8, help="loader workers x prefetch")
+    add("--cache-limit-gb", type=size(1 << 30), help="GiB of the node's cache")
     add_cache(parser)
     parser.set_defaults(func=_plan)
 
 
 def _plan(args: argparse.Namespace) -> int:
     data = open_dataset([DatasetSpec(url) for url in args.url], args.cache)
-    limit = None if args.cache_limit_gb is None else int(args.cache_limit_gb * 2**30)
     windows = sorted(args.window, key=lambda w: w or len(data.manifest.shards) + 1)
     for line in plan_report(
-        data, windows, args.sentences_per_visit, args.batch, args.steps_ahead, limit
+        data, windows, args.sentences_per_visit, args.batch, args.steps_ahead, args.cache_limit_gb
     ):
         print(line, flush=True)
     return 0
 
 
 def _add_easy_vqa(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=given_path)
     parser.set_defaults(func=_easy_vqa)
 
 

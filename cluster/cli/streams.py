@@ -8,6 +8,8 @@ import select
 import sys
 from typing import TextIO
 
+from shards.urls import shown
+
 
 def open_closed_streams() -> None:
     """Open what the shell has closed (`>&-`): else the next file has its number, and what libraries
@@ -34,9 +36,9 @@ def stdout_problem() -> OSError | None:
 
 
 def say(line: str) -> None:
-    """A line on stderr, where that can be written."""
+    """A line on stderr, where that can be written; without passwords."""
     try:
-        print(line, file=sys.stderr, flush=True)
+        print(shown(line), file=sys.stderr, flush=True)
     except (OSError, ValueError):  # full, its reader gone; closed
         silence(sys.stderr)
 

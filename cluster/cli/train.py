@@ -6,13 +6,14 @@ import argparse
 
 from cluster.cli.common import add_run
 from cluster.launch import launch
+from shards.arguments import given_path
 from trainer.config import load_config
 from trainer.progress import format_metrics
 from trainer.setup import run_url
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="YAML file of the run")
+    parser.add_argument("config", type=given_path, help="YAML file of the run")
     add_run(parser)
     parser.set_defaults(func=_train)
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,9 @@ from shards.progress import Progress, no_progress
 from shards.store.stored import hash_file
 
 VOCAB, ANSWERS = "vocab.txt", "answers.json"
+# Records whose layouts are compared before the first is written, where bad ones are left out; they
+# are in memory at one time.
+_VOTERS = 100
 # Names of a data set's files but for the manifest; many a WebDataset has some of them, too.
 _OWNED = re.compile(
     r"shard-\d{6}\.(tar|table\.safetensors)|shards-\d{6}\.safetensors|vocab\.txt|answers\.json"
@@ -68,7 +73,8 @@ class BuildSettings:
     overwrite: bool = False
     """Replace a data set at the output."""
     skip_bad: bool = False
-    """Leave bad records out and report them."""
+    """Leave bad records out and report them. Which have the wrong layout (width of features, labels
+    or none), most of the first 100 good records decide, without this the first one."""
 
 
 @dataclass(frozen=True)
@@ -226,11 +232,25 @@ def _write_tars(job: _Job, records: Iterable[ImageRecord]) -> tuple[list[_Shard]
 def _checked(
     job: _Job, records: Iterable[ImageRecord]
 ) -> Iterator[tuple[Schema, ImageRecord, bytes]]:
-    """The good records with their JSON; the schema is the first record's."""
-    schema: Schema | None = None
+    """The good records with their JSON. The schema is the first record's; where bad ones are left
+    out, it is the one that most of the first good ones have (of as many, the earliest): a record
+    of garbage does not decide for the rest."""
+    left, first = iter(records), list[ImageRecord]()
+    for record in left:
+        try:
+            if job.settings.skip_bad:
+                check_record(record, _schema_of(record, job.settings))
+        except DataError as error:
+            job.report.add("bad image records", str(error))
+            continue
+        first.append(record)
+        if len(first) == (_VOTERS if job.settings.skip_bad else 1):
+            break
+    if not first:
+        return
+    schema = Counter(_schema_of(r, job.settings) for r in first).most_common(1)[0][0]
     keys: set[str] = set()
-    for record in records:
-        schema = schema or _schema_of(record, job.settings)
+    for record in chain(first, left):
         try:
             check_record(record, schema)
             key, text = record_key(record.image), _json(record)

@@ -8,7 +8,10 @@ need all deviations in intervals of length one, which sum to zero only for speci
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 
@@ -19,36 +22,58 @@ def shares_of(weights: Sequence[float | Fraction]) -> tuple[Fraction, ...]:
     return tuple(w / total for w in exact)
 
 
-def apportion(
-    shares: Sequence[Fraction], taken: Sequence[int], count: int, room: Sequence[int] | None = None
-) -> tuple[int, ...]:
+@dataclass(frozen=True)
+class Shares:
+    """Exact shares as integers over one denominator: arithmetic on them is fast."""
+
+    parts: tuple[int, ...]
+    whole: int
+
+    @classmethod
+    def of(cls, shares: Sequence[Fraction]) -> Shares:
+        whole = math.lcm(*(s.denominator for s in shares))
+        return cls(tuple(s.numerator * (whole // s.denominator) for s in shares), whole)
+
+
+def apportion(shares: Shares, taken: Sequence[int], count: int) -> tuple[int, ...]:
     """How many of the next `count` each gets, after `taken`: what is handed out in all follows the
-    shares by largest remainder. room: the most that each can take now."""
+    shares by largest remainder."""
     total = sum(taken) + count
-    return _fill([share * total for share in shares], taken, count, room)
+    return _fill([part * total for part in shares.parts], shares.whole, taken, count, None)
 
 
 def follow(
-    targets: Sequence[Fraction], taken: Sequence[int], count: int, room: Sequence[int]
+    share: Fraction, of: Sequence[int], taken: Sequence[int], count: int, room: Sequence[int]
 ) -> tuple[int, ...]:
-    """Like `apportion`, towards given totals: the nearest whole numbers that `room` admits and
-    that sum to `count` more than was taken."""
-    return _fill(list(targets), taken, count, room)
+    """Like `apportion`, towards a share of each of the totals `of`: the nearest whole numbers that
+    `room` admits and that sum to `count` more than was taken. room: the most that each can take."""
+    targets = [share.numerator * total for total in of]
+    return _fill(targets, share.denominator, taken, count, room)
 
 
 def _fill(
-    targets: list[Fraction], taken: Sequence[int], count: int, room: Sequence[int] | None
+    targets: list[int], whole: int, taken: Sequence[int], count: int, room: Sequence[int] | None
 ) -> tuple[int, ...]:
+    """targets: totals to come near to, in parts of `whole`."""
     low = list(taken)
     high = [t + (count if room is None else room[i]) for i, t in enumerate(taken)]
-    out = [min(max(int(t), a), b) for t, a, b in zip(targets, low, high, strict=True)]
+    out = [min(max(t // whole, a), b) for t, a, b in zip(targets, low, high, strict=True)]
     left = sum(taken) + count - sum(out)
-    while left:  # fewer rounds than takers, but where shares have just changed
-        step = 1 if left > 0 else -1
-        free = [i for i, n in enumerate(out) if (n < high[i] if left > 0 else n > low[i])]
-        chosen = max(free, key=lambda i: step * (targets[i] - out[i]))
-        out[chosen] += step
-        left -= step
+    step = 1 if left > 0 else -1
+    # Who is furthest from its target comes first, of equals the first one.
+    waiting = [
+        (-step * (targets[i] - n * whole), i)
+        for i, n in enumerate(out)
+        if (n < high[i] if left > 0 else n > low[i])
+    ]
+    heapq.heapify(waiting)
+    for _ in range(abs(left)):
+        distance, i = waiting[0]
+        out[i] += step
+        if out[i] < high[i] if step > 0 else out[i] > low[i]:
+            heapq.heapreplace(waiting, (distance + whole, i))
+        else:
+            heapq.heappop(waiting)
     return tuple(n - t for n, t in zip(out, taken, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""What comes when: which shards the streams of a sampler need next, and how many bytes at once.
+"""What comes when: which shards a process uses, which it will, and how many bytes at once.
 
 Time is counted in pairs of the run. `behind` is by how many pairs other processes of the node may
 be behind a state: what they use is in use.
@@ -6,77 +6,206 @@ be behind a state: what they use is in use.
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 from shards.order.draws import I64
+from shards.order.epoch_order import EpochOrder
 from shards.order.sampler import Sampler, SamplerState
 
+IN_USE = -1.0
+"""The time of what is in use."""
 
-def next_use(sampler: Sampler, state: SamplerState, behind: int = 0) -> NDArray[np.float64]:
-    """For each shard, pairs that will be consumed before its next window begins, f64 (shards,).
 
-    0 for the shards of the windows that the streams stand in, -1 for those that were left less
-    than `behind` pairs ago, where others may still be; inf for shards that no stream visits.
+@dataclass
+class _Standing:
+    """Where a stream stands."""
+
+    order: EpochOrder
+    epoch: int
+    window: int
+    end: int
+    """The stream's position at which it leaves the window."""
+    left: NDArray[np.int64]
+    """Shards that it left less than `behind` pairs ago."""
+    left_until: int
+    """The stream's position at which there are fewer of these."""
+
+
+class Future:
+    """The shards to come, for a process that goes through the steps from some state on.
+
+    lanes: [first, last) of the process; behind: pairs; total: of the run. What is asked costs
+    little beside the shards it names, and nothing is made for shards that are not asked for.
     """
-    out = np.full(len(sampler.streams[0].sizes), np.inf)
-    left = np.zeros(len(out), dtype=bool)
-    for stream, cursor, rate in zip(sampler.streams, state.cursors, sampler.rates(), strict=True):
-        back = max(cursor - int(behind * rate), 0)
-        for epoch in range(back // stream.pairs, cursor // stream.pairs + 2):
-            order = sampler.order(stream, epoch)
-            edges = epoch * stream.pairs + order.window_start()
-            window_of = np.arange(len(order.shard_order)) // order.window
-            begin, end = edges[window_of], edges[window_of + 1]
-            shards = order.shard_order
-            left[shards[(end > back) & (end <= cursor)]] = True
-            due = np.where(end > cursor, np.maximum(begin - cursor, 0) / max(rate, 1e-12), np.inf)
-            out[shards] = np.minimum(out[shards], due)
-    return np.where(left & (out > 0), -1.0, out)
+
+    def __init__(self, sampler: Sampler, lanes: tuple[int, int], behind: int, total: int) -> None:
+        self._sampler, self._lanes, self._behind, self._total = sampler, lanes, behind, total
+        self._standing: list[_Standing] = []
+        self._begin: list[float] = []
+        self._skipped: I64 = np.zeros(0, dtype=np.int64)
+        self._consumed = 0
+        self._place_of: dict[tuple[int, int], NDArray[np.int32]] = {}
+
+    def at(self, state: SamplerState) -> bool:
+        """Go to a state. Whether a stream has entered a window since, or left one for good."""
+        fresh = not self._standing
+        changed = fresh or len(state.skipped) != len(self._skipped)
+        rates = self._sampler.rates
+        for i, cursor in enumerate(state.cursors):
+            back = max(cursor - int(self._behind * rates[i]), 0)
+            if fresh:
+                self._standing.append(self._stand(i, cursor, back))
+                continue
+            here = self._standing[i]
+            if cursor >= here.end or back >= here.left_until:
+                self._standing[i] = self._stand(i, cursor, back)
+                changed = True
+        if changed:
+            self._consumed = state.consumed
+            self._skipped = np.asarray(state.skipped_shards, dtype=np.int64)
+            # The time of a stream's position 0, by the shares.
+            self._begin = [
+                state.consumed - c / max(r, 1e-12)
+                for c, r in zip(state.cursors, rates, strict=True)
+            ]
+            held = {(i, s.epoch + n) for i, s in enumerate(self._standing) for n in (0, 1)}
+            self._place_of = {k: v for k, v in self._place_of.items() if k in held}
+        return changed
+
+    def _stand(self, stream: int, cursor: int, back: int) -> _Standing:
+        pairs = self._sampler.streams[stream].pairs
+        epoch, position = divmod(cursor, pairs)
+        order = self._sampler.order(stream, epoch)
+        window = order.window_of(position)
+        end = epoch * pairs + order.begin(window + 1)
+        left, until = [np.zeros(0, dtype=np.int64)], end + (cursor - back)
+        e, position = divmod(back, pairs)
+        before = self._sampler.order(stream, e)
+        w = before.window_of(position)
+        if (e, w) != (epoch, window):
+            until = e * pairs + before.begin(w + 1)
+        while (e, w) != (epoch, window):
+            left.append(before.lane_shards(w, 0, before.lanes))
+            w += 1
+            if w == before.windows:
+                e, w = e + 1, 0
+                before = self._sampler.order(stream, e)
+        return _Standing(order, epoch, window, end, np.concatenate(left), until)
+
+    # --- what is asked --------------------------------------------------------------------------
+
+    def now(self) -> I64:
+        """The shards that this process uses, rising."""
+        found = [s.order.lane_shards(s.window, *self._lanes) for s in self._standing]
+        return np.unique(np.concatenate(found))
+
+    def due(self, shards: I64) -> NDArray[np.float64]:
+        """When each shard is needed next by any process of the run; IN_USE where it is in use, or
+        may be by processes that are behind; infinity where it is not needed again."""
+        out = np.full(len(shards), np.inf)
+        rates = self._sampler.rates
+        in_use = np.zeros(len(shards), dtype=bool)
+        for i, here in enumerate(self._standing):
+            place = self._places(i, here.epoch)[shards]
+            mine = np.flatnonzero(place >= 0)
+            if not len(mine):
+                continue
+            window = place[mine] // here.order.window
+            pairs = self._sampler.streams[i].pairs
+            position = np.empty(len(mine), dtype=np.int64)
+            later = window > here.window
+            starts = here.order.start
+            position[later] = here.epoch * pairs + starts[window[later] * here.order.window]
+            gone = np.flatnonzero(window < here.window)
+            if len(gone):
+                after = self._sampler.order(i, here.epoch + 1)
+                at = self._places(i, here.epoch + 1)[shards[mine[gone]]] // after.window
+                position[gone] = (here.epoch + 1) * pairs + after.start[at * after.window]
+            when = self._begin[i] + position / max(rates[i], 1e-12)
+            now = window == here.window
+            if self._lanes == (0, here.order.lanes):
+                in_use[mine[now]] = True
+            else:
+                own = here.order.lane_shards(here.window, *self._lanes)
+                in_use[mine[now]] |= np.isin(shards[mine[now]], own)
+            # Other lanes' may be in use, too, but perhaps on other nodes.
+            when[now] = self._consumed
+            out[mine] = np.minimum(out[mine], when)
+            if len(here.left):
+                in_use |= np.isin(shards, here.left)
+        out[out >= self._total] = np.inf
+        out[in_use] = IN_USE
+        out[np.isin(shards, self._skipped)] = np.inf
+        return out
+
+    def upcoming(self) -> Iterator[tuple[int, float, bool]]:
+        """(shard, when, soon) of the process's shards in the order of need, until the run's end; 0
+        for those in use. soon: a stream is in its window, or enters it next. A shard may come more
+        than once."""
+        streams = [self._of_stream(i, here) for i, here in enumerate(self._standing)]
+        skipped = set(self._skipped.tolist())
+        for when, _, soon, shards in heapq.merge(*streams):
+            for shard in shards:
+                if shard not in skipped:
+                    yield shard, when, soon
+
+    def _of_stream(
+        self, stream: int, here: _Standing
+    ) -> Iterator[tuple[float, int, bool, Sequence[int]]]:
+        order, epoch, window = here.order, here.epoch, here.window
+        pairs, rate = self._sampler.streams[stream].pairs, self._sampler.rates[stream]
+        yield 0.0, stream, True, order.lane_shards(window, *self._lanes).tolist()
+        # While others may be in the window before, the next one's shards displace none: those of
+        # the one before may be due last.
+        soon = not len(here.left)
+        while rate:
+            window += 1
+            if window == order.windows:
+                epoch, window = epoch + 1, 0
+                order = self._sampler.order(stream, epoch)
+            when = self._begin[stream] + (epoch * pairs + order.begin(window)) / rate
+            if when >= self._total:
+                return
+            yield when, stream, soon, order.lane_shards(window, *self._lanes).tolist()
+            soon = False
+
+    def _places(self, stream: int, epoch: int) -> NDArray[np.int32]:
+        """The place of every shard in an epoch of a stream; -1 for those that have none."""
+        found = self._place_of.get((stream, epoch))
+        if found is None:
+            order = self._sampler.order(stream, epoch)
+            found = np.full(len(self._sampler.streams[stream].sizes), -1, dtype=np.int32)
+            found[order.shard_order] = np.arange(len(order.shard_order), dtype=np.int32)
+            self._place_of[stream, epoch] = found
+        return found
 
 
-def next_windows(sampler: Sampler, state: SamplerState, behind: int = 0) -> NDArray[np.bool_]:
-    """Which shards are in the window that a stream enters next, bool (shards,).
+def working_set(
+    sampler: Sampler, shard_bytes: I64, in_flight: int, ranks: int = 1, world: int = 1
+) -> int:
+    """Bytes of the shards that steps in flight can need at once on a node, at most: of every stream
+    the windows that `in_flight` consecutive pairs can touch, or the node's part of them.
 
-    None of a stream that left its last window less than `behind` pairs ago: that one's shards are
-    still in use, and may be those that are due last.
+    ranks: of the `world` ranks, how many are on the node.
     """
-    out = np.zeros(len(sampler.streams[0].sizes), dtype=bool)
-    for stream, cursor, rate in zip(sampler.streams, state.cursors, sampler.rates(), strict=True):
-        epoch, position = divmod(cursor, stream.pairs)
-        order = sampler.order(stream, epoch)
-        now = order.window_of(position)
-        edges = order.window_start()
-        if cursor and position - int(behind * rate) < edges[now]:
-            continue
-        if now + 2 == len(edges):
-            order, now = sampler.order(stream, epoch + 1), -1
-        out[order.shard_order[(now + 1) * order.window : (now + 2) * order.window]] = True
-    return out
-
-
-def windows_at(sampler: Sampler, state: SamplerState, behind: int = 0) -> tuple[int, ...]:
-    """Which windows the streams stand in and have left less than `behind` pairs ago: `next_use` is
-    another only when these are."""
-    out: list[int] = []
-    for stream, cursor, rate in zip(sampler.streams, state.cursors, sampler.rates(), strict=True):
-        for at in (cursor, max(cursor - int(behind * rate), 0)):
-            epoch, position = divmod(at, stream.pairs)
-            order = sampler.order(stream, epoch)
-            out += [epoch, order.window_of(position)]
-    return tuple(out)
-
-
-def working_set(sampler: Sampler, shard_bytes: I64, in_flight: int) -> int:
-    """Bytes of the shards that steps in flight can need at once, at most: of every stream the
-    windows that `in_flight` consecutive pairs can touch."""
     total = 0
-    for stream, rate in zip(sampler.streams, sampler.rates(), strict=True):
+    lanes = sampler.settings.lanes
+    for stream, rate in zip(sampler.streams, sampler.rates, strict=True):
         visited = np.flatnonzero(stream.sizes)
         window = sampler.settings.window or len(visited)
         pairs = int(in_flight * rate) + 1
         smallest = int(np.sort(stream.sizes[visited])[:window].sum())
-        shards = window * (2 + pairs // max(smallest, 1))
+        windows = 2 + pairs // max(smallest, 1)
+        # Whole lanes of each rank, which begin and end within a shard.
+        share = min(1.0, ranks * -(-lanes // world) / lanes)
+        largest = stream.sizes.max() * window / max(smallest, 1)
+        part = window if share == 1.0 else int(window * share * largest) + 1 + 2 * ranks
+        shards = min(window, part) * windows
         # An epoch's last window may be smaller, and then all of it lies between two others.
         shards += len(visited) % window * (1 + pairs // stream.pairs)
         total += int(np.sort(shard_bytes[visited])[::-1][:shards].sum())

@@ -8,23 +8,22 @@ holds the state holds the future.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.order.apportionment import apportion, follow, next_taker
-from shards.order.draws import I64, chance, draw, fold
+from shards.order.apportionment import Shares, apportion, follow, next_taker
+from shards.order.draws import I64, U64, chance, draw
+from shards.order.epoch_order import EpochOrder, Span, Windows, epoch_order
+from shards.order.keys import VERSION, arrange_key, match_key
 from shards.order.modes import MODES
 from shards.order.modes.base import Family
-from shards.order.permutation import EpochOrder, epoch_order
 from shards.order.settings import SamplerSettings
 from shards.order.streams import Contents, Stream, streams_of
-
-# Purposes of draws: part of every key, so that no two uses of a pair's randomness coincide.
-PURPOSE_MATCH, PURPOSE_ARRANGE = 1, 2
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,9 @@ class Plan:
     offset: I64
     """Its place in the step."""
     window: I64
+    """Of its epoch."""
     lane: I64
+    """Of its window."""
     masks: bool = True
     """Whether words and objects of the step are masked."""
 
@@ -117,9 +118,17 @@ class _Takes:
     """How many of them, where that is exact."""
 
 
-@lru_cache(maxsize=16)
-def _stream_epoch(stream: Stream, seed: int, epoch: int, window: int, k: int) -> EpochOrder:
-    return epoch_order(stream.sizes, seed, epoch, window, stream.key, k)
+@dataclass(frozen=True)
+class _Here:
+    """The windows that steps of a family are in."""
+
+    windows: Windows
+    begin: tuple[int, ...]
+    """Positions of the family's streams, from here"""
+    end: tuple[int, ...]
+    """to here."""
+    first: I64
+    """Number of the first window of each stream of the sampler."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,19 +142,48 @@ class Sampler:
     seed: int
     families: tuple[Family, ...]
     streams: tuple[Stream, ...]
+    version: int = VERSION
+    """Of the order (keys.py)."""
+    _orders: dict[tuple[int, int], EpochOrder] = field(default_factory=dict, repr=False)
+    """By (stream, epoch): those used last, two for each stream."""
+    _here: dict[int, _Here] = field(default_factory=dict, repr=False)
+    """By family."""
+
+    def __reduce__(self) -> Any:
+        return Sampler, (self.settings, self.seed, self.families, self.streams, self.version)
 
     def start(self) -> SamplerState:
         zeros = (0,) * len(self.streams)
         return SamplerState(0, zeros, zeros, (0,) * (1 + max(s.family for s in self.streams)))
 
-    def order(self, stream: Stream, epoch: int) -> EpochOrder:
-        """The order of one epoch of a stream."""
-        visit = self.settings.sentences_per_visit
-        return _stream_epoch(stream, self.seed, epoch, self.settings.window, visit)
+    def order(self, stream: int, epoch: int) -> EpochOrder:
+        """The order of one epoch of a stream, by its number."""
+        found = self._orders.pop((stream, epoch), None)
+        if found is None:
+            of, settings = self.streams[stream], self.settings
+            found = epoch_order(
+                of.sizes,
+                self.seed,
+                epoch,
+                settings.window,
+                of.key,
+                settings.sentences_per_visit,
+                settings.lanes,
+                self.version,
+            )
+        self._orders[stream, epoch] = found
+        if len(self._orders) > 2 * len(self.streams):
+            del self._orders[next(iter(self._orders))]
+        return found
 
-    def rates(self) -> list[float]:
+    def neighbourhood(self, stream: int, epoch: int, window: int, lane: int) -> I64:
+        """The shards that a lane of a window has pairs of."""
+        return self.order(stream, epoch).lane_shards(window, lane, lane + 1)
+
+    @cached_property
+    def rates(self) -> tuple[float, ...]:
         """Pairs of each stream per pair consumed, in the long run."""
-        return [float(s.share * self.families[s.family].share) for s in self.streams]
+        return tuple(float(s.share * self.families[s.family].share) for s in self.streams)
 
     # --- steps ----------------------------------------------------------------------------------
 
@@ -188,62 +226,142 @@ class Sampler:
     def _takes(self, state: SamplerState, count: int) -> _Takes:
         """What the next step of `count` pairs takes from each stream of its family."""
         family = self._family(state)
-        chosen = [i for i, s in enumerate(self.streams) if s.family == family]
+        chosen, shares = self._of_family[family]
         cursors = [state.cursors[i] for i in chosen]
-        shares = [self.streams[i].share for i in chosen]
         takes = apportion(shares, cursors, count) if len(chosen) > 1 else (count,)
         if self.families[family].mismatch != "exact":
             return _Takes(chosen, takes, (0,) * len(chosen))
         before = [state.mismatched[i] for i in chosen]
         share = Fraction(str(self.settings.mismatch))
-        bad = apportion((share, 1 - share), (sum(before), sum(cursors) - sum(before)), count)[0]
-        targets = [share * (c + t) for c, t in zip(cursors, takes, strict=True)]
-        return _Takes(chosen, takes, follow(targets, before, bad, takes))
+        two = Shares.of((share, 1 - share))
+        bad = apportion(two, (sum(before), sum(cursors) - sum(before)), count)[0]
+        after = [c + t for c, t in zip(cursors, takes, strict=True)]
+        return _Takes(chosen, takes, follow(share, after, before, bad, takes))
+
+    @cached_property
+    def _of_family(self) -> list[tuple[list[int], Shares]]:
+        """Of each family the streams, and their shares of its pairs."""
+        out = []
+        for family in range(len(self.families)):
+            chosen = [i for i, s in enumerate(self.streams) if s.family == family]
+            out.append((chosen, Shares.of([self.streams[i].share for i in chosen])))
+        return out
 
     # --- pairs ----------------------------------------------------------------------------------
 
-    def plan(self, step: Step, begin: int = 0, end: int | None = None) -> Plan:
-        """Pairs [begin, end) of a step."""
-        end = step.count if end is None else end
+    def plan(self, step: Step) -> Plan:
+        """All pairs of a step."""
+        return self.slice(step, 0, 1)
+
+    def slice(self, step: Step, rank: int, world: int) -> Plan:
+        """The pairs of a step that one of `world` ranks trains on, in the step's order: those of
+        its lanes. A rank has neighbouring lanes, with all of their pairs where there are as many
+        lanes as ranks, and else an even part of these."""
         state, takes = step.before, self._takes(step.before, step.count)
-        family, offset = self.families[self._family(state)], np.arange(begin, end)
+        number = self._family(state)
+        family, here = self.families[number], self._windows(number, state, takes)
         if len(takes.streams) == 1 and family.mismatch == "coin":
-            (only,) = takes.streams
-            stream_of = np.full(end - begin, only)
-            position = state.cursors[only] + offset
-            mismatched = np.zeros(end - begin, dtype=bool)
+            stream_of = np.full(step.count, takes.streams[0])
+            position = state.cursors[takes.streams[0]] + np.arange(step.count)
+            mismatched = np.zeros(step.count, dtype=bool)
         else:
-            stream_of, position, mismatched = self._arrange(state, takes, begin, end)
-        epoch, shard, index = (np.empty(end - begin, dtype=np.int64) for _ in range(3))
-        for i in takes.streams:
-            rows = np.flatnonzero(stream_of == i) if len(takes.streams) > 1 else slice(None)
-            found = self._locate(self.streams[i], position[rows])
-            epoch[rows], shard[rows], index[rows] = found
-            if family.mismatch == "coin":
-                mismatched[rows] = self._coin(self.streams[i], *found)
-        dataset = np.asarray([s.dataset for s in self.streams])[stream_of]
-        window = np.zeros_like(epoch)
-        for i, e in set(zip(stream_of.tolist(), epoch.tolist())):
-            rows = (stream_of == i) & (epoch == e)
-            o = self.order(self.streams[i], e)
-            inverse = np.zeros(int(o.shard_order.max()) + 1, dtype=np.int64)
-            inverse[o.shard_order] = np.arange(len(o.shard_order))
-            window[rows] = inverse[shard[rows]] // o.window
-        lane = np.zeros_like(epoch)
+            stream_of, position, mismatched = self._arrange(state, takes)
+        windows, which = here.windows, here.first[stream_of]
+        while (beyond := position >= windows.end[which]).any():
+            which = which + beyond
+        local = position - windows.begin[which]
+        offset = np.arange(step.count)
+        if world > 1:
+            offset = self._of_rank(windows.lane_of(which, local), rank, world)
+            stream_of, which, local = stream_of[offset], which[offset], local[offset]
+            mismatched = mismatched[offset]
+        shard, index, lane = windows.locate(which, local)
+        epoch = windows.epoch[which]
+        if family.mismatch == "coin":
+            draws = draw(self._match_keys[stream_of], epoch, shard, index)
+            mismatched = chance(draws, self.settings.mismatch)
         return Plan(
-            stream_of, dataset, epoch, shard, index, mismatched, offset, window, lane, family.masks
+            stream=stream_of,
+            dataset=self._dataset_of[stream_of],
+            epoch=epoch,
+            shard=shard,
+            index=index,
+            mismatched=mismatched,
+            offset=offset,
+            window=windows.window[which],
+            lane=lane,
+            masks=family.masks,
         )
 
-    def neighbourhood(self, stream: int, epoch: int, window: int, lane: int) -> I64:
-        order = self.order(self.streams[stream], epoch)
-        return order.shard_order[window * order.window : (window + 1) * order.window]
+    def lanes_of(self, rank: int, world: int) -> tuple[int, int]:
+        """The lanes that a rank takes pairs of: [first, last)."""
+        lanes = self.settings.lanes
+        if lanes < world:
+            return rank * lanes // world, rank * lanes // world + 1
+        return lanes * rank // world, lanes * (rank + 1) // world
 
-    def _arrange(
-        self, state: SamplerState, takes: _Takes, begin: int, end: int
-    ) -> tuple[I64, I64, NDArray[np.bool_]]:
-        """How a step mixes its streams: for its pairs [begin, end) the stream, the position in
-        it, and whether the pair is mismatched."""
-        key = fold(self.seed, state.consumed, PURPOSE_ARRANGE)
+    def _of_rank(self, lane: I64, rank: int, world: int) -> I64:
+        """Which of a step's pairs, of these lanes, are a rank's."""
+        first, last = self.lanes_of(rank, world)
+        rows = np.flatnonzero((lane >= first) & (lane < last))
+        lanes = self.settings.lanes
+        if lanes >= world:
+            return rows
+        # The ranks that share the lane: those r with r * lanes // world == first.
+        begin, end = -(-first * world // lanes), -(-last * world // lanes)
+        part, parts = rank - begin, end - begin
+        return rows[len(rows) * part // parts : len(rows) * (part + 1) // parts]
+
+    def _windows(self, family: int, state: SamplerState, takes: _Takes) -> _Here:
+        """The windows of a step's pairs; those of the step before, where they are the same."""
+        begin = tuple(state.cursors[i] for i in takes.streams)
+        end = tuple(b + n for b, n in zip(begin, takes.pairs, strict=True))
+        here = self._here.get(family)
+        if here is not None and all(
+            a <= b and d <= e for a, b, d, e in zip(here.begin, begin, end, here.end, strict=True)
+        ):
+            return here
+        spans: list[Span] = []
+        first = np.zeros(len(self.streams), dtype=np.int64)
+        begins, ends = [], []
+        for i, a, b in zip(takes.streams, begin, end, strict=True):
+            first[i] = len(spans)
+            spans += self._spans(i, a, b)
+            begins.append(spans[int(first[i])].begin)
+            ends.append(spans[-1].begin + _pairs(spans[-1]))
+        here = _Here(Windows(spans), tuple(begins), tuple(ends), first)
+        self._here[family] = here
+        return here
+
+    def _spans(self, stream: int, begin: int, end: int) -> list[Span]:
+        """The windows of a stream's positions [begin, end), one at least."""
+        out = []
+        pairs = self.streams[stream].pairs
+        while True:
+            epoch, position = divmod(begin, pairs)
+            order = self.order(stream, epoch)
+            window = order.window_of(position)
+            first = epoch * pairs + order.begin(window)
+            out.append(Span(order, window, stream, epoch, first))
+            begin = epoch * pairs + order.begin(window + 1)
+            if begin >= end:
+                return out
+
+    @cached_property
+    def _match_keys(self) -> U64:
+        """Of each stream's coins: whether a pair is mismatched, no other pair and no batch
+        decides."""
+        keys = [match_key(self.version, self.seed, s.key) for s in self.streams]
+        return np.asarray(keys, dtype=np.uint64)
+
+    @cached_property
+    def _dataset_of(self) -> I64:
+        return np.asarray([s.dataset for s in self.streams], dtype=np.int64)
+
+    def _arrange(self, state: SamplerState, takes: _Takes) -> tuple[I64, I64, NDArray[np.bool_]]:
+        """How a step mixes its streams: for each of its pairs the stream, the position in it, and
+        whether the pair is mismatched."""
+        key = arrange_key(self.version, self.seed, state.consumed)
         # The step's pairs, counted through its streams: `ends` is where each stream's pairs end.
         pairs = np.asarray(takes.pairs, dtype=np.int64)
         ends, every = np.cumsum(pairs), np.arange(sum(takes.pairs))
@@ -254,31 +372,20 @@ class Sampler:
             if bad:
                 first = last - count
                 mismatched[first + np.argsort(rank[first:last], kind="stable")[:bad]] = True
-        order = np.argsort(draw(key, every, 1), kind="stable")[begin:end]
+        order = np.argsort(draw(key, every, 1), kind="stable")
         which = np.searchsorted(ends, order, side="right")
         starts = np.asarray([state.cursors[i] for i in takes.streams]) - (ends - pairs)
         return np.asarray(takes.streams)[which], starts[which] + order, mismatched[order]
 
-    def _locate(self, stream: Stream, position: I64) -> tuple[I64, I64, I64]:
-        """Positions of a stream -> (epoch, shard, index)."""
-        epoch = position // stream.pairs
-        first = int(epoch.min(initial=0)) if len(epoch) else 0
-        last = int(epoch.max(initial=0))
-        shard, index = np.empty_like(position), np.empty_like(position)
-        for e in range(first, last + 1):
-            rows = slice(None) if first == last else np.flatnonzero(epoch == e)
-            order = self.order(stream, e)
-            shard[rows], index[rows] = order.locate(position[rows] - e * stream.pairs)
-        return epoch, shard, index
 
-    def _coin(self, stream: Stream, epoch: I64, shard: I64, index: I64) -> NDArray[np.bool_]:
-        """Whether a pair is mismatched, which no other pair and no batch decides."""
-        key = fold(self.seed, stream.key, PURPOSE_MATCH)
-        return chance(draw(key, epoch, shard, index), self.settings.mismatch)
+def _pairs(span: Span) -> int:
+    return span.order.begin(span.window + 1) - span.order.begin(span.window)
 
 
-def make_sampler(settings: SamplerSettings, seed: int, contents: Contents) -> Sampler:
+def make_sampler(
+    settings: SamplerSettings, seed: int, contents: Contents, version: int = VERSION
+) -> Sampler:
     """The sampler of a data set. Raises DataError where the settings ask for pairs that there are
     none of."""
     families = MODES[settings.mode](settings)
-    return Sampler(settings, seed, families, streams_of(settings, families, contents))
+    return Sampler(settings, seed, families, streams_of(settings, families, contents), version)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.order.draws import I64
-from shards.order.permutation import EpochOrder
+from shards.order.epoch_order import EpochOrder
 
 _F64 = NDArray[np.float64]
 

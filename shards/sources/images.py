@@ -29,12 +29,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from shards.arguments import given_name, given_path, whole
 from shards.errors import DataError
 from shards.format.record import ImageRecord, Report, Sentence, check_sentence
 from shards.json_files import read_list
 from shards.processes import end_with_parent, make_home, without_signals
 from shards.progress import Progress, no_progress
-from shards.sources.source import Source, given_name
+from shards.sources.source import Source
 
 EXTRACTOR = "grid-colour-hog-2"  # change the number with anything that changes a feature
 
@@ -275,11 +276,11 @@ def _describe_files(
 
 def _add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--images", required=True, type=Path, metavar="DIR")
-    add("--sentences", required=True, type=Path, metavar="JSON")
-    add("--boxes", type=int, default=36, help=f"boxes a picture: {sorted(LAYOUTS)}")
+    add("--images", required=True, type=given_path, metavar="DIR")
+    add("--sentences", required=True, type=given_path, metavar="JSON")
+    add("--boxes", type=whole(1), default=36, help=f"boxes a picture: {sorted(LAYOUTS)}")
     add("--source", type=given_name, default="images", help="set of sentences that name none")
-    add("--workers", type=int, help="processes (default: one per core)")
+    add("--workers", type=whole(0), help="processes (default: one per core)")
 
 
 def _read(args: Namespace, report: Report, progress: Progress) -> Iterator[ImageRecord]:

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from shards.format.record import ImageRecord, Report
 from shards.progress import Progress
-
-
-def given_name(text: str) -> str:
-    """The type of an argument that names something."""
-    if not text.strip():
-        raise ArgumentTypeError("it is empty: give a name, or leave the option out")
-    return text
 
 
 @dataclass(frozen=True)

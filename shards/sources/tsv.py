@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.arguments import given_path
 from shards.errors import DataError
 from shards.format.record import ImageRecord, Labels, Report
 from shards.progress import Progress, no_progress
@@ -234,8 +235,8 @@ def _array(row: dict[str, bytes], column: str, dtype: str, n: int, width: int) -
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--features", nargs="+", required=True, type=Path, metavar="TSV")
-    parser.add_argument("--sentences", nargs="+", required=True, type=Path, metavar="JSON")
+    parser.add_argument("--features", nargs="+", required=True, type=given_path, metavar="TSV")
+    parser.add_argument("--sentences", nargs="+", required=True, type=given_path, metavar="JSON")
 
 
 def _read(args: Namespace, report: Report, progress: Progress) -> Iterator[ImageRecord]:

@@ -15,13 +15,14 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.arguments import given_name, given_place
 from shards.errors import DataError
 from shards.format.record import ImageRecord, Labels, Report, Sentence, check_sentence
 from shards.progress import Progress, no_progress
 from shards.sources import checks, tars
 from shards.sources.checks import Expected, PartError, checked
 from shards.sources.members import LABEL_COLUMNS, check_place, lowered, value_at
-from shards.sources.source import Source, given_name
+from shards.sources.source import Source
 
 
 @dataclass(frozen=True)
@@ -296,7 +297,14 @@ def _rows(suffix: str, value: Any, part: str, width: int) -> NDArray:
 
 def _add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--tars", nargs="+", required=True, metavar="URL", help="paths, s3:// URLs, {000..009}")
+    add(
+        "--tars",
+        nargs="+",
+        type=given_place,
+        required=True,
+        metavar="URL",
+        help="paths, s3:// URLs, {000..009}",
+    )
     for name, part in PARTS.items():
         flag, default = f"--{name.replace('_', '-')}", ", ".join(part.places)
         add(flag, metavar="SUFFIX[:NAME]", help=f"{part.help} (default: {default})")

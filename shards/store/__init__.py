@@ -1,5 +1,6 @@
 """Bytes: folders and S3, and the node's cache of what is there.
 
+places.py      what a URL names, checked before a store is asked
 s3.py          a process's connections to S3
 retry.py       which faults are tried again, for how long
 objects.py     whole files by URL, in a folder or on S3

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import hashlib
 import json
 import logging
@@ -31,9 +30,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shards.errors import DataError
+from shards.processes import boot_id
 from shards.store import objects
 from shards.store.atomic import written_whole
 from shards.store.locks import BusyError, failed_since, locked, note, unlock
+from shards.store.places import expanded
 from shards.store.retry import Retry
 from shards.store.stored import HashingFile, StoredFile, hash_file
 
@@ -63,7 +64,7 @@ class FullError(DataError):
 def default_cache() -> Path:
     """LXSCALE_CACHE, or lxscale in the user's cache folder."""
     if given := os.environ.get("LXSCALE_CACHE"):
-        return Path(given)
+        return Path(expanded(given))
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "lxscale"
 
@@ -317,13 +318,7 @@ def _marker_text(entry: _Entry, status: os.stat_result | None = None) -> str:
     s = status or entry.path.stat()
     # No program can set ctime: a change that puts mtime back is still seen.
     times = [s.st_mtime_ns, s.st_ctime_ns]
-    return json.dumps([_boot(), str(entry.path), s.st_size, *times, s.st_ino, entry.file.sha256])
-
-
-@functools.cache
-def _boot() -> str:
-    """A name of this start of the machine; every start has another."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return json.dumps([boot_id(), str(entry.path), s.st_size, *times, s.st_ino, entry.file.sha256])
 
 
 def _name_of(path: Path) -> str:

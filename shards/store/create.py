@@ -14,6 +14,7 @@ from typing import Any
 from shards.errors import DataError, NotFoundError
 from shards.store import objects
 from shards.store.atomic import flush
+from shards.store.places import bucket_and_key
 from shards.store.retry import Retry, answer_of, retrying
 from shards.store.s3 import endpoint, s3
 
@@ -63,7 +64,7 @@ def _put_new(url: str, data: bytes, until: float) -> None:
     """One conditional PUT; an OSError with the store's 412 where the name is taken."""
     if not url.startswith("s3://"):
         raise DataError(f"{url}: objects can be created exclusively in folders and on s3:// only")
-    bucket, _, key = url.removeprefix("s3://").partition("/")
+    bucket, key = bucket_and_key(url, "write")
     options: dict[str, Any] = {"Bucket": bucket, "Key": key, "Body": data, "IfNoneMatch": "*"}
     s3().run(s3().file_system()._call_s3("put_object", **options), until)
 

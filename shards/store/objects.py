@@ -14,13 +14,14 @@ import contextlib
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 from shards.errors import DataError, NotFoundError
 from shards.store.atomic import written_whole
+from shards.store.places import bucket_and_key, expanded
 from shards.store.retry import Retry, answer_of, retrying
 from shards.store.s3 import s3
 
@@ -36,11 +37,13 @@ _PARTS_AT_ONCE = 4
 
 
 def local_path(url: str | Path) -> Path | None:
-    """The path of a local URL, None for object storage."""
+    """The path of a local URL, None for object storage. A ~ at the beginning is the home folder."""
     text = str(url)
+    if text.startswith("s3:") and not text.startswith("s3://"):
+        raise DataError(f"{text:.200} is no URL of a store: give s3://bucket/key, or ./{text:.200}")
     if text.startswith("file://"):
         return Path(text.removeprefix("file://"))
-    return None if "://" in text else Path(text)
+    return None if "://" in text else Path(expanded(text))
 
 
 def join(url: str | Path, *parts: str) -> str:
@@ -74,13 +77,8 @@ def read_bytes(url: str, retry: Retry | None = None) -> bytes:
             raise NotFoundError(f"{path} does not exist") from None
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from None
-    first = read_range(url, 0, _CHUNK, retry)
-    if len(first) < _CHUNK:
-        return first
-    target = io.BytesIO(first)
-    target.seek(0, io.SEEK_END)
-    for begin in range(_CHUNK, size := file_size(url, retry), _CHUNK):
-        target.write(read_range(url, begin, min(begin + _CHUNK, size), retry))
+    target = io.BytesIO()
+    download(url, target, retry=retry)
     return target.getvalue()
 
 
@@ -116,7 +114,7 @@ def _write(
     if size <= step or not url.startswith("s3://"):
         data = part(0, size)
         return retrying(url, "write", lambda until: _call(url, until, "pipe_file", data), retry)
-    bucket, _, key = url.removeprefix("s3://").partition("/")
+    bucket, key = bucket_and_key(url, "write")
 
     def call(until: float, method: str, **options: Any) -> dict[str, Any]:
         options |= {"Bucket": bucket, "Key": key}
@@ -171,14 +169,17 @@ class Target(Protocol):
 def download(url: str, target: Target, size: int | None = None, retry: Retry | None = None) -> None:
     """Copy an object into something that is written to, while it arrives.
 
-    size: bytes to read; None asks the store. After a cut connection the next attempt goes on where
-    it broke off. An object with fewer bytes than `size` is copied as far as it goes.
+    size: bytes to read; None reads all. After a cut connection the next attempt goes on where it
+    broke off. An object with fewer bytes than `size` is copied as far as it goes. A small object
+    costs one request.
     """
-    size = file_size(url, retry) if size is None else size
-    for begin in range(0, size, _CHUNK):
-        end = min(begin + _CHUNK, size)
-        if _copy(url, begin, end, target, retry) < end:
+    at = 0
+    while size is None or at < size:
+        end = at + _CHUNK if size is None else min(at + _CHUNK, size)
+        at, whole = _copy(url, at, end, target, retry)
+        if at < end:
             break
+        size = whole if size is None else size
 
 
 def read_range(url: str, begin: int, end: int, retry: Retry | None = None) -> bytes:
@@ -192,49 +193,62 @@ class _TargetError(DataError):
     """What was read could not be written: a fault of the target's, so reading is not retried."""
 
 
-def _copy(url: str, begin: int, end: int, target: Target, retry: Retry | None) -> int:
-    """Write bytes [begin, end) of an object to `target`. Returns where copying stopped: at `end`,
-    or at the object's end if that comes first."""
-    at = begin
+def _copy(
+    url: str, begin: int, end: int, target: Target, retry: Retry | None
+) -> tuple[int, int | None]:
+    """Write bytes [begin, end) of an object to `target`. Returns where copying stopped (at `end`,
+    or at the object's end if that comes first), and the object's size where it became known."""
+    at, size = begin, None
 
     def action(until: float) -> None:
-        nonlocal at
+        nonlocal at, size
+        wanted = end if size is None else min(end, size)
+        if at >= wanted:
+            return
         try:
-            for data in _parts(url, at, end, until):
+            size, parts = _parts(url, at, wanted, until)
+            for data in parts:
                 try:
                     target.write(data)
                 except OSError as error:
                     raise _TargetError(str(error)) from error
                 at += len(data)
         except OSError as error:
-            if answer_of(error)[1] != 416 or _size(url, until) > at:
+            if answer_of(error)[1] != 416:
                 raise
+            # Stores refuse what begins at the object's end or beyond it, and some refuse what ends
+            # beyond it: those are asked once more, for what there is.
+            size = _size(url, until)
+            if at < size:
+                if size >= wanted:
+                    raise
+                return action(until)
         # An answer may be short though nothing was cut off. That is right at the object's end only.
-        if at != end and at < (size := _size(url, until)):
-            raise OSError(f"{at - begin} bytes came of {min(end, size) - begin} at {begin}")
+        if at < end:
+            size = _size(url, until) if size is None else size
+            if at < size:
+                raise OSError(f"{at - begin} bytes came of {min(end, size) - begin} at {begin}")
 
     try:
         retrying(url, "read", action, retry)
     except _TargetError as error:
         assert error.__cause__
         raise error.__cause__ from None
-    return at
+    return at, size
 
 
-def _parts(url: str, begin: int, end: int, until: float) -> Iterator[bytes]:
-    """Bytes [begin, end) of an object, as they come."""
+def _parts(url: str, begin: int, end: int, until: float) -> tuple[int | None, Iterable[bytes]]:
+    """The object's size, where that costs nothing, and bytes [begin, end) of it as they come."""
     if path := local_path(url):
         try:
             with open(path, "rb") as f:
                 f.seek(begin)
-                yield f.read(end - begin)
+                return os.fstat(f.fileno()).st_size, [f.read(end - begin)]
         except OSError as error:
             raise NotFoundError(f"cannot read {path}: {error.strerror}") from None
-    elif url.startswith("s3://"):
-        bucket, _, key = url.removeprefix("s3://").partition("/")
-        yield from s3().read(bucket, key, begin, end, until)
-    else:
-        yield _call(url, until, "cat_file", start=begin, end=end)
+    if url.startswith("s3://"):
+        return s3().read(*bucket_and_key(url), begin, end, until)
+    return None, [_call(url, until, "cat_file", start=begin, end=end)]
 
 
 def file_size(url: str, retry: Retry | None = None) -> int:

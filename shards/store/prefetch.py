@@ -17,10 +17,9 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,19 +43,18 @@ class ShardError(DataError):
         self.shard = shard
 
 
-@dataclass(frozen=True)
-class LookAhead:
-    """What comes, by shard number; time is counted in pairs of the run."""
+class LookAhead(Protocol):
+    """What comes (shards/order/lookahead.py); time is counted in pairs of the run."""
 
-    due: NDArray[np.float64]
-    """Time until the shard is needed: 0 while it is in use, -1 while only processes of this run
-    that are behind may use it."""
-    mine: NDArray[np.bool_]
-    """Whether this process uses it now."""
-    soon: NDArray[np.bool_]
-    """Whether one of the next windows has it."""
-    until: float
-    """Time left to the end of the run."""
+    def now(self) -> NDArray[np.int64]:
+        """The shards that this process uses, rising."""
+
+    def due(self, shards: NDArray[np.int64]) -> NDArray[np.float64]:
+        """When each shard is needed next; -1 where it is in use, infinity where it is not."""
+
+    def upcoming(self) -> Iterator[tuple[int, float, bool]]:
+        """(shard, when, whether a stream is in its window or enters it next) in the order of need;
+        0 for those in use."""
 
 
 class ShardFiles:
@@ -69,7 +67,7 @@ class ShardFiles:
     def __init__(self, files: StoredFiles, cache: Path, limit: int | None = None) -> None:
         self.files, self.cache, self.limit = files, cache, limit
         self._mapped: dict[int, tuple[NDArray[np.uint8], IO[bytes] | None]] = {}
-        self._due: NDArray[np.float64] | None = None
+        self._future: LookAhead | None = None
         self._ahead: _Ahead | None = None
         self._in_use = np.zeros(0, dtype=np.int64)
         self._process = os.getpid()
@@ -134,7 +132,7 @@ class ShardFiles:
         shards = self.files.numbers(sha256)
         if not shards:
             return np.inf
-        return 0.0 if self._due is None else float(self._due[shards].min())
+        return float(self._future.due(np.asarray(shards)).min()) if self._future else -1.0
 
     # --- ahead ----------------------------------------------------------------------------------
 
@@ -142,23 +140,21 @@ class ShardFiles:
         """Take a new future: unmap the shards that this process does not use now, and have so many
         threads fetch those needed before the run's end, the ones needed first before the others."""
         self._leave_parent()
-        self._in_use = np.flatnonzero(ahead.mine)
-        self._unmap([shard for shard in self._mapped if not ahead.mine[shard]])
-        self._due = ahead.due
+        self._in_use = ahead.now()
+        mine = set(self._in_use.tolist())
+        self._unmap([shard for shard in self._mapped if shard not in mine])
+        self._future = ahead
         if threads == 0:
             return
         if self._ahead is None:
             if budget := self._budget(0.0):
                 shrink(self.cache, budget)
             self._ahead = _Ahead(self._fetch, threads)
-        order = np.argsort(ahead.due, kind="stable")
-        due = ahead.due[order]
-        wanted = order[(due >= 0) & (due < ahead.until)]
-        displaces = ahead.due[wanted]
-        if self.limit is not None:
-            # What only later windows need fills free room (the module's docstring says why).
-            displaces = np.where(ahead.soon[wanted] | (displaces == 0), displaces, np.inf)
-        self._ahead.want(list(zip(wanted.tolist(), displaces.tolist(), strict=True)))
+        # What only later windows need fills free room (the module's docstring says why).
+        wanted: dict[int, float] = {}
+        for shard, when, soon in ahead.upcoming():
+            wanted.setdefault(shard, when if soon or self.limit is None else np.inf)
+        self._ahead.want(list(wanted.items()))
 
     def stop(self) -> None:
         """Let go of everything. The threads end; a download under way is finished first."""

@@ -10,22 +10,54 @@ import asyncio
 import atexit
 import contextlib
 import os
+import re
 import threading
 import time
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from shards.errors import DataError
+from shards.urls import shown
 
 T = TypeVar("T")
 
 # The most bytes that are taken from a connection's buffer at a time.
 _READ = 1 << 20
 
+# Of a name or an address; a name that nobody knows may be known later.
+_HOST = r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+(%\w+)?"
+
+_ENDPOINTS = "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"
+
 
 def endpoint() -> str:
-    """The address of the store, for messages."""
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
+    """The address of the store."""
+    return next((v for name in _ENDPOINTS if (v := os.environ.get(name))), "AWS")
+
+
+def _check_endpoint() -> None:
+    """Raise DataError where the environment has an endpoint that no request can reach."""
+    url = endpoint()
+    if url == "AWS":
+        return
+    name = next(n for n in _ENDPOINTS if os.environ.get(n))
+    said, remedy = f"{name} is {shown(url)!r:.200}", "give http(s)://host:port"
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname or "", parts.port
+        good = parts.scheme in ("http", "https") and re.fullmatch(_HOST, host)
+    except ValueError:  # as its port is none
+        good = False
+    if "@" in url:
+        raise DataError(
+            f"{said}, with a user's name or a password in it: {remedy}, and credentials in "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    if not good:
+        raise DataError(f"{said}, which is no address of a store: {remedy}")
 
 
 class S3:
@@ -40,6 +72,7 @@ class S3:
         which = endpoint(), os.environ.get("AWS_ACCESS_KEY_ID")
         with self._lock:
             if which not in self._file_systems:
+                _check_endpoint()
                 self._file_systems[which] = _new_file_system()
             return self._file_systems[which]
 
@@ -53,28 +86,51 @@ class S3:
             future.cancel()  # Ctrl-C ends the request, too
             raise
 
-    def read(self, bucket: str, key: str, begin: int, end: int, until: float) -> Iterator[bytes]:
-        """Bytes [begin, end) of an object as they arrive, so that the caller writes some of them
-        while others are on their way. Ends early where the store's answer does."""
+    def read(
+        self, bucket: str, key: str, begin: int, end: int, until: float
+    ) -> tuple[int | None, Iterator[bytes]]:
+        """The object's size, where the answer says it, and its bytes [begin, end) as they arrive,
+        so that the caller writes some of them while others are on their way. They end early where
+        the store's answer does."""
         fs = self.file_system()
+        size: SimpleQueue[int | None] = SimpleQueue()
         arrived: SimpleQueue[bytes | None] = SimpleQueue()
 
         async def get() -> None:
             answer = await fs._call_s3(
                 "get_object", Bucket=bucket, Key=key, Range=f"bytes={begin}-{end - 1}"
             )
+            whole, at = answer.get("ContentRange"), begin
+            if whole is None:  # a store that knows no ranges
+                size.put(int(answer["ContentLength"]))
+                at = 0
+            else:
+                size.put(int(s) if (s := whole.rpartition("/")[2]).isdecimal() else None)
             async with answer["Body"] as body:
-                while data := await body.read(_READ):
-                    arrived.put(data)
+                while at < end and (data := await body.read(_READ)):
+                    if wanted := data[max(0, begin - at) : end - at]:
+                        arrived.put(wanted)
+                    at += len(data)
+
+        def parts() -> Iterator[bytes]:
+            try:
+                while data := arrived.get():
+                    yield data
+                _result(future, seconds)
+            finally:
+                future.cancel()
+
+        def ended(_: Future[None]) -> None:
+            size.put(None)
+            arrived.put(None)
 
         future, seconds = self._start(get(), until)
-        future.add_done_callback(lambda _: arrived.put(None))
+        future.add_done_callback(ended)
         try:
-            while data := arrived.get():
-                yield data
-            _result(future, seconds)
-        finally:
-            future.cancel()
+            return size.get(), parts()
+        except BaseException:
+            future.cancel()  # Ctrl-C ends the request, too
+            raise
 
     def _start(self, call: Coroutine[Any, Any, T], until: float) -> tuple[Future[T], float]:
         """Begin a call; returns its future and the seconds that it may take."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -84,30 +85,167 @@ def test_an_output_that_is_no_place_is_refused(
     assert f"argument --out: {out!r}" in capsys.readouterr().err.splitlines()[-1]
 
 
+BUILD = {
+    "images": "shards build images --images x --sentences y --out z",
+    "webdataset": "shards build webdataset --tars x --out z",
+    "tsv": "shards build tsv --features x --sentences y --out z",
+}
+NO_NUMBER = ("nan", "inf", "-inf", "1e400", "-1", "x", "''", "9" * 5000)
+# Every option that takes a number: where it is, and what of it makes no sense beside all these.
+NUMBERS = [
+    *((line, "--shard-mb", ("0", "1e-9", "1e300")) for line in BUILD.values()),
+    *((line, "--images-per-shard", ("0", "1.5")) for line in BUILD.values()),
+    (BUILD["images"], "--feature-dim", ("0", "1.5", str(1 << 21))),
+    (BUILD["images"], "--max-tokens", ("0", "2", str(1 << 17))),
+    (BUILD["images"], "--vocab-size", ("0", "1.5")),
+    (BUILD["images"], "--min-answer-count", ("0", "1.5")),
+    (BUILD["images"], "--boxes", ("0", "1.5")),
+    (BUILD["images"], "--workers", ("1.5",)),
+    ("shards plan x", "--window", ("0.5",)),
+    ("shards plan x", "--sentences-per-visit", ("0", str(2**63))),
+    ("shards plan x", "--batch", ("0", "1.5")),
+    ("shards plan x", "--steps-ahead", ("1.5",)),
+    ("shards plan x", "--cache-limit-gb", ("0", "1e300")),
+    ("evaluate x --data y", "--batch", ("0", "1.5")),
+]
+
+
+@pytest.mark.parametrize(("line", "option", "wrong"), NUMBERS)
+def test_a_number_of_no_sense_is_refused_with_its_option(
+    line: str, option: str, wrong: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for value in (*NO_NUMBER, *wrong):
+        with pytest.raises(SystemExit) as end:
+            parse(shlex.split(f"{line} {option}={value}"))
+        assert end.value.code == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert f"argument {option}: " in last and " is no " in last and len(last) < 200
+
+
+def test_every_number_is_tried() -> None:
+    """An option with a default that is a number, or with a unit, is in the list above."""
+    tried = {option.lstrip("-").replace("-", "_") for _, option, _ in NUMBERS}
+    for line, *_ in NUMBERS:
+        found = vars(parse(shlex.split(line)))
+        numbers = {
+            name
+            for name, value in found.items()
+            if isinstance(value, int | float | list) and not isinstance(value, bool)
+            if not (isinstance(value, list) and not all(isinstance(v, int) for v in value))
+        }
+        assert numbers <= tried
+
+
+def test_sizes_are_bytes() -> None:
+    for given, count in (("128", 128 << 20), ("0.5", 1 << 19), ("1e3", 1000 << 20)):
+        assert parse(shlex.split(f"{BUILD['tsv']} --shard-mb {given}")).shard_mb == count
+    assert parse(shlex.split(BUILD["tsv"])).shard_mb == 128 << 20
+
+
+def test_a_source_without_a_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("images", "webdataset"):
+        with pytest.raises(SystemExit):
+            parse([*shlex.split(BUILD[kind]), "--source", ""])
+        assert "argument --source: " in capsys.readouterr().err.splitlines()[-1]
+
+
+# --- places -------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    "option",
+    ("line", "name"),
     [
-        *(f"--shard-mb {value}" for value in ("nan", "inf", "0", "-1", "x")),
-        *(f"--images-per-shard {value}" for value in ("0", "-1", "1.5")),
-        "--feature-dim 0",
-        "--source ''",
+        (f"{BUILD['tsv']} --staging=~/p", "staging"),
+        (f"{BUILD['tsv']} --answers=~/p", "answers"),
+        (f"{BUILD['tsv']} --vocab=~/p", "vocab"),
+        ("shards build images --images=~/p --sentences y --out z", "images"),
+        ("shards build images --images x --sentences y --out=~/p", "out"),
+        ("shards easy-vqa '~/p'", "folder"),
+        *((f"shards {command} '~/p'", "url") for command in ("verify", "info")),
+        ("shards plan x --cache=~/p", "cache"),
+        ("shards audit '~/p'", "run"),
+        ("evaluate '~/p' --data x", "checkpoint"),
+        ("evaluate x --data=~/p", "data"),
+        ("export x --out=~/p", "out"),
+        ("train '~/p'", "config"),
     ],
 )
-@pytest.mark.parametrize("source", ["images --images x --sentences y", "webdataset --tars x"])
-def test_a_value_of_no_sense_is_refused_with_its_option(
-    source: str, option: str, capsys: pytest.CaptureFixture[str]
+def test_a_home_folder_that_the_shell_left_is_found(
+    line: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(SystemExit) as end:
-        parse(["shards", "build", *source.split(), "--out", "x", *shlex.split(option)])
-    assert end.value.code == 2
-    assert f"argument {option.split()[0]}: " in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setenv("HOME", "/home/me")
+    assert str(getattr(parse(shlex.split(line)), name)) == "/home/me/p"
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "0", "-1"])
-def test_a_cache_of_no_size_is_refused(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_home_of_nobody_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse(["shards", "plan", "x", "--cache-limit-gb", value])
-    assert "argument --cache-limit-gb: " in capsys.readouterr().err.splitlines()[-1]
+        parse(shlex.split(f"{BUILD['tsv']} --staging=~nobody-has-this-name/x"))
+    assert "no user 'nobody-has-this-name'" in capsys.readouterr().err.splitlines()[-1]
+
+
+# --- errors of a store --------------------------------------------------------------------------
+
+_WITH_PASSWORD = "s3://me:hunter2/x@bucket/x"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(["shards", c, "PLACE"] for c in ("info", "verify", "plan", "audit")),
+        ["export", "PLACE", "--out", "x"],
+        ["evaluate", "PLACE", "--data", "x"],
+        ["shards", "build", "webdataset", "--tars", "PLACE/a.tar", "--out", "x"],
+        ["shards", "build", "images", "--images", "a", "--sentences", "b", "--out", "PLACE"],
+        ["train", "configs/tiny.yaml", "data.train=PLACE"],
+        ["train", "configs/tiny.yaml", "run.storage=PLACE"],
+        ["train", "configs/tiny.yaml", "data.train=[PLACE"],
+        ["train", "configs/tiny.yaml", "--ray-address", "x", "--wrong=PLACE"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        (_WITH_PASSWORD, ""),
+        ("https://me:hunter2@127.0.0.1:1/x?token=hunter2", ""),
+        ("s3://bad_Bucket!/x", "bad_Bucket!"),
+        ("s3://bucket//x", "bucket//x"),
+    ],
+)
+def test_a_wrong_place_is_one_line_without_passwords(
+    line: list[str],
+    place: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("LXSCALE_STORE_DEADLINE", "0.2")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    root = Path(__file__).parents[2]
+    line = [a.replace("PLACE", place).replace("configs/", f"{root}/configs/") for a in line]
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(line)
+    except SystemExit as end:
+        status = int(str(end.code))
+    out, err = capfd.readouterr()
+    assert "hunter2" not in out + err
+    said = [text for text in err.splitlines() if "error: " in text]
+    assert len(said) == 1 and words in said[0] and len(said[0]) < 500
+    assert status == (75 if "gave up after" in said[0] else 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_endpoint_with_a_password_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:hunter2@127.0.0.1:1")
+    for command in ("info", "verify", "plan", "audit"):
+        assert main(["shards", command, "s3://bucket/x"]) == 2
+        out, err = capfd.readouterr()
+        assert "hunter2" not in out + err and "AWS_ENDPOINT_URL is 'http://…@127.0.0.1:1'" in err
+        assert len(err.splitlines()) == 1
 
 
 def test_an_output_may_end_in_slashes() -> None:

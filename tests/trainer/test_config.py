@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from pydantic import BaseModel
 
 from model.objectives import OBJECTIVES
-from trainer.config import ConfigError, load_config, parse_config, weights_section
+from trainer.config import ConfigError, RunConfig, load_config, parse_config, weights_section
 from trainer.data.loader import bounds
 from trainer.setup import run_length, run_url
 
@@ -108,6 +112,70 @@ def test_a_wrong_override_is_named(tmp_path: Path, override: str, message: str) 
     path.write_text("run: {name: x}\n" + MINIMAL)
     with pytest.raises(ConfigError, match=message):
         load_config(path, [override])
+
+
+def number_fields(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, bool]]:
+    """The key of every number of a configuration, and whether it is a whole one."""
+    for name, field in model.model_fields.items():
+        key, kinds = f"{path}{name}", {field.annotation, *get_args(field.annotation)}
+        if int in kinds or float in kinds:
+            yield key, int in kinds
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from number_fields(kind, f"{key}.")
+
+
+NUMBERS = dict(number_fields(RunConfig))
+
+
+def test_all_numbers_are_found() -> None:
+    assert len(NUMBERS) > 60
+    assert {"sampler.families.qa", "checkpoint.spool", "model.dropout"} <= set(NUMBERS)
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_no_number_is_a_text_infinite_or_beyond_sense(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    wrong = ["x", ".nan", ".inf", "-.inf", "nan", "inf", "1e400", "''", "[]"]
+    if key != "run.seed":
+        wrong.append("-2")
+    if NUMBERS[key]:
+        wrong += ["1.5", str(10**30)]
+    elif key not in ("optimizer.lr", "optimizer.eps", "optimizer.weight_decay") and (
+        key not in ("optimizer.clip_norm", "model.initializer_range")
+    ):
+        wrong.append("1.0e+300")
+    for value in wrong:
+        with pytest.raises(ConfigError, match=rf"{re.escape(key)}: ") as caught:
+            load_config(path, [f"{key}={value}"])
+        assert len(str(caught.value)) < 300
+
+
+PLACES = ("data.train", "data.validation", "data.cache", "run.storage", "run.tensorboard")
+
+
+@pytest.mark.parametrize("key", [*PLACES, "train.init_from"])
+def test_a_place_is_checked_and_has_no_password(
+    tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_config(path, [f"{key}=~/x"])
+    section, name = key.split(".")
+    assert getattr(getattr(config, section), name) == "/home/me/x"
+    for value, words in (
+        ("s3://me:hunter2@bucket/x", "s3://…@bucket/x.*AWS_SECRET_ACCESS_KEY"),
+        ("https://h/x?token=hunter2", "https://h/x.*AWS_SECRET_ACCESS_KEY"),
+        ("s3://bad_Bucket!/x", "is no bucket's name"),
+        ("s3://bucket//x", "an empty name"),
+        ("s3:/bucket/x", "no URL of a store"),
+        ("~nobody-has-this-name/x", "no user"),
+    ):
+        with pytest.raises(ConfigError, match=rf"{re.escape(key)}: .*{words}") as caught:
+            load_config(path, [f"{key}={value}"])
+        assert "hunter2" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_overrides_are_yaml(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_the_first_batch_fetches_its_window_and_no_more(
     first = next(steps)
     assert not first.missing and first.batches[0].pairs == BATCH
     assert list(steps) == []
-    order = sampler.order(stream, 0)
+    order = sampler.order(0, 0)
     windows = {order.window_of(begin), order.window_of(begin + BATCH - 1)}
     expected = {
         data.shards.files[shard].sha256

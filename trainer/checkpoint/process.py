@@ -7,6 +7,8 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from shards.processes import boot_id
+
 
 @dataclass(frozen=True)
 class Process:
@@ -48,8 +50,7 @@ def has_ended(process: Process) -> bool:
 def _here() -> tuple[str, str]:
     """This machine's boot and this process's pid namespace."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return boot, os.readlink("/proc/self/ns/pid")
+        return boot_id(), os.readlink("/proc/self/ns/pid")
     except OSError:
         return "", ""
 

@@ -30,7 +30,7 @@ _OF_A_STEP = {
 }
 
 # What a data state of an earlier version says by not saying it.
-_BEFORE = {"data.text": "all"}
+_BEFORE = {"data.text": "all", "sampler.lanes": 1}
 
 
 def restore(

@@ -18,13 +18,11 @@ from shards.dataset import Dataset
 from shards.errors import DataError
 from shards.format.index import ranges
 from shards.format.tokenizer import load_tokenizer
-from shards.order.draws import I64, U64, below, chance, draw, fold, halves, uniform
+from shards.order.draws import I64, U64, below, chance, draw, halves, uniform
+from shards.order.keys import VERSION, Purpose, pair_keys
 from shards.order.sampler import Plan, Sampler
 from trainer.data.sentences import Pairs, sentences_of, shards_of_text
 from trainer.data.shared_batches import Empty, fresh_memory
-
-# Purposes of draws; the sampler uses 1 and 2, sentences.py 3.
-_TOKEN, _TOKEN_ID, _OBJECT, _DONOR, _DONOR_OBJECT, _ANSWER = range(4, 10)
 
 # Of the masked words and objects: 80 % masked or zeroed, 10 % replaced, 10 % kept (LXMERT sec. 3.1)
 _MASKED, _REPLACED = 0.8, 0.9
@@ -45,9 +43,13 @@ class BatchSettings:
     sep_id: int
     mask_id: int
     vocab_size: int
+    order: int = VERSION
+    """Version of the order (shards/order/keys.py)."""
 
 
-def settings_of(data: Dataset, seed: int, token_mask: float, object_mask: float) -> BatchSettings:
+def settings_of(
+    data: Dataset, seed: int, token_mask: float, object_mask: float, order: int = VERSION
+) -> BatchSettings:
     """The settings with a data set's vocabulary. DataError where that lacks what they need."""
     vocab = load_tokenizer(data.file(data.manifest.vocab))
 
@@ -65,6 +67,7 @@ def settings_of(data: Dataset, seed: int, token_mask: float, object_mask: float)
         sep_id=token_id("[SEP]"),
         mask_id=token_id("[MASK]"),
         vocab_size=data.manifest.schema.vocab_size,
+        order=order,
     )
 
 
@@ -137,7 +140,7 @@ def draw_batch(
     pair = data.rows_of(sampler.streams, plan)
     image = data.image_of(pair)
     pair_id = data.pair_ids(pair)
-    key = pair_key(settings.seed, plan.epoch, pair_id)
+    key = pair_keys(settings.order, settings.seed, plan.epoch, pair_id)
     sentence = sentences_of(data, sampler, plan, Pairs(pair, image, key), skipped)
     matched = ~plan.mismatched
     tokens, token_start, lm_position, lm_target = _tokens(data, sentence, key, settings)
@@ -174,11 +177,6 @@ def _tensor(array: NDArray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def pair_key(seed: int, epoch: I64, pair: I64) -> U64:
-    """One key a pair: everything drawn for it in an epoch starts here."""
-    return draw(fold(seed), epoch, pair)
-
-
 def _tokens(
     data: Dataset, sentence: I64, key: U64, settings: BatchSettings
 ) -> tuple[I64, I64, I64, I64]:
@@ -189,12 +187,12 @@ def _tokens(
     start = np.concatenate([[0], np.cumsum(length + 2)]).astype(np.int64)
     at = ranges(start[:-1] + 1, length)
     word = ranges(np.zeros_like(length), length)
-    bits = draw(np.repeat(draw(key, _TOKEN), length), word)
+    bits = draw(np.repeat(draw(key, Purpose.TOKEN), length), word)
     masked = np.flatnonzero(chance(bits, settings.token_mask))
     # The same draw says what a masked word becomes: its place in [0, p) is uniform too.
     fate = uniform(bits[masked]) / max(settings.token_mask, 1e-12)
     shown, target = words.copy(), words[masked]
-    other = below(draw(bits[masked], _TOKEN_ID), settings.vocab_size)
+    other = below(draw(bits[masked], Purpose.TOKEN_ID), settings.vocab_size)
     shown[masked] = np.where(
         fate < _MASKED, settings.mask_id, np.where(fate < _REPLACED, other, target)
     )
@@ -212,7 +210,9 @@ def _objects(
     (the shard is at hand wherever the pair is); in a shard of one image it is zeroed instead."""
     m = data.index
     couples = np.arange((objects + 1) // 2)
-    bits = halves(draw(draw(key, _OBJECT)[:, None], couples[None, :]))[:, :objects].reshape(-1)
+    bits = halves(draw(draw(key, Purpose.OBJECT)[:, None], couples[None, :]))[:, :objects].reshape(
+        -1
+    )
     position = np.flatnonzero(chance(bits, settings.object_mask))
     row, column = np.divmod(position, objects)
     real = column < m.image_objects[image[row]]
@@ -226,9 +226,11 @@ def _objects(
     swap = (fate >= _MASKED) & (fate < _REPLACED) & ~alone
 
     row, column, first, size = row[swap], column[swap], first[swap], size[swap]
-    donor = first + below(draw(key[row], _DONOR, column), size - 1)
+    donor = first + below(draw(key[row], Purpose.DONOR, column), size - 1)
     donor += donor >= image[row]
-    which = below(draw(key[row], _DONOR_OBJECT, column), m.image_objects[donor].astype(np.int64))
+    which = below(
+        draw(key[row], Purpose.DONOR_OBJECT, column), m.image_objects[donor].astype(np.int64)
+    )
     return ObjectMasks(position, position[zero], position[swap], donor, shard[swap], which)
 
 
@@ -247,6 +249,6 @@ def _answers(data: Dataset, pair: I64, matched: NDArray[np.bool_], key: U64) -> 
     rows_with = total > 0
     rows, before, total = rows[rows_with], before[rows_with], total[rows_with]
     # Invert each row's cumulative distribution at one uniform draw.
-    target = before + below(draw(key[rows], _ANSWER), total)
+    target = before + below(draw(key[rows], Purpose.ANSWER), total)
     chosen = np.searchsorted(cumulative, target, side="right") - 1
     return rows.astype(np.int64), m.answer_id[flat[chosen]].astype(np.int64)

@@ -13,7 +13,6 @@ from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
@@ -21,10 +20,10 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from model.batch import Batch
 from shards.dataset import Dataset
-from shards.order.lookahead import next_use, next_windows, windows_at, working_set
+from shards.order.lookahead import Future, working_set
 from shards.order.sampler import Sampler, SamplerState, Step
 from shards.processes import STOP_SIGNALS, end_with_parent, make_home, without_signals
-from shards.store.prefetch import LookAhead, ShardError, check_limit
+from shards.store.prefetch import ShardError, check_limit
 from trainer.config import LoaderSettings
 from trainer.data.batch import BatchSettings, make_batch
 from trainer.data.shared_batches import Packed, SharedBatches, make_in_slot
@@ -40,6 +39,8 @@ class RankSlice:
     rank: int
     world: int
     accumulation: int
+    local: int | None = None
+    """Ranks on this rank's node; None: all."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,11 @@ class _StepBatches(TorchDataset[_Made]):
     total: int
     """Pairs of the run."""
     shared: SharedBatches
-    _windows: tuple[int, ...] = field(default=(), repr=False)
+    _future: Future | None = field(default=None, repr=False)
 
     def __getitem__(self, step: Step) -> _Made:
         self._look_ahead(step.before)
-        begin, end = bounds(step.count, self.part.rank, self.part.world)
-        own = self.sampler.plan(step, begin, end)
+        own = self.sampler.slice(step, self.part.rank, self.part.world)
         skipped = step.before.skipped_shards
         worker = get_worker_info()
         group = worker.id if worker else 0
@@ -118,26 +118,17 @@ class _StepBatches(TorchDataset[_Made]):
 
     def _look_ahead(self, state: SamplerState) -> None:
         """Tell the shards what comes, whenever a stream enters another window."""
-        arguments = self.sampler, state
-        windows = windows_at(*arguments, self.in_flight)
-        if windows == self._windows:
-            return
-        self._windows = windows
-        due = next_use(*arguments, self.in_flight)
-        due[state.skipped_shards] = np.inf
-        ahead = LookAhead(
-            due,
-            mine=next_use(*arguments) == 0,
-            soon=next_windows(*arguments, self.in_flight),
-            until=self.total - state.consumed,
-        )
-        worker = get_worker_info()
-        # Of several workers one fetches ahead: downloads are bounded, and the plan is the same.
-        threads = self.threads if worker is None or worker.id == 0 else 0
-        self.data.shards.look_ahead(ahead, threads)
+        if self._future is None:
+            lanes = self.sampler.lanes_of(self.part.rank, self.part.world)
+            self._future = Future(self.sampler, lanes, self.in_flight, self.total)
+        if self._future.at(state):
+            worker = get_worker_info()
+            # Of several workers one fetches ahead: downloads are bounded, and the plan is the same.
+            threads = self.threads if worker is None or worker.id == 0 else 0
+            self.data.shards.look_ahead(self._future, threads)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_windows": ()}
+        return {**self.__dict__, "_future": None}
 
 
 def load_steps(
@@ -161,7 +152,9 @@ def load_steps(
     # The main processes are within a step of each other. Ahead of them are the steps that workers
     # keep ready; behind them each worker may still hold what its last step used.
     in_flight = global_batch * (1 + workers * (prefetch + 1))
-    need = working_set(sampler, data.shards.remote_sizes, in_flight + global_batch)
+    local = part.world if part.local is None else part.local
+    sizes = data.shards.remote_sizes
+    need = working_set(sampler, sizes, in_flight + global_batch, local, part.world)
     check_limit(data.shards, need + beside)
 
     # Ready, being made, and in the reader's hands: of each worker, for each micro-batch.

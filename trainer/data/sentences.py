@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from shards.dataset import Dataset
 from shards.errors import DataError
 from shards.order.draws import I64, U64, below, draw
+from shards.order.keys import Purpose
 from shards.order.sampler import Plan, Sampler
-
-_SENTENCE = 3  # purpose of draws; see batch.py
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def _of_data_set(data: Dataset, dataset: I64, pairs: Pairs) -> I64:
             raise DataError(f"matching needs sentences of two images, the data set {name} has one")
     sentence, todo, attempt = np.empty_like(pairs.row), np.arange(len(pairs.row)), 0
     while len(todo):
-        other = first + below(draw(pairs.key[todo], _SENTENCE, attempt), total)
+        other = first + below(draw(pairs.key[todo], Purpose.SENTENCE, attempt), total)
         sentence[todo] = other
         again = data.image_of(other) == pairs.image[todo]
         todo, first, total = todo[again], first[again], total[again]
@@ -119,7 +118,7 @@ def _of_neighbourhood(data: Dataset, near: _Near, shard: I64, pairs: Pairs) -> I
             f"matching needs sentences of two images, but in data.text=window only one has some "
             f"beside {name}: set sampler.window higher, sampler.lanes lower, or data.text=all"
         )
-    chosen = first + below(draw(pairs.key, _SENTENCE, 0), others)
+    chosen = first + below(draw(pairs.key, Purpose.SENTENCE, 0), others)
     # The own image's sentences, which lie together, are left out.
     width = int(near.shards.max()) + 1
     each = np.repeat(np.arange(len(near.start) - 1), np.diff(near.start))

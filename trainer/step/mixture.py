@@ -63,7 +63,7 @@ def plan_mixture(sampler: Sampler, data: Dataset) -> Mixture:
     sources, datasets = data.manifest.sources, tuple(r.name for r in data.shard_ranges)
     pairs, answered = data.pairs_by_set(), data.answered_by_set()
     out = defaultdict(float, {f"objective/{name}": 0.0 for name in _families()})
-    for stream, rate in zip(sampler.streams, sampler.rates(), strict=True):
+    for stream, rate in zip(sampler.streams, sampler.rates, strict=True):
         family = sampler.families[stream.family]
         bad = 0.0 if family.mismatch == "never" else sampler.settings.mismatch
         out["mismatched"] += rate * bad

@@ -192,6 +192,37 @@ def test_bad_records_are_named_and_can_be_skipped(
     assert manifest.images == 1 and report.counts["bad image records"] == 1
 
 
+def test_a_first_record_of_garbage_does_not_decide_the_layout(
+    tmp_path: Path, make_records: MakeRecords
+) -> None:
+    good = make_records(6, labels=True)
+    wide = make_records(2, labels=True, feature_dim=9, seed=1)
+    bare = make_records(1, seed=2)
+    other = [replace(r, image=f"other {i}") for i, r in enumerate([*wide, *bare])]
+    flat = replace(good[0], image="flat", features=np.zeros(8, np.float16))
+    nan = replace(good[0], image="nan", features=np.full_like(good[0].features, np.nan))
+    settings = replace(SETTINGS, skip_bad=True)
+    for i, bad in enumerate((*other, flat, nan)):
+        report = Report()
+        manifest = build([bad, *good], tmp_path / f"{i}", settings, report=report)
+        assert (manifest.images, manifest.schema.feature_dim, manifest.schema.labels) == (
+            6,
+            8,
+            True,
+        )
+        assert report.counts["bad image records"] == 1
+        with pytest.raises(DataError, match=r"image .*--skip-bad"):
+            build([bad, *good], tmp_path / "none", SETTINGS)
+    # The same bytes as without them, several layouts or not.
+    mixed = build([flat, *other, *good], tmp_path / "mixed", settings)
+    assert mixed == build(good, tmp_path / "good", settings)
+    assert contents(tmp_path / "mixed") == contents(tmp_path / "good")
+    # Of as many, the earliest; and of nothing good there is nothing to build.
+    assert build([*wide, *good[:2]], tmp_path / "even", settings).schema.feature_dim == 9
+    with pytest.raises(DataError, match="no image record to build from"):
+        build([flat, nan], tmp_path / "none", settings)
+
+
 SLOW_BUILD = """
 import sys, time, resource
 from tests.conftest import small_records

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.order.draws import below, draw, fold, uniform
-from shards.order.permutation import epoch_order, permute
+from shards.order.epoch_order import epoch_order
+from shards.order.permutation import permute
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**63))

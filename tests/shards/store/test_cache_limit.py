@@ -304,10 +304,10 @@ def test_a_lower_limit_shrinks_what_an_earlier_run_left(remote: str, tmp_path: P
 
 def windows_of(data: Dataset, settings: SamplerSettings, epochs: int) -> list[list[int]]:
     sampler = data.sampler(settings, SEED)
-    (stream,) = sampler.streams
+    assert len(sampler.streams) == 1
     out = []
     for epoch in range(epochs):
-        order = sampler.order(stream, epoch).shard_order.tolist()
+        order = sampler.order(0, epoch).shard_order.tolist()
         out += [order[i : i + settings.window] for i in range(0, len(order), settings.window)]
     return out
 
