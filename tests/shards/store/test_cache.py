@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from shards.errors import DataError
-from shards.store import cache, objects
+from shards.store import cache, marks, objects
 from shards.store.cache import local_file
 from shards.store.stored import StoredFile
 from tests.conftest import subprocess_environment
@@ -50,7 +50,7 @@ def test_fetched_once_and_verified_once(
     fetch(remote, tmp_path)
     assert len(hashed) == 1
     # After a start of the machine nothing is taken for written.
-    monkeypatch.setattr(cache, "_boot", lambda: "another")
+    monkeypatch.setattr(marks, "boot_id", lambda: "another")
     fetch(remote, tmp_path)
     fetch(remote, tmp_path)
     assert len(hashed) == 2

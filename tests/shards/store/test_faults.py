@@ -298,12 +298,12 @@ def test_damage_in_the_store_is_an_error_until_it_is_mended(
         assert stream(data) == place.stream
         return
     with pytest.raises(DataError, match=f"{place.url}/{BAD} does not have the content.*again"):
-        data.tar(names.index(BAD))
+        data.shards.path(names.index(BAD))
     with pytest.raises(DataError, match=f"{place.url}/{BAD} does not have the content"):
         stream(data)
     for i in range(len(names)):  # the others are none the worse for it
         if names[i] != BAD:
-            assert data.tar(i).tobytes() == place.shard(names[i])
+            assert data.shards.path(i).read_bytes() == place.shard(names[i])
     place.put(good)
     assert stream(data) == place.stream
 
@@ -357,11 +357,12 @@ READER = """
 import os, sys
 from shards.dataset import open_dataset
 if len(sys.argv) > 3:
-    open_dataset(sys.argv[1], sys.argv[4]).tar(0)  # imports what the other user may not read
+    # Imports what the other user may not read.
+    open_dataset(sys.argv[1], sys.argv[4]).shards.path(0)
     os.setgroups([]); os.setgid(int(sys.argv[3])); os.setuid(int(sys.argv[3]))
 data = open_dataset(sys.argv[1], sys.argv[2])
 for i in range(len(data.manifest.shards)):
-    assert len(data.tar(i)) == data.manifest.shards[i].size
+    assert data.shards.path(i).stat().st_size == data.manifest.shards[i].size
 """
 
 
@@ -516,7 +517,7 @@ def test_a_cache_that_cannot_be_written(place: Place, proxy: FaultProxy, tmp_pat
         child = reader(place.url, Path(folder) / "empty", *user)
         error = child.communicate()[1]
         assert child.returncode and f"{folder}/empty" in error
-        assert "DataError: cannot use" in error and "rights" in error and "LXSCALE_CACHE" in error
+        assert "NodeError: cannot use" in error and "rights" in error and "LXSCALE_CACHE" in error
         # One that has all that is needed is as good as any.
         assert stream(open_dataset(place.url, Path(folder) / "full")) == place.stream
         child = reader(place.url, Path(folder) / "full", *user)
