@@ -115,6 +115,7 @@ class Ahead:
             while not self._stopped:
                 if task := self._take():
                     self._here[task[0]] = 1
+                    self._waiting.discard(task[0])
                     return task
                 self._changed.wait(_PAUSE if self._again or self._refill else None)
         return None
@@ -179,7 +180,6 @@ class Ahead:
 
     def _settle(self, shard: int, after: float, problem: Exception | None) -> None:
         with self._changed:
-            self._waiting.discard(shard)
             if problem is None:
                 self._faults.pop(shard, None)
                 self._not_before.pop(shard, None)
@@ -200,3 +200,4 @@ class Ahead:
             else:
                 heapq.heappush(self._again, (at, shard, after))
                 self._waiting.add(shard)
+            self._changed.notify_all()
