@@ -11,7 +11,7 @@ from shards.dataset import Dataset, open_dataset
 from shards.format.build import BuildSettings, build
 from shards.format.manifest import load_manifest
 from shards.store import objects
-from tests.conftest import small_records, upload_set
+from tests.conftest import files_of, small_records, upload_set
 from tests.ranks import config_tree, fresh_server, run_ranks
 from trainer.checkpoint.generations import find_generation
 from trainer.checkpoint.journal import StepLine, read_segments
@@ -186,7 +186,7 @@ def test_a_resume_at_another_world_size_goes_on_without_the_shard(
     damage(f"{place_of(remote)}/{name}", "deleted")
     stop = at // BATCH + 2  # stopped two steps later, resumed with the object back in its place
     assert not run_ranks(2, [(whole, None, False), (parts, stop, False)])
-    objects.upload(source / name, f"{place_of(remote)}/{name}")
+    objects.upload(files_of(source) / name, f"{place_of(remote)}/{name}")
     assert not run_ranks(3, [(parts, 1, False)])
     assert not run_ranks(1, [(parts, None, False)])
     one, two = journal_of(tmp_path / "whole"), journal_of(tmp_path / "parts")

@@ -29,7 +29,7 @@ from shards.order.settings import SamplerSettings
 from shards.store import cache, locks, objects
 from shards.store.retry import Retry
 from shards.store.room import Room
-from tests.conftest import subprocess_environment
+from tests.conftest import subprocess_environment, upload_set
 from tests.object_store import FaultProxy, first
 from tests.ranks import config_tree, run_ranks
 from tests.trainer.data.test_batches import describe, drawn, run
@@ -70,9 +70,7 @@ def even_records(n: int, seed: int) -> list[ImageRecord]:
 def put(folder: Path, url: str, name: str, seed: int) -> str:
     settings = BuildSettings(name, "test", images_per_shard=PAIRS // 3)
     build(even_records(SHARDS * PAIRS // 3, seed), folder, settings)
-    for path in folder.iterdir():
-        if path.is_file():
-            objects.upload(path, f"{url}/{path.name}")
+    upload_set(folder, url)
     return url
 
 
