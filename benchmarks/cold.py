@@ -98,6 +98,8 @@ def _signed(url: str) -> list[str]:
 class _AllInTurn:
     """A future in which every shard is needed, one after the other."""
 
+    consumed = 0
+
     def __init__(self, shards: int) -> None:
         self._shards = shards
 
@@ -118,7 +120,7 @@ def fetch(url: str, cache: Path) -> float:
     shards = range(len(data.manifest.shards))
     data.shards.look_ahead(_AllInTurn(len(shards)), FETCHES)
     for shard in shards:
-        data.tar(shard)
+        data.shards.path(shard)
     return time.monotonic() - began
 
 

@@ -9,7 +9,6 @@ reaches them.
 from __future__ import annotations
 
 import json
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,9 +21,10 @@ from numpy.typing import NDArray
 
 from shards.errors import DataError
 from shards.format.index import LAYOUT, DatasetIndex, TableFile, map_index
-from shards.format.manifest import Counts, FileInfo, Manifest, Schema, load_manifest
-from shards.format.members import BOXES, FEATURES, LABELS, MEMBERS, RECORD, Member, members_of
+from shards.format.manifest import Counts, FileInfo, Manifest, load_manifest
+from shards.format.members import MEMBERS, RECORD, members_of
 from shards.format.shard_list import ShardList
+from shards.gather import gather_bytes, gather_images, gather_objects
 from shards.order.draws import I64
 from shards.order.keys import VERSION
 from shards.order.sampler import Plan, Sampler, make_sampler
@@ -85,10 +85,6 @@ class Dataset:
     def url(self) -> str:
         """The folder or URL; of several, all."""
         return " + ".join(spec.url for spec in self.specs)
-
-    def tar(self, shard: int) -> NDArray[np.uint8]:
-        """The bytes of a shard, verified and memory-mapped on first use."""
-        return self.shards.tar(shard)
 
     def sampler(self, settings: SamplerSettings, seed: int, version: int = VERSION) -> Sampler:
         """The sampler over all pairs of the data; version: of the order. Raises DataError where the
@@ -189,38 +185,14 @@ class Dataset:
         Returns boxes, (images, objects, 4) f32, and with labels object ids and confidences,
         attribute ids and confidences, each (images, objects), i64 or f32; zero-padded, too.
         """
-        m, schema = self.index, self.manifest.schema
-        count, objects = features.shape[:2]
-        held = m.image_objects[images].astype(np.int64)
-        tars = self._tars(shards)
-        found: dict[str, tuple[NDArray, ...]] = {}
-        for member in members_of(schema):
-            if member is RECORD:
-                continue
-            size, at = member.object_bytes(schema), m.offset[member.name][images]
-            if member is FEATURES:
-                _copy_rows(tars, at, held * size, features)
-                continue
-            raw = np.empty((count, objects * size), dtype=np.uint8)
-            _copy_rows(tars, at, held * size, raw)
-            found[member.name] = _columns(member, schema, raw, held, objects)
-        return found[BOXES.name][0], found.get(LABELS.name)
+        schema = self.manifest.schema
+        return gather_images(self.shards, self.index, schema, images, shards, features)
 
     def gather_objects(self, images: I64, shards: I64, objects: I64) -> NDArray[np.float16]:
         """Single objects' features, (n, feature_dim): object `objects[i]` of `images[i]`, which
         lies in `shards[i]`."""
         schema = self.manifest.schema
-        size = np.full(len(images), FEATURES.object_bytes(schema))
-        out = np.empty((len(images), schema.feature_dim), dtype=np.float16)
-        at = self.index.offset[FEATURES.name][images] + objects * size
-        _copy_rows(self._tars(shards), at, size, out)
-        return out
-
-    def _tars(self, shards: I64) -> list[memoryview]:
-        """The tar of each shard."""
-        # Once for each that is distinct: one may have to be fetched, and finding it takes a lock.
-        tars = {s: self.shards.tar(s).data for s in set(shards.tolist())}
-        return [tars[s] for s in shards.tolist()]
+        return gather_objects(self.shards, self.index, schema, images, shards, objects)
 
     def answers(self) -> list[str]:
         """The answer table: the answer of each id."""
@@ -237,51 +209,7 @@ class Dataset:
         at = int(self.index.offset[RECORD.name][image])
         size = int(self.index.record_size[image])
         shard = int(self.shard_of_image(np.asarray([image]))[0])
-        return self.tar(shard)[at : at + size].tobytes()
-
-
-def _copy_rows(tars: list[memoryview], at: I64, size: I64, out: NDArray) -> None:
-    """Copy `size[i]` bytes at `at[i]` of `tars[i]` to the start of row i of `out`, which is
-    contiguous, and fill the rest of the row with zeros."""
-    row = out[0].nbytes if len(out) else 0
-    flat = out.reshape(-1).view(np.uint8)
-    # Offsets become plain integers all at once, and bytes go from memoryview to memoryview: for a
-    # small member, indexing arrays row by row would cost more than the copy. Filling is the other
-    # way round, and seldom: most data sets have the same number of objects in every image.
-    target = flat.data
-    to = 0
-    for tar, begin, n in zip(tars, at.tolist(), size.tolist(), strict=True):
-        target[to : to + n] = tar[begin : begin + n]
-        if n < row:
-            flat[to + n : to + row] = 0
-        to += row
-
-
-def _columns(
-    member: Member, schema: Schema, raw: NDArray[np.uint8], held: I64, objects: int
-) -> tuple[NDArray, ...]:
-    """A member's columns, (images, objects, …), out of its payloads, a row of bytes each, padded
-    with zeros from `held` to `objects` objects. Integers become int64, by which torch indexes."""
-    even = bool((held == objects).all())
-    found: list[NDArray] = []
-    first = 0  # elements that an object has in the columns before
-    for column in member.columns:
-        shape = column.row_shape(schema)
-        width = math.prod(shape)
-        elements = raw.view(column.type)
-        if even or len(member.columns) == 1:
-            values = elements[:, first * objects : (first + width) * objects]
-        else:
-            # Columns lie close together: in each row the next one begins where `held` objects end.
-            i = np.arange(objects * width)
-            begin = np.arange(len(raw)) * elements.shape[1] + first * held
-            values = np.take(elements, begin[:, None] + i)
-            values = np.where(i < width * held[:, None], values, 0)
-        values = values.reshape(len(raw), objects, *shape)
-        wide = np.int64 if values.dtype.kind == "i" else values.dtype
-        found.append(np.ascontiguousarray(values, dtype=wide))
-        first += width
-    return tuple(found)
+        return gather_bytes(self.shards, shard, at, size)
 
 
 def open_dataset(
@@ -320,16 +248,16 @@ def _open(
         for spec, m, end in zip(specs, manifests, ends, strict=True)
     )
     places_of = [m.place(spec.url) for spec, m in zip(specs, manifests, strict=True)]
-    places = [place for place, m in zip(places_of, manifests, strict=True) for _ in m.shards]
+    places = list(zip(places_of, ends, strict=True))
     own_sources = [[manifest.sources.index(s) for s in m.sources] for m in manifests]
-    tars = [s.tar_at(place) for place, s in zip(places, manifest.shards, strict=True)]
-    shards = ShardFiles(tars, folder, limit)
+    tars, files = manifest.shards.tars(places), manifest.shards.tables(places)
+    shards = ShardFiles(tars, folder, limit, files if text == "window" else None)
 
     def table_of(number: int) -> TableFile:
         """A shard's table, which is fetched if it is not here."""
-        of, shard = bisect_right(ends, number), manifest.shards[number]
-        file = shard.table_at(places_of[of])
-        path = local_file(file, folder, table=True)
+        of, file = bisect_right(ends, number), files[number]
+        path = shards.table(number) if text == "window" else local_file(file, folder, table=True)
+        shard = manifest.shards[number]
         return TableFile(path, file.url, manifests[of], shard, own_sources[of])
 
     tables = Tables(manifest, table_of, shards.in_use)

@@ -21,7 +21,7 @@ from shards.errors import DataError
 from shards.format.arrays import parse_arrays, save_arrays
 from shards.order.draws import I64
 from shards.store import objects
-from shards.store.stored import StoredFile
+from shards.store.stored import StoredFile, StoredFiles
 
 INLINE = 4096
 PAGE = 10_000
@@ -155,6 +155,17 @@ class ShardList(Sequence[ShardInfo]):
         return self.sources == other.sources and all(map(np.array_equal, mine, others))
 
     __hash__ = None  # type: ignore[assignment]
+
+    # --- files ------------------------------------------------------------------------------------
+
+    def tars(self, places: Sequence[tuple[str, int]]) -> StoredFiles:
+        """The tars. places: folders or URLs of data sets, each with the number of the first shard
+        that is not there any more."""
+        return StoredFiles(places, self.name, self.sha256, self.size)
+
+    def tables(self, places: Sequence[tuple[str, int]]) -> StoredFiles:
+        """The tables, likewise."""
+        return StoredFiles(places, self.table, self.table_sha256, self.table_size)
 
     # --- checks -----------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ be behind a state: what they use is in use.
 
 from __future__ import annotations
 
+import copy
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ class Future:
         self._standing: list[_Standing] = []
         self._begin: list[float] = []
         self._skipped: I64 = np.zeros(0, dtype=np.int64)
-        self._consumed = 0
+        self.consumed = 0
+        """Pairs, when a stream last entered or left a window."""
         self._place_of: dict[tuple[int, int], NDArray[np.int32]] = {}
 
     def at(self, state: SamplerState) -> bool:
@@ -66,7 +68,7 @@ class Future:
                 self._standing[i] = self._stand(i, cursor, back)
                 changed = True
         if changed:
-            self._consumed = state.consumed
+            self.consumed = state.consumed
             self._skipped = np.asarray(state.skipped_shards, dtype=np.int64)
             # The time of a stream's position 0, by the shares.
             self._begin = [
@@ -74,8 +76,15 @@ class Future:
                 for c, r in zip(state.cursors, rates, strict=True)
             ]
             held = {(i, s.epoch + n) for i, s in enumerate(self._standing) for n in (0, 1)}
-            self._place_of = {k: v for k, v in self._place_of.items() if k in held}
+            places = list(self._place_of.items())  # to which another thread may add
+            self._place_of = {k: v for k, v in places if k in held}
         return changed
+
+    def as_it_stands(self) -> Future:
+        """The same, which stays where it is: for other threads to ask, one at a time."""
+        out = copy.copy(self)
+        out._standing = list(self._standing)
+        return out
 
     def _stand(self, stream: int, cursor: int, back: int) -> _Standing:
         pairs = self._sampler.streams[stream].pairs
@@ -136,7 +145,7 @@ class Future:
                 own = here.order.lane_shards(here.window, *self._lanes)
                 in_use[mine[now]] |= np.isin(shards[mine[now]], own)
             # Other lanes' may be in use, too, but perhaps on other nodes.
-            when[now] = self._consumed
+            when[now] = self.consumed
             out[mine] = np.minimum(out[mine], when)
             if len(here.left):
                 in_use |= np.isin(shards, here.left)
@@ -169,7 +178,9 @@ class Future:
             window += 1
             if window == order.windows:
                 epoch, window = epoch + 1, 0
-                order = self._sampler.order(stream, epoch)
+                # Far epochs would take the place of those in use.
+                near = epoch <= here.epoch + 1
+                order = (self._sampler.order if near else self._sampler.new_order)(stream, epoch)
             when = self._begin[stream] + (epoch * pairs + order.begin(window)) / rate
             if when >= self._total:
                 return

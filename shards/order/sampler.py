@@ -157,25 +157,29 @@ class Sampler:
         return SamplerState(0, zeros, zeros, (0,) * (1 + max(s.family for s in self.streams)))
 
     def order(self, stream: int, epoch: int) -> EpochOrder:
-        """The order of one epoch of a stream, by its number."""
+        """The order of one epoch of a stream, by its number. Threads may ask at one time."""
         found = self._orders.pop((stream, epoch), None)
         if found is None:
-            of, settings = self.streams[stream], self.settings
-            found = epoch_order(
-                of.sizes,
-                self.seed,
-                epoch,
-                settings.window,
-                of.key,
-                settings.sentences_per_visit,
-                settings.lanes,
-                self.version,
-                of.shards,
-            )
+            found = self.new_order(stream, epoch)
         self._orders[stream, epoch] = found
-        if len(self._orders) > 2 * len(self.streams):
-            del self._orders[next(iter(self._orders))]
+        for old in list(self._orders)[: -2 * len(self.streams)]:
+            self._orders.pop(old, None)
         return found
+
+    def new_order(self, stream: int, epoch: int) -> EpochOrder:
+        """The same, which is not kept for the next time."""
+        of, settings = self.streams[stream], self.settings
+        return epoch_order(
+            of.sizes,
+            self.seed,
+            epoch,
+            settings.window,
+            of.key,
+            settings.sentences_per_visit,
+            settings.lanes,
+            self.version,
+            of.shards,
+        )
 
     def neighbourhood(self, stream: int, epoch: int, window: int, lane: int) -> I64:
         """The shards that a lane of a window has pairs of."""

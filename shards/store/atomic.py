@@ -23,15 +23,15 @@ def written_whole(
 
     When the block raises, or removes its file, `path` stays as it was.
     durable: file and name are on the disk at the end, so a crash of the machine loses neither.
-    alone: the caller keeps other writers of `path` out, so what else there is of temporary files
-    for it was left by dead processes and is removed first.
+    alone: the caller keeps other writers of `path` out. The temporary name is then always the same,
+    and what a dead process left there is removed first.
     renaming: a context to rename in, for a lock that is needed at that moment only.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    middle = "" if alone else f".{secrets.token_hex(4)}"
+    temporary = path.with_name(f".{path.name}{middle}.tmp")
     if alone:
-        for stale in path.parent.glob(f".{path.name}.*.tmp"):
-            stale.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        temporary.unlink(missing_ok=True)
     try:
         yield temporary
         if temporary.exists():

@@ -11,9 +11,9 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from shards.errors import DataError
+from shards.errors import DataError, NodeError, explained
 from shards.store.atomic import written_whole
-from shards.store.cache import explained, hashed_file, is_local, local_file
+from shards.store.cache import hashed_file, is_local, local_file
 from shards.store.locks import locked
 from shards.store.stored import StoredFile
 
@@ -33,6 +33,8 @@ def derived_file(path: Path, cache: Path, build: Callable[[Path], None]) -> Path
         if (sealed := sealed_file(path)) and path.exists():
             try:
                 return local_file(sealed, cache)
+            except NodeError:
+                raise
             except DataError as error:
                 log.warning("%s: it is made again", error)
         # Unsealed until it is whole under its name.

@@ -6,11 +6,13 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from shards.errors import DataError
+from shards.processes import boot_id
 
 
 class BusyError(DataError):
@@ -76,20 +78,32 @@ def _is_at(f: IO[Any], path: Path) -> bool:
         return False
 
 
+def now() -> float:
+    """Seconds since the machine started, which no setting of a clock changes."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 def note(lock: IO[str], began: float, problem: str) -> None:
     """Write a failed try into the lock's file, for processes that wait for the lock."""
     with contextlib.suppress(OSError):  # no space for it: they try for themselves then
         lock.seek(0)
         lock.truncate()
-        lock.write(json.dumps([began, problem]))
+        lock.write(json.dumps([boot_id(), began, problem]))
         lock.flush()
 
 
+def forget(lock: IO[str]) -> None:
+    """Take back what `note` wrote, after a success."""
+    with contextlib.suppress(OSError):
+        if os.fstat(lock.fileno()).st_size:
+            lock.truncate(0)
+
+
 def failed_since(lock: IO[str], asked: float) -> str | None:
-    """What `note` wrote, if that try began after `asked` (seconds since the epoch)."""
+    """What `note` wrote, if that try began after `asked` (as `now` gives it)."""
     lock.seek(0)
     try:
-        began, problem = json.loads(lock.read() or "null") or (0.0, "")
-    except ValueError:
+        boot, began, problem = json.loads(lock.read() or "null") or ("", 0.0, "")
+        return str(problem) if boot == boot_id() and began >= asked else None
+    except (ValueError, TypeError):
         return None
-    return str(problem) if began >= asked else None

@@ -1,8 +1,8 @@
-"""The shards of a data set as one process uses them: verified, mapped, and fetched ahead of use.
+"""The shards of a data set as one process uses them: verified, read, and fetched ahead of use.
 
-What is needed next is known, so threads bring the shards into the node's cache in that order while
-batches are made of those that are there. A batch that needs a shard before it has arrived waits for
-the process that fetches it, or fetches it itself.
+What is needed next is known, so threads (ahead.py) bring the shards into the node's cache in that
+order while batches are made of those that are there. A batch that needs a shard before it has
+arrived waits for the process that fetches it, or fetches it itself.
 
 Under a byte limit, what is fetched for the windows in use and the next ones displaces what is due
 last, and what is fetched for later ones only fills free room. So each shard is downloaded as often
@@ -12,39 +12,30 @@ throw away what the current window leaves, and cost about as much as forgetting 
 
 from __future__ import annotations
 
-import logging
-import mmap
 import os
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.errors import DataError
-from shards.store.cache import CacheBudget, FullError, is_local, local_file, shrink
-from shards.store.locks import BusyError, open_shared, unlock
-from shards.store.stored import StoredFile
-
-log = logging.getLogger("lxscale")
-
-_PAUSE = 0.5  # seconds before a shard that could not be had ahead is tried again
-_LONGEST_PAUSE = 60.0  # it doubles at every fault of the same shard
-
-
-class ShardError(DataError):
-    """A shard cannot be had; `shard` is its number."""
-
-    def __init__(self, message: str, shard: int) -> None:
-        super().__init__(message)
-        self.shard = shard
+from shards.errors import DataError, NodeError, ShardError
+from shards.store.ahead import Ahead
+from shards.store.cache import Budget, Verified, is_local, local_file, verified_file
+from shards.store.reader import Reader, Run
+from shards.store.room import Room
+from shards.store.stored import StoredFile, StoredFiles
 
 
 class LookAhead(Protocol):
-    """What comes (shards/order/lookahead.py); time is counted in pairs of the run."""
+    """What comes (shards/order/lookahead.py); time is counted in pairs of the run. Other threads
+    ask, too: it stays as it is."""
+
+    @property
+    def consumed(self) -> float:
+        """The present."""
 
     def now(self) -> NDArray[np.int64]:
         """The shards that this process uses, rising."""
@@ -58,18 +49,30 @@ class LookAhead(Protocol):
 
 
 class ShardFiles:
-    """Mapped tars by shard number.
+    """Shards by number.
 
-    files: where each shard's tar is; cache: folder of the node's cache; limit: its bytes, None for
-    no limit.
+    files: their tars; cache: folder of the node's cache; limit: its bytes, None for no limit.
+    tables: theirs, where these come and go with the tars.
     """
 
-    def __init__(self, files: list[StoredFile], cache: Path, limit: int | None = None) -> None:
-        self.files, self.cache, self.limit = files, cache, limit
-        self._mapped: dict[int, tuple[NDArray[np.uint8], IO[bytes] | None]] = {}
-        self._due_of: dict[str, float] = {f.sha256: 0.0 for f in files}
-        self._ahead: _Ahead | None = None
+    def __init__(
+        self,
+        files: StoredFiles,
+        cache: Path,
+        limit: int | None = None,
+        tables: StoredFiles | None = None,
+    ) -> None:
+        self.files, self.cache, self.limit, self._tables = files, cache, limit, tables
+        self._future: LookAhead | None = None
         self._in_use = np.zeros(0, dtype=np.int64)
+        self._reader = Reader(self._verified, locked=limit is not None)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._ahead: Ahead | None = None
+        self._room: Room | None = None
+        if self.limit is not None:
+            self._room = Room(self.cache, self.limit, self._due, self._consumed, self._lost)
         self._process = os.getpid()
 
     def in_use(self) -> NDArray[np.int64]:
@@ -79,195 +82,107 @@ class ShardFiles:
     @property
     def remote_sizes(self) -> NDArray[np.int64]:
         """Bytes that each shard takes in the cache."""
-        return np.asarray([file.size if file.remote else 0 for file in self.files])
+        sizes = self.files.size + (self._tables.size if self._tables else 0)
+        return np.where(self.files.remote, sizes, 0)
 
-    def tar(self, shard: int) -> NDArray[np.uint8]:
-        """The bytes of a shard, verified and memory-mapped on first use; ShardError naming it."""
+    def read_rows(self, shards: NDArray[np.int64], runs: Sequence[Run]) -> None:
+        """Read from the tars of shards (see `Reader.read_rows`), which are fetched if need be."""
         self._leave_parent()
-        found = self._mapped.get(shard)
-        if found is None:
-            try:
-                found = self._map(shard)
-            except DataError as error:
-                raise ShardError(str(error), shard) from error
-            self._mapped[shard] = found
-        return found[0]
+        self._reader.read_rows(shards, runs)
 
-    def _map(self, shard: int) -> tuple[NDArray[np.uint8], IO[bytes] | None]:
-        """The mapped bytes of a shard, and the open file whose lock keeps it from eviction."""
-        file = self.files[shard]
-        while True:
-            path = local_file(file, self.cache, budget=self._budget(0.0))
-            # Another process may evict it before it is locked here: then it is fetched again.
-            if f := open_shared(path):
-                mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-                # Open files protect from eviction; those that nothing evicts may close.
-                keep = self.limit is not None and file.remote
-                if not keep:
-                    f.close()
-                return np.frombuffer(mapped, dtype=np.uint8), f if keep else None
+    def path(self, shard: int) -> Path:
+        """The verified tar of a shard on this machine; ShardError naming it, or NodeError."""
+        self._leave_parent()
+        return self._verified(shard).path
 
-    def _unmap(self, shards: list[int]) -> None:
-        for shard in shards:
-            _, f = self._mapped.pop(shard)
-            if f:
-                unlock(f)
-                f.close()
+    def table(self, shard: int) -> Path:
+        """The verified table of a shard on this machine, likewise."""
+        self._leave_parent()
+        assert self._tables is not None
+        return self._get(self._tables[shard], shard).path
+
+    def _verified(self, shard: int) -> Verified:
+        return self._get(self.files[shard], shard)
+
+    def _get(self, file: StoredFile, shard: int) -> Verified:
+        try:
+            return verified_file(file, self.cache, budget=self._budget(0.0))
+        except NodeError:
+            raise
+        except DataError as error:
+            raise ShardError(str(error), shard) from error
 
     def _leave_parent(self) -> None:
-        """After a fork: threads are not there, and locks are the parent's to release."""
+        """After a fork: threads are not there, and may have been at work on anything."""
         if self._process != os.getpid():
-            for _, f in self._mapped.values():
-                if f:
-                    f.close()
-            self._mapped, self._ahead, self._process = {}, None, os.getpid()
+            self._begin()
 
-    def _budget(self, after: float, placed: Callable[[], None] | None = None) -> CacheBudget | None:
-        if self.limit is None:
-            return None
-        return CacheBudget(self.limit, lambda sha: self._due_of.get(sha, np.inf), after, placed)
+    # --- room -----------------------------------------------------------------------------------
+
+    def _budget(self, after: float, placed: Callable[[], None] | None = None) -> Budget | None:
+        return Budget(self._room, after, placed) if self._room else None
+
+    def _shards_of(self, sha256: str) -> list[int]:
+        """The shards that have a file with this hash, or name of another kind."""
+        try:
+            found = self.files.numbers(sha256)
+            return found or (self._tables.numbers(sha256) if self._tables else [])
+        except ValueError:
+            return []
+
+    def _due(self, names: Sequence[str]) -> list[float]:
+        """When files of the cache are needed next; before any look ahead, ours are in use."""
+        of = [self._shards_of(name) for name in names]
+        if self._future is None:
+            return [-1.0 if shards else np.inf for shards in of]
+        every = np.asarray([*chain.from_iterable(of)], dtype=np.int64)
+        due = iter(self._future.due(every).tolist())
+        return [min((next(due) for _ in shards), default=np.inf) for shards in of]
+
+    def _consumed(self) -> float:
+        return self._future.consumed if self._future else 0.0
+
+    def _lost(self, name: str) -> None:
+        if self._ahead:
+            self._ahead.lost(self._shards_of(name))
 
     # --- ahead ----------------------------------------------------------------------------------
 
-    def look_ahead(self, ahead: LookAhead, threads: int) -> None:
-        """Take a new future: unmap the shards that this process does not use now, and have so many
+    def look_ahead(self, future: LookAhead, threads: int) -> None:
+        """Take a new future: close the shards that this process does not use now, and have so many
         threads fetch those needed before the run's end, the ones needed first before the others."""
         self._leave_parent()
-        self._in_use = ahead.now()
-        mine = set(self._in_use.tolist())
-        self._unmap([shard for shard in self._mapped if shard not in mine])
-        due_of: dict[str, float] = {}
-        due = ahead.due(np.arange(len(self.files)))
-        for file, when in zip(self.files, due.tolist(), strict=True):
-            due_of[file.sha256] = min(when, due_of.get(file.sha256, np.inf))
-        self._due_of = due_of
+        self._future, self._in_use = future, future.now()
+        self._reader.keep(set(self._in_use.tolist()))
         if threads == 0:
             return
         if self._ahead is None:
-            if budget := self._budget(0.0):
-                shrink(self.cache, budget)
-            self._ahead = _Ahead(self._fetch, threads)
-        # What only later windows need fills free room (the module's docstring says why).
-        wanted: dict[int, float] = {}
-        for shard, when, soon in ahead.upcoming():
-            wanted.setdefault(shard, when if soon or self.limit is None else np.inf)
-        self._ahead.want(list(wanted.items()))
+            if self._room:
+                self._room.shrink()
+            self._ahead = Ahead(self._fetch, threads, len(self.files))
+        self._ahead.want(future.upcoming(), future.consumed)
 
     def stop(self) -> None:
         """Let go of everything. The threads end; a download under way is finished first."""
         self._leave_parent()
-        self._unmap(list(self._mapped))
+        self._reader.keep(())
         if self._ahead:
             self._ahead.stop()
-            self._ahead = None
+        self._future = None
+        self._begin()
 
     def _fetch(self, shard: int, after: float, placed: Callable[[], None]) -> None:
         """Bring a shard into the cache, displacing only what is due later than `after`; `placed` is
         called when it has its room."""
+        if self._tables:
+            table = self._tables[shard]
+            if not is_local(table, self.cache):
+                local_file(table, self.cache, budget=self._budget(after), wait=False)
         file = self.files[shard]
-        if self.limit is None or not file.remote:
+        if self._room is None or not file.remote:
             placed()
         if not is_local(file, self.cache):
             local_file(file, self.cache, budget=self._budget(after, placed), wait=False)
-
-
-class _Ahead:
-    """Threads that bring shards, first things first, until they are told to stop."""
-
-    def __init__(self, fetch: Callable[[int, float, Callable[[], None]], None], threads: int):
-        self._fetch = fetch
-        # Held by the thread that chooses a shard until that has its room: what is needed first
-        # gets room first.
-        self._turn = threading.Lock()
-        self._changed = threading.Condition()
-        self._wanted: list[tuple[int, float]] = []
-        self._taken: set[int] = set()  # and not failed
-        self._not_before: dict[int, float] = {}
-        self._full_until = 0.0
-        self._faults: dict[int, int] = {}
-        self._stopped = False
-        for _ in range(threads):
-            threading.Thread(target=self._work, name="lxscale-fetch", daemon=True).start()
-
-    def want(self, shards: list[tuple[int, float]]) -> None:
-        """Take new wishes, in the order of need: (shard, the time after which a file has to be due
-        to be displaced for it)."""
-        with self._changed:
-            self._wanted, self._taken, self._full_until = shards, set(), 0.0
-            self._changed.notify_all()
-
-    def stop(self) -> None:
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
-
-    def _work(self) -> None:
-        """A thread's life: choose a shard, fetch it, remember how that went."""
-        while True:
-            self._turn.acquire()
-            held = True
-
-            def placed() -> None:
-                nonlocal held
-                if held:
-                    held = False
-                    self._turn.release()
-
-            try:
-                task = self._await()
-                if task is None:
-                    return
-                problem: Exception | None = None
-                try:
-                    self._fetch(*task, placed)
-                except Exception as error:
-                    problem = error
-                self._settle(task[0], problem)
-            finally:
-                placed()
-
-    def _await(self) -> tuple[int, float] | None:
-        """The next shard to bring; None when told to stop."""
-        with self._changed:
-            while not self._stopped:
-                if task := self._take():
-                    return task
-                self._changed.wait(_PAUSE if len(self._taken) < len(self._wanted) else None)
-        return None
-
-    def _take(self) -> tuple[int, float] | None:
-        now = time.monotonic()
-        if now < self._full_until:
-            return None
-        all_placed = True
-        for shard, after in self._wanted:
-            if shard in self._taken:
-                continue
-            # Free room is not filled before what is needed soon has its own.
-            if after == np.inf and not all_placed:
-                return None
-            if self._not_before.get(shard, 0.0) <= now:
-                self._taken.add(shard)
-                return shard, after
-            all_placed = False
-        return None
-
-    def _settle(self, shard: int, problem: Exception | None) -> None:
-        with self._changed:
-            if problem is None:
-                self._faults.pop(shard, None)
-                return
-            self._taken.discard(shard)
-            pause = _PAUSE
-            if isinstance(problem, FullError):
-                # Room comes when files fall out of use; what is due later does not get it first.
-                self._full_until = time.monotonic() + pause
-            elif not isinstance(problem, BusyError):
-                faults = self._faults[shard] = self._faults.get(shard, 0) + 1
-                if faults == 1:
-                    log.warning("not fetched ahead, tried again later: %s", problem)
-                pause = min(_PAUSE * 2**faults, _LONGEST_PAUSE)
-            self._not_before[shard] = time.monotonic() + pause
 
 
 def check_limit(files: ShardFiles, working_set: int) -> None:

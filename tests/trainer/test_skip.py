@@ -204,7 +204,7 @@ def test_ranks_agree_when_only_one_lacks_the_shard(
     data = open_dataset(str(source), tmp_path / "reference")
     shard, at = late_shard(config, data)
     warm = open_dataset(remote, tmp_path / "cache-0")
-    warm.tar(shard)
+    warm.shards.path(shard)
     name = data.manifest.shards[shard].name
     damage(f"{place_of(remote)}/{name}", "deleted")
     caches = [{"LXSCALE_CACHE": str(tmp_path / f"cache-{r}")} for r in range(2)]

@@ -21,10 +21,11 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from model.batch import Batch
 from shards.dataset import Dataset
+from shards.errors import ShardError
 from shards.order.lookahead import Future, working_set
 from shards.order.sampler import Sampler, SamplerState, Step
 from shards.processes import STOP_SIGNALS, end_with_parent, make_home, without_signals
-from shards.store.prefetch import ShardError, check_limit
+from shards.store.prefetch import check_limit
 from trainer.config import LoaderSettings
 from trainer.data.batch import BatchSettings, make_batch
 from trainer.data.shared_batches import Packed, SharedBatches, make_in_slot
@@ -126,7 +127,7 @@ class _StepBatches(TorchDataset[_Made]):
             worker = get_worker_info()
             # Of several workers one fetches ahead: downloads are bounded, and the plan is the same.
             threads = self.threads if worker is None or worker.id == 0 else 0
-            self.data.shards.look_ahead(self._future, threads)
+            self.data.shards.look_ahead(self._future.as_it_stands(), threads)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_future": None}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from shards.errors import DataError
-from shards.store import cache, objects
+from shards.store import cache, marks, objects
 from shards.store.cache import local_file
 from shards.store.stored import StoredFile
 from tests.conftest import subprocess_environment
@@ -50,7 +50,7 @@ def test_fetched_once_and_verified_once(
     fetch(remote, tmp_path)
     assert len(hashed) == 1
     # After a start of the machine nothing is taken for written.
-    monkeypatch.setattr(cache, "_boot", lambda: "another")
+    monkeypatch.setattr(marks, "boot_id", lambda: "another")
     fetch(remote, tmp_path)
     fetch(remote, tmp_path)
     assert len(hashed) == 2
@@ -84,7 +84,7 @@ def test_wrong_content_upstream_is_an_error_that_names_it(remote: str, tmp_path:
 def test_dead_processes_leave_no_obstacle(remote: str, tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()
     (tmp_path / "locks").mkdir()
-    stale = tmp_path / "files" / f".{SHA256}.deadbeef.tmp"
+    stale = tmp_path / "files" / f".{SHA256}.tmp"
     stale.write_bytes(CONTENT[:100])
     (tmp_path / "locks" / SHA256).touch()
     assert fetch(remote, tmp_path).read_bytes() == CONTENT

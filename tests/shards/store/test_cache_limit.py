@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import multiprocessing
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from shards.order.lookahead import working_set
 from shards.order.settings import SamplerSettings
 from shards.store import cache, locks, objects
 from shards.store.retry import Retry
+from shards.store.room import Room
 from tests.conftest import subprocess_environment, upload_set
 from tests.object_store import FaultProxy, first
 from tests.ranks import config_tree, run_ranks
@@ -147,10 +149,10 @@ def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     real = objects.download
 
-    def download(url: str, *arguments: Any) -> str:
+    def download(url: str, *arguments: Any, **options: Any) -> str:
         if url.endswith(".tar"):
             seen.append(url)
-        return real(url, *arguments)
+        return real(url, *arguments, **options)
 
     monkeypatch.setattr(objects, "download", download)
     return seen
@@ -362,11 +364,12 @@ def test_a_limit_that_holds_everything_costs_one_download_each(
 WORKER = """
 import sys
 from pathlib import Path
-from shards.store.cache import CacheBudget, local_file
+from shards.store.cache import Budget, local_file
+from shards.store.room import Room
 from shards.store.stored import StoredFile
 url, sha256, size, folder, limit = sys.argv[1:]
-budget = CacheBudget(int(limit), lambda sha: 0.0)
-local_file(StoredFile(url, sha256, int(size)), Path(folder), budget=budget)
+room = Room(Path(folder), int(limit), lambda names: [-1.0 for _ in names])
+local_file(StoredFile(url, sha256, int(size)), Path(folder), budget=Budget(room))
 """
 
 
@@ -407,7 +410,7 @@ def test_files_in_use_by_others_are_waited_for_and_then_named(remote: str, tmp_p
     for file in (first, second):
         cache.local_file(file, tmp_path)
     held = [locks.open_shared(tmp_path / "files" / f.sha256) for f in (first, second)]
-    room = cache.CacheBudget(data.shards.limit, lambda sha: float("inf"))
+    room = cache.Budget(Room(tmp_path, data.shards.limit, lambda names: [math.inf for _ in names]))
 
     def get() -> Path:
         return cache.local_file(third, tmp_path, budget=room, retry=Retry(deadline=2))

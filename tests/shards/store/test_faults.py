@@ -302,12 +302,12 @@ def test_damage_in_the_store_is_an_error_until_it_is_mended(
         assert stream(data) == place.stream
         return
     with pytest.raises(DataError, match=f"{place.files}/{BAD} does not have the content.*again"):
-        data.tar(names.index(BAD))
+        data.shards.path(names.index(BAD))
     with pytest.raises(DataError, match=f"{place.files}/{BAD} does not have the content"):
         stream(data)
     for i in range(len(names)):  # the others are none the worse for it
         if names[i] != BAD:
-            assert data.tar(i).tobytes() == place.shard(names[i])
+            assert data.shards.path(i).read_bytes() == place.shard(names[i])
     place.put(good)
     assert stream(data) == place.stream
 
@@ -362,11 +362,12 @@ READER = """
 import os, sys
 from shards.dataset import open_dataset
 if len(sys.argv) > 3:
-    open_dataset(sys.argv[1], sys.argv[4]).tar(0)  # imports what the other user may not read
+    # Imports what the other user may not read.
+    open_dataset(sys.argv[1], sys.argv[4]).shards.path(0)
     os.setgroups([]); os.setgid(int(sys.argv[3])); os.setuid(int(sys.argv[3]))
 data = open_dataset(sys.argv[1], sys.argv[2])
 for i in range(len(data.manifest.shards)):
-    assert len(data.tar(i)) == data.manifest.shards[i].size
+    assert data.shards.path(i).stat().st_size == data.manifest.shards[i].size
 """
 
 
@@ -433,11 +434,11 @@ def test_what_dead_processes_left_is_no_obstacle(
     cache = tmp_path / "cache"
     assert stream(open_dataset(place.url, cache)) == place.stream
     for path in list((cache / "files").iterdir()):
-        path.with_name(f".{path.name}.0badf00d.tmp").write_bytes(path.read_bytes()[:100])
+        path.with_name(f".{path.name}.tmp").write_bytes(path.read_bytes()[:100])
         (cache / "locks" / path.name).touch()
         path.unlink()
     for path in list((cache / "verified").iterdir()):
-        path.with_name(f".{path.name}.0badf00d.tmp").write_bytes(b"[")
+        path.with_name(f".{path.name}.tmp").write_bytes(b"[")
         path.write_bytes(b"\xff\x00")
     assert stream(open_dataset(place.url, cache)) == place.stream
     shards = {s.sha256 for s in open_dataset(place.url, cache).manifest.shards}
@@ -520,7 +521,7 @@ def test_a_cache_that_cannot_be_written(place: Place, proxy: FaultProxy, tmp_pat
         child = reader(place.url, Path(folder) / "empty", *user)
         error = child.communicate()[1]
         assert child.returncode and f"{folder}/empty" in error
-        assert "DataError: cannot use" in error and "rights" in error and "LXSCALE_CACHE" in error
+        assert "NodeError: cannot use" in error and "rights" in error and "LXSCALE_CACHE" in error
         # One that has all that is needed is as good as any.
         assert stream(open_dataset(place.url, Path(folder) / "full")) == place.stream
         child = reader(place.url, Path(folder) / "full", *user)

@@ -32,9 +32,27 @@ def test_a_file_changes_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     with written_whole(path) as temporary:
         temporary.write_text("two")
     assert path.read_text() == "two" and stale.exists()
+    stale.unlink()
+    dead = path.with_name(".x.tmp")
+    dead.write_text("of a dead process")
     with written_whole(path, alone=True) as temporary:
-        assert not stale.exists()
+        assert temporary == dead and not dead.exists()
     assert [p.name for p in path.parent.iterdir()] == ["x"]
+
+
+def test_what_a_write_costs_does_not_grow_with_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(100):
+        (tmp_path / str(i)).touch()
+
+    def no_listing(*arguments: object) -> None:
+        raise AssertionError("the folder is listed")
+
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, no_listing)
+    with written_whole(tmp_path / "x", alone=True, durable=False) as temporary:
+        temporary.write_text("")
 
 
 HOLDER = """
