@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from model.errors import ModelError
-from shards.errors import DataError, StoreError
+from shards.errors import DataError, NodeError, StoreError
 from trainer.checkpoint.errors import (
     CheckpointError,
     OwnedError,
@@ -33,6 +33,7 @@ FINAL_ERRORS = (
     ConfigError,
     DataError,
     StoreError,
+    NodeError,
     ModelError,
     CheckpointError,
     UnsavedError,
@@ -40,7 +41,7 @@ FINAL_ERRORS = (
     *OWNER_ERRORS,
 )
 # Of these, what another command may find mended.
-AGAIN_ERRORS = (StoreError, UnsavedError)
+AGAIN_ERRORS = (StoreError, NodeError, UnsavedError)
 USER_ERRORS = (*FINAL_ERRORS, LaunchError, AgainError)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.errors import DataError
+from shards.errors import DataError, explained, node_error
 
 # Names of the safetensors format for the types that we write; the bytes are little endian.
 _TYPES = {"U8": "<u1", "U16": "<u2", "U32": "<u4", "I32": "<i4", "I64": "<i8", "F32": "<f4"}
@@ -85,7 +85,9 @@ def map_arrays(path: str | Path) -> dict[str, NDArray]:
         data = np.memmap(path, dtype=np.uint8, mode="r")
     except FileNotFoundError:
         raise DataError(f"{path} is missing") from None
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise node_error(path, error) from None
+    except ValueError as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     return parse_arrays(data, str(path))
 
@@ -112,10 +114,10 @@ def parse_arrays(data: NDArray[np.uint8], where: str) -> dict[str, NDArray]:
 
 def array_sizes(path: str | Path) -> dict[str, int]:
     """Elements of each array, by the file's header alone."""
+    with explained(path), open(path, "rb") as f:
+        head = f.read(8)
+        head += f.read(min(int.from_bytes(head, "little"), _LONGEST_HEADER))
     try:
-        with open(path, "rb") as f:
-            head = f.read(8)
-            head += f.read(min(int.from_bytes(head, "little"), _LONGEST_HEADER))
         _, entries = _header(np.frombuffer(head, np.uint8))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is not a whole table: {error}; build it again") from None

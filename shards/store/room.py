@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from shards.errors import explained
 from shards.processes import boot_id
 from shards.store.atomic import written_whole
 from shards.store.locks import BusyError, locked, unlock
@@ -95,7 +96,7 @@ class Room:
 
     def shrink(self) -> None:
         """Keep to a limit that is lower than what an earlier run left."""
-        with locked(self._cache, _LOCK):
+        with explained(self._cache), locked(self._cache, _LOCK):
             self._catch_up()
             self._evict(0, 0.0)
 

@@ -21,7 +21,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from model.batch import Batch
 from shards.dataset import Dataset
-from shards.errors import ShardError
+from shards.errors import NodeError, ShardError
 from shards.order.lookahead import Future, working_set
 from shards.order.sampler import Sampler, SamplerState, Step
 from shards.processes import STOP_SIGNALS, end_with_parent, make_home, without_signals
@@ -69,6 +69,8 @@ class _Made:
     step: Step
     batches: list[Packed | Batch]
     missing: MissingShard | None = None
+    fault: str | None = None
+    """Of this node: the run ends with it."""
 
 
 def bounds(count: int, part: int, parts: int) -> tuple[int, int]:
@@ -93,13 +95,13 @@ class _StepBatches(TorchDataset[_Made]):
     _future: Future | None = field(default=None, repr=False)
 
     def __getitem__(self, step: Step) -> _Made:
-        self._look_ahead(step.before)
         own = self.sampler.slice(step, self.part.rank, self.part.world)
         skipped = step.before.skipped_shards
         worker = get_worker_info()
         group = worker.id if worker else 0
         made: list[Packed | Batch] = []
         try:
+            self._look_ahead(step.before)
             for i in range(self.part.accumulation):
                 micro = own.take(slice(*bounds(len(own), i, self.part.accumulation)))
                 make = partial(
@@ -111,11 +113,14 @@ class _StepBatches(TorchDataset[_Made]):
                     skipped=skipped,
                 )
                 made.append(make_in_slot(self.shared, group, make))
-        except ShardError as error:
+        except (ShardError, NodeError) as error:
             for packed in made:
                 if isinstance(packed, Packed):
                     self.shared.release(packed.slot)
-            return _Made(step, [], MissingShard(error.shard, str(error)))
+            if isinstance(error, ShardError):
+                return _Made(step, [], MissingShard(error.shard, str(error)))
+            # In words: what a loader worker raises arrives with a traceback in its message.
+            return _Made(step, [], fault=str(error))
         return _Made(step, made)
 
     def _look_ahead(self, state: SamplerState) -> None:
@@ -148,7 +153,7 @@ def load_steps(
     it to end its workers and threads.
 
     Raises DataError where the cache limit cannot hold what the steps in flight need, and `beside`
-    bytes that are in use for other purposes.
+    bytes that are in use for other purposes; NodeError where this machine is at fault.
     """
     workers, prefetch = settings.loader_workers, settings.prefetch
     # The main processes are within a step of each other. Ahead of them are the steps that workers
@@ -244,6 +249,8 @@ def _read(
 
     try:
         for made in steps:
+            if made.fault:
+                raise NodeError(made.fault)
             yield Loaded(made.step, [unpacked(m) for m in made.batches], made.missing)
             del made  # the memory of its batches is used for the next
     finally:
