@@ -18,6 +18,7 @@ from pathlib import Path
 from shards.errors import DataError
 from shards.format.index import LAYOUT
 from shards.progress import Progress, no_progress
+from shards.store import room
 from shards.store.derived import seal_of, sealed_file
 from shards.store.locks import BusyError, locked
 from shards.store.stored import hash_file
@@ -113,11 +114,12 @@ def verify(cache: Path, progress: Progress = no_progress) -> list[str]:
             if problem := _damage(item):
                 problems.append(f"{item.path} is damaged: {problem}")
                 # Renamed under a reader it stays what that has open.
-                aside = item.path.with_suffix(".damaged")
-                with locked(cache, "room"):
-                    os.replace(item.path, aside)
-                if item.kind == "index":
-                    aside.unlink()
+                if item.kind == "shard":
+                    room.set_aside(cache, item.path)
+                elif item.kind == "table":
+                    os.replace(item.path, item.path.with_suffix(".damaged"))
+                else:
+                    item.path.unlink()
                     seal_of(item.path).unlink(missing_ok=True)
         done += item.size
         progress("bytes verified", done, total)
@@ -154,11 +156,12 @@ def clean(cache: Path, chosen: list[Item]) -> list[Item]:
     """Remove files of `to_clean`; those that went. What has come into use meanwhile is left."""
     gone = []
     for item in chosen:
-        # Processes under a limit count the files: not while one comes or goes.
         with contextlib.suppress(BusyError, BlockingIOError, FileNotFoundError):
-            with locked(cache, "room"), _held(cache, item):
+            with _held(cache, item):
                 item.path.unlink()
                 if "index" in item.kind:
                     seal_of(item.path).unlink(missing_ok=True)
+                if item.path.parent == cache / "files":
+                    room.add(cache, item.path, 0)
             gone.append(item)
     return gone
