@@ -36,9 +36,31 @@ from shards.order.settings import SamplerSettings
 memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before, began = memory(), time.process_time()
 data = open_dataset(sys.argv[1], sys.argv[2], text="window")
+opened = time.process_time() - began
 sampler = data.sampler(SamplerSettings(window=16), 1)
 sampler.plan(sampler.step(sampler.start(), 256))
-print(time.process_time() - began, (memory() - before) / 1024)
+print(opened, (memory() - before) / 1024, time.process_time() - began - opened)
+"""
+
+_READ = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+from shards.dataset import open_dataset
+from shards.order.settings import SamplerSettings
+from trainer.config import LoaderSettings
+from trainer.data.batch import settings_of
+from trainer.data.loader import RankSlice, load_steps
+if __name__ == "__main__":
+    data = open_dataset(sys.argv[1], sys.argv[2], text="window")
+    sampler = data.sampler(SamplerSettings(window=500), 1)
+    steps = load_steps(data, sampler, settings_of(data, 1, 0.15, 0.15), RankSlice(0, 1, 1),
+                       sampler.start(), 256, 60 * 256, LoaderSettings(fetch_threads=4))
+    opened = mapped = 0
+    for step in steps:
+        assert not step.missing, step.missing
+        opened = max(opened, len(os.listdir("/proc/self/fd")))
+        mapped = max(mapped, len(open("/proc/self/maps").readlines()))
+    print(opened, mapped)
 """
 
 
@@ -47,14 +69,24 @@ def opening(folder: Path) -> list[list[str]]:
     for shards in SHARDS:
         place = folder / str(shards)
         place.mkdir()
-        simulate(place, shards, images=4, sentences=2)
+        template, _ = simulate(place, shards, images=4, sentences=2)
         # In a folder: a client of S3 takes 0.5 s to start, whatever it opens.
         given = str(place / "set"), str(place / "cache")
         times = [_python(_OPEN, *given).split() for _ in range(4)]
+        with serving(place, template) as url:
+            opened, mapped = _python(_READ, url, str(place / "cache")).split()
         first, *later = times
-        median = sorted(float(t) for t, _ in later)[1]
+        median = sorted(float(t) for t, _, _ in later)[1]
         rows.append(
-            [f"{shards:,}", f"{float(first[0]):.2f}", f"{float(first[1]):.0f}", f"{median:.2f}"]
+            [
+                f"{shards:,}",
+                f"{float(first[0]):.2f}",
+                f"{float(first[1]):.0f}",
+                f"{median:.2f}",
+                f"{float(first[2]):.2f}",
+                opened,
+                mapped,
+            ]
         )
         print(*rows[-1], sep="  ", flush=True)
         shutil.rmtree(place)
@@ -63,7 +95,10 @@ def opening(folder: Path) -> list[list[str]]:
 
 def _python(script: str, *arguments: str) -> str:
     command = [sys.executable, "-c", script, *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    return done.stdout
 
 
 # --- a run --------------------------------------------------------------------------------------
@@ -141,7 +176,9 @@ def main() -> None:
     text = f"# Growth, {date.today()}, {machine()}\n\n"
     with tempfile.TemporaryDirectory(prefix="lxscale-growth-") as folder:
         header = ["shards", "first process, CPU s", "its memory, MB", "a later one, CPU s"]
-        text += "Opening a data set and planning the first step.\n\n"
+        header += ["the first step's plan, CPU s", "open files", "maps"]
+        text += "Opening a data set and planning its first step. Then 60 steps of 256 pairs out of "
+        text += "windows of 500 shards on S3, in a process that may have 256 files open.\n\n"
         text += markdown(header, opening(Path(folder)))
         if given.run:
             place = Path(folder) / "run"

@@ -29,7 +29,7 @@ from shards.format.shard_list import ShardList
 BUCKET = "simulated"
 _TABLE = "table.safetensors"
 # The tokens that hold a shard's number, and which of the vocabulary they are.
-_DIGITS, _BASE, _LEAST = 4, 64, 10
+_DIGITS, _BASE, _LEAST = 5, 32, 10
 
 
 def _records(images: int, sentences: int) -> Iterator[ImageRecord]:
