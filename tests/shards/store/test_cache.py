@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from shards.errors import DataError
-from shards.store import cache, marks, objects
+from shards.store import cache, locks, marks, objects
 from shards.store.cache import local_file
 from shards.store.stored import StoredFile
 from tests.conftest import subprocess_environment
@@ -115,6 +115,7 @@ def test_a_process_killed_while_it_fetches(s3: str, proxy: FaultProxy, tmp_path:
 WORKER = """
 import sys
 from pathlib import Path
+from shards.store import locks
 from shards.store.cache import local_file
 from shards.store.stored import StoredFile
 file = StoredFile(sys.argv[1], sys.argv[2], int(sys.argv[3]))
@@ -175,3 +176,22 @@ def test_an_unusable_cache_folder_is_one_error(tmp_path: Path) -> None:
     path.write_bytes(CONTENT)
     with pytest.raises(DataError, match="LXSCALE_CACHE"):
         fetch(str(path), tmp_path / "file")
+
+
+def test_a_note_outlives_no_success_no_step_of_the_clock_and_no_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with locks.locked(tmp_path, "x") as lock:
+        asked = locks.now()
+        locks.note(lock, locks.now(), "away")
+        for clock in (0.0, 1e12):
+            monkeypatch.setattr("time.time", lambda clock=clock: clock)
+            assert locks.failed_since(lock, asked) == "away"
+            assert locks.failed_since(lock, locks.now()) is None, "asked for after it"
+        with monkeypatch.context() as patch:
+            patch.setattr(locks, "boot_id", lambda: "another")
+            assert locks.failed_since(lock, asked) is None
+        locks.forget(lock)
+        assert locks.failed_since(lock, asked) is None
+        locks.note(lock, locks.now(), "away again")
+        assert locks.failed_since(lock, asked) == "away again"
