@@ -102,6 +102,14 @@ class EpochOrder:
         b = int(np.searchsorted(start, end, side="left"))
         return self.shard_order[places.start + a : places.start + b].astype(np.int64)
 
+    def with_nearest(self, shard: int, but: I64) -> I64:
+        """A shard, and the one nearest to it in the epoch's order that is none of `but`."""
+        place = int(np.flatnonzero(self.shard_order == shard)[0])
+        near = np.argsort(np.abs(np.arange(len(self.shard_order)) - place), kind="stable")
+        others = self.shard_order[near[1:]]
+        others = others[~np.isin(others, but)]
+        return np.append(shard, others[:1]).astype(np.int64)
+
     def locate(self, position: I64) -> tuple[I64, I64]:
         """Positions in the epoch -> (shard, index of the pair in that shard), each i64."""
         if not len(position):

@@ -35,7 +35,7 @@ def shards_of_text(data: Dataset, sampler: Sampler, plan: Plan, skipped: Sequenc
     own = np.unique(plan.shard)
     if data.text == "all" or not plan.mismatched.any():
         return own
-    near = _neighbourhoods(sampler, plan, np.flatnonzero(plan.mismatched), skipped)
+    near = _neighbourhoods(data, sampler, plan, np.flatnonzero(plan.mismatched), skipped)
     return np.unique(np.concatenate([own, near.shards]))
 
 
@@ -47,7 +47,7 @@ def sentences_of(
     sentence = pairs.row.copy()
     todo = np.flatnonzero(plan.mismatched)
     if len(todo):
-        near = None if data.text == "all" else _neighbourhoods(sampler, plan, todo, skipped)
+        near = None if data.text == "all" else _neighbourhoods(data, sampler, plan, todo, skipped)
         chosen = Pairs(pairs.row[todo], pairs.image[todo], pairs.key[todo])
         if near is None:
             sentence[todo] = _of_data_set(data, plan.dataset[todo], chosen)
@@ -88,15 +88,21 @@ class _Near:
     """Where each neighbourhood's shards begin, and where the last one's end."""
 
 
-def _neighbourhoods(sampler: Sampler, plan: Plan, rows: I64, skipped: Sequence[int]) -> _Near:
-    """Those of the pairs `rows` of a plan, without the shards that cannot be had."""
+def _neighbourhoods(
+    data: Dataset, sampler: Sampler, plan: Plan, rows: I64, skipped: Sequence[int]
+) -> _Near:
+    """Those of the pairs `rows` of a plan, without the shards that cannot be had. One that is of a
+    single image has the shard beside it, too."""
     columns = (plan.stream, plan.epoch, plan.window, plan.lane)
     where, of = np.unique(np.stack([c[rows] for c in columns], 1), axis=0, return_inverse=True)
     lost = np.asarray(skipped, dtype=np.int64)
     found = []
     for stream, epoch, window, lane in where.tolist():
         shards = np.sort(sampler.neighbourhood(stream, epoch, window, lane))
-        found.append(shards[~np.isin(shards, lost)] if len(lost) else shards)
+        shards = shards[~np.isin(shards, lost)] if len(lost) else shards
+        if data.manifest.shards.images[shards].sum() == 1:
+            shards = np.sort(sampler.order(stream, epoch).with_nearest(int(shards[0]), lost))
+        found.append(shards)
     start = np.concatenate([[0], np.cumsum([len(shards) for shards in found])])
     return _Near(of.reshape(-1), np.concatenate(found), start)
 
@@ -115,8 +121,8 @@ def _of_neighbourhood(data: Dataset, near: _Near, shard: I64, pairs: Pairs) -> I
     if len(alone := np.flatnonzero(others <= 0)):
         name = data.shards.files[int(shard[alone[0]])].url
         raise DataError(
-            f"matching needs sentences of two images, but in data.text=window only one has some "
-            f"beside {name}: set sampler.window higher, sampler.lanes lower, or data.text=all"
+            f"matching needs sentences of two images, but of those that can be had with {name} "
+            "there is one: set sampler.mismatch=0, or mend the shards that are skipped"
         )
     chosen = first + below(draw(pairs.key, Purpose.SENTENCE, 0), others)
     # The own image's sentences, which lie together, are left out.

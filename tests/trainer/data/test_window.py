@@ -152,16 +152,22 @@ def test_no_more_tables_are_held_than_those_in_use(folder: Path) -> None:
     assert most <= 4 < len(data.manifest.shards)
 
 
-def test_a_single_image_has_no_other_sentence(tmp_path: Path) -> None:
-    place = built(tmp_path, "single", 3)
+def test_a_neighbourhood_of_one_image_has_that_of_the_shard_beside(tmp_path: Path) -> None:
     settings = BuildSettings("one", "test", images_per_shard=1)
-    build(small_records(3), tmp_path / "one", settings)
+    build(small_records(5), tmp_path / "one", settings)
     data = open_dataset(str(tmp_path / "one"), tmp_path / "cache", text="window")
-    sampler = data.sampler(SamplerSettings(window=1, mismatch=1.0), SEED)
-    plan = sampler.plan(sampler.step(sampler.start(), 2))
-    with pytest.raises(DataError, match=r"only one has some .*shard-00000\d.*sampler\.window"):
-        make_batch(data, sampler, plan, drawn(data))
-    assert place
+    whole = open_dataset(str(tmp_path / "one"), tmp_path / "cache")
+    pairs = data.manifest.pairs
+    for lanes in (1, 1000):
+        sampler = data.sampler(SamplerSettings(window=1, lanes=lanes, mismatch=1.0), SEED)
+        plan = sampler.plan(sampler.step(sampler.start(), pairs))
+        batch = make_batch(data, sampler, plan, drawn(data))
+        of = [whole.image_of(x.numpy()) for x in (batch.pair_id, batch.sentence_id)]
+        assert (of[0] != of[1]).all()
+        # With all others lost there is none.
+        left = plan.without([1, 2, 3, 4])
+        with pytest.raises(DataError, match=r"two images, .*shard-000000.* there is one"):
+            make_batch(data, sampler, left, drawn(data), skipped=[1, 2, 3, 4])
 
 
 def test_a_run_is_proved_and_its_text_is_part_of_its_data_state(
