@@ -27,6 +27,7 @@ lint: $(READY)
 bench: $(BENCH_READY)
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/order.py
+	$(BIN)/python benchmarks/growth.py
 
 # PIP_CONSTRAINT reaches the isolated environments in which packages are built, too.
 $(READY): pyproject.toml constraints.txt
