@@ -66,6 +66,7 @@ class Room:
         self._looked = -math.inf
         self._size: dict[str, int] = {}  # the oldest first
         self._used = 0
+        self._before: set[str] = set()  # in a ledger that was forgotten
         # What is known of the future of each file. The one to go is first in `_last`; those whose
         # time may be past are first in `_next`. An entry that is not as `_when` says is void.
         self._when: dict[str, float] = {}
@@ -119,6 +120,7 @@ class Room:
         except (FileNotFoundError, ValueError):
             self._look()
             return
+        self._tell_lost()
         self._offset += len(new)
         self._lines += new.count(b"\n")
         if self._lines > 2 * len(self._size) + _SPARE:
@@ -137,6 +139,7 @@ class Room:
                     found.append((status.st_mtime_ns, _content(entry.name), status.st_size))
         for _, content, size in sorted(found):
             self._set(content, size + self._size.get(content, 0))
+        self._tell_lost()
         self._looked = time.monotonic()
         self._write_anew()
 
@@ -170,9 +173,16 @@ class Room:
     def _forget(self, name: bytes) -> None:
         """Know nothing of the ledger, which has this name now."""
         self._name, self._offset, self._lines = name, len(name), 0
+        self._before |= self._size.keys()
         self._size, self._used = {}, 0
         self._when, self._last, self._next = {}, [], []
         self._in_use, self._unknown = set(), []
+
+    def _tell_lost(self) -> None:
+        """Of what an earlier ledger had, and this one has not."""
+        for name in self._before - self._size.keys():
+            self._lost(name)
+        self._before = set()
 
     # --- eviction -------------------------------------------------------------------------------
 

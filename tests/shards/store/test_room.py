@@ -100,7 +100,8 @@ def test_what_a_download_costs_does_not_grow_with_what_is_there(
         cache = tmp_path / str(files)
         names = [f"{i:05d}" for i in range(files)]
         fill(cache, names)
-        clock = Clock({n: float(i + 2) for i, n in enumerate(names)})
+        soon = {f"new{i}": 1.0 for i in range(100)}
+        clock = Clock(soon | {n: float(i + 2) for i, n in enumerate(names)})
         where = clock.room(cache, files * SIZE)
         where.shrink()
         calls.clear()
@@ -153,7 +154,7 @@ real = os.write if at == "write" else os.unlink
 where = room.Room(cache, 30, lambda names: [float(n) for n in names])
 where.shrink()
 if at == "open":  # reserved, and not there yet
-    room.open = lambda path, *a: os._exit(1) if "tmp" in str(path) else open(path, *a)
+    room.open = lambda path, *a: os._exit(1) if str(path).endswith(".tmp") else open(path, *a)
 if at == "write":  # the evicted one is gone, and nobody was told
     os.write = lambda *a: os._exit(1)
 where.take(cache / "files" / ".4.tmp", "4", 10, 0.0)
