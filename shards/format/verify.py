@@ -32,6 +32,7 @@ from shards.progress import Progress, no_progress
 from shards.store import objects
 
 _AHEAD = 4  # shards that wait for each process
+_WORTH = 64 << 20  # bytes, which take a process longer than its start
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def verify(
     whole. Object storage is read shard by shard through the system's temporary folder, past the
     cache.
 
-    jobs: processes, by default one a core. shards: numbers of those to check, by default all.
+    jobs: processes, by default one a core where there is enough to do. shards: numbers of those to check, by default all.
     state: a file of the shards that were found whole, which are not checked again.
     DataError is raised only where the manifest or the state cannot be read.
     """
@@ -74,7 +75,9 @@ def verify(
         problems = list(check.problems)
         left = [i for i in chosen if i not in found]
         with _opened(state, manifest, before) as log:
-            for one in _checked(check, encoder, left, min(jobs or _cores(), len(left))):
+            for one in _checked(
+                check, encoder, left, min(jobs or _jobs(manifest, left), len(left))
+            ):
                 found[one.shard] = one
                 if log and not one.problems:
                     log.write(_line(manifest.shards[one.shard], one.images) + "\n")
@@ -87,8 +90,10 @@ def verify(
     return problems + _twice(manifest, [found[i] for i in chosen])
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
+def _jobs(manifest: Manifest, shards: list[int]) -> int:
+    """Processes that are worth their start: one a core, and no more than there is work for."""
+    total = int(manifest.shards.size[np.asarray(shards, dtype=np.int64)].sum())
+    return min(len(os.sched_getaffinity(0)), 1 + total // _WORTH)
 
 
 def _twice(manifest: Manifest, found: list[Found]) -> list[str]:

@@ -28,7 +28,7 @@ from trainer.setup import batch_settings, resolve_objectives
 STEPS = 9
 
 
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", [2, pytest.param(3, marks=pytest.mark.faults)])
 def test_a_run_keeps_its_order(tmp_path: Path, version: int) -> None:
     build(small_records(31), tmp_path / "set", BuildSettings("order", "test", images_per_shard=7))
     sampler = {"mode": "balanced", "window": 2}
