@@ -57,7 +57,8 @@ def verify(
     whole. Object storage is read shard by shard through the system's temporary folder, past the
     cache.
 
-    jobs: processes, by default one a core where there is enough to do. shards: numbers of those to check, by default all.
+    jobs: processes, by default one a core where there is enough to do. shards: numbers of those to
+    check, by default all.
     state: a file of the shards that were found whole, which are not checked again.
     DataError is raised only where the manifest or the state cannot be read.
     """
