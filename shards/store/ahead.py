@@ -12,7 +12,8 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.util import Finalize
 
 from shards.store.cache import FullError
 from shards.store.locks import BusyError
@@ -21,6 +22,7 @@ log = logging.getLogger("lxscale")
 
 _PAUSE = 0.5  # seconds before a shard that could not be had is tried again
 _LONGEST_PAUSE = 60.0  # it doubles at every fault of the same shard
+_END_S = 3.0  # that threads which are told to stop are waited for
 _PASSED = 1000  # shards in a row that ask for nothing, before the next change is waited for
 
 Wish = tuple[int, float, bool]
@@ -30,13 +32,13 @@ Wish = tuple[int, float, bool]
 class Ahead:
     """Threads that fetch until they are told to stop.
 
-    fetch(shard, after, placed): brings one, displacing what is due later than `after`, and calls
-    `placed` when it has its room; shards: how many there are.
+    fetch(shard, after, placed, over): brings one, displacing what is due later than `after`, and
+    calls `placed` when it has its room; stops once `over` is set. shards: how many there are.
     """
 
     def __init__(
         self,
-        fetch: Callable[[int, float, Callable[[], None]], None],
+        fetch: Callable[[int, float, Callable[[], None], threading.Event], None],
         threads: int,
         shards: int,
     ) -> None:
@@ -59,9 +61,16 @@ class Ahead:
         self._not_before: dict[int, float] = {}
         self._faults: dict[int, int] = {}
         self._full_until = 0.0
-        self._stopped = False
-        for _ in range(threads):
-            threading.Thread(target=self._work, name="lxscale-fetch", daemon=True).start()
+        self._over = threading.Event()
+        work = [
+            threading.Thread(target=self._work, name="lxscale-fetch", daemon=True)
+            for _ in range(threads)
+        ]
+        for thread in work:
+            thread.start()
+        # A process that ends stops them, too, be it a child of multiprocessing or not: what they
+        # have half downloaded would stay behind.
+        self._end = Finalize(None, _end, (self._over, self._changed, work), exitpriority=0)
 
     def want(self, upcoming: Iterator[Wish], consumed: float) -> None:
         """Take what comes from now on, in the order of need; consumed: the present."""
@@ -80,9 +89,8 @@ class Ahead:
             self._here[shard] = 0
 
     def stop(self) -> None:
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
+        """Break off what is under way, and wait a little for that."""
+        self._end()
 
     def _work(self) -> None:
         """A thread's life: choose a shard, fetch it, remember how that went."""
@@ -102,7 +110,7 @@ class Ahead:
                     return
                 problem: Exception | None = None
                 try:
-                    self._fetch(*task, placed)
+                    self._fetch(*task, placed, self._over)
                 except Exception as error:
                     problem = error
                 self._settle(*task, problem)
@@ -112,7 +120,7 @@ class Ahead:
     def _await(self) -> tuple[int, float] | None:
         """The next shard to bring, and what may go for it; None when told to stop."""
         with self._changed:
-            while not self._stopped:
+            while not self._over.is_set():
                 if task := self._take():
                     self._here[task[0]] = 1
                     self._waiting.discard(task[0])
@@ -180,6 +188,8 @@ class Ahead:
 
     def _settle(self, shard: int, after: float, problem: Exception | None) -> None:
         with self._changed:
+            if self._over.is_set():
+                return
             if problem is None:
                 self._faults.pop(shard, None)
                 self._not_before.pop(shard, None)
@@ -201,3 +211,16 @@ class Ahead:
                 heapq.heappush(self._again, (at, shard, after))
                 self._waiting.add(shard)
             self._changed.notify_all()
+
+
+def _end(
+    over: threading.Event, changed: threading.Condition, work: Sequence[threading.Thread]
+) -> None:
+    over.set()
+    with changed:
+        changed.notify_all()
+    until = time.monotonic() + _END_S
+    for thread in work:
+        # Whoever drops the last reference to a loader may be any thread.
+        if thread is not threading.current_thread():
+            thread.join(max(0.0, until - time.monotonic()))

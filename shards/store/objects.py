@@ -209,6 +209,8 @@ def _copy(
         try:
             size, parts = _parts(url, at, wanted, until)
             for data in parts:
+                if retry:
+                    retry.check()
                 try:
                     target.write(data)
                 except OSError as error:

@@ -13,6 +13,7 @@ throw away what the current window leaves, and cost about as much as forgetting 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -25,6 +26,7 @@ from shards.errors import DataError, NodeError, ShardError
 from shards.store.ahead import Ahead
 from shards.store.cache import Budget, Verified, is_local, local_file, verified_file
 from shards.store.reader import Reader, Run
+from shards.store.retry import Retry
 from shards.store.room import Room
 from shards.store.stored import StoredFile, StoredFiles
 
@@ -163,7 +165,7 @@ class ShardFiles:
         self._ahead.want(future.upcoming(), future.consumed)
 
     def stop(self) -> None:
-        """Let go of everything. The threads end; a download under way is finished first."""
+        """Let go of everything. The threads end; a download under way is broken off."""
         self._leave_parent()
         self._reader.keep(())
         if self._ahead:
@@ -171,18 +173,22 @@ class ShardFiles:
         self._future = None
         self._begin()
 
-    def _fetch(self, shard: int, after: float, placed: Callable[[], None]) -> None:
+    def _fetch(
+        self, shard: int, after: float, placed: Callable[[], None], over: threading.Event
+    ) -> None:
         """Bring a shard into the cache, displacing only what is due later than `after`; `placed` is
-        called when it has its room."""
+        called when it has its room. StoppedError once it is over."""
+        retry = Retry(over=over)
         if self._tables:
             table = self._tables[shard]
             if not is_local(table, self.cache):
-                local_file(table, self.cache, budget=self._budget(after), wait=False)
+                local_file(table, self.cache, budget=self._budget(after), retry=retry, wait=False)
         file = self.files[shard]
         if self._room is None or not file.remote:
             placed()
         if not is_local(file, self.cache):
-            local_file(file, self.cache, budget=self._budget(after, placed), wait=False)
+            budget = self._budget(after, placed)
+            local_file(file, self.cache, budget=budget, retry=retry, wait=False)
 
 
 def check_limit(files: ShardFiles, working_set: int) -> None:

@@ -9,12 +9,13 @@ import logging
 import math
 import os
 import random
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from shards.errors import DataError, NotFoundError, StoreError
+from shards.errors import DataError, NodeError, NotFoundError, StoreError
 from shards.store.places import bucket_and_key
 from shards.store.s3 import endpoint, s3
 from shards.urls import shown
@@ -41,6 +42,10 @@ def _deadline() -> float:
     return seconds
 
 
+class StoppedError(NodeError):
+    """Nobody waits for it any more."""
+
+
 @dataclass(frozen=True)
 class Retry:
     """Full jitter: before attempt n, wait a uniform time up to min(cap, base * 2^n); in seconds."""
@@ -50,6 +55,8 @@ class Retry:
     deadline: float = field(default_factory=_deadline)
     """After this time from the first attempt a fault is final. The default is
     LXSCALE_STORE_DEADLINE or 300, which outlasts a restarting gateway but not a lost one."""
+    over: threading.Event | None = None
+    """Once it is set nobody waits for the result any more: StoppedError, within a moment."""
 
     def wait(self, attempt: int) -> float:
         """Seconds to wait before an attempt."""
@@ -60,6 +67,13 @@ class Retry:
         each time. A request that is never answered leaves time for others, and over a slow line
         the last ones get there."""
         return max(1.0, min(left, self.deadline / 10 * 1.5 ** min(attempt, 30)))
+
+    def check(self, pause: float = 0.0) -> None:
+        """Wait so many seconds; StoppedError as soon as it is over."""
+        if self.over is None:
+            time.sleep(pause)
+        elif self.over.wait(pause):
+            raise StoppedError("stopped, as nobody waits for it any more")
 
 
 # With the seeded generator of a training process all ranks would wait for the same times.
@@ -171,6 +185,7 @@ def retrying(url: str, what: str, action: Callable[[float], T], retry: Retry | N
         s3().file_system()  # the first time, this imports for a second: not the store's fault
     begin, attempt = time.monotonic(), 0
     while True:
+        retry.check()
         now = time.monotonic()
         try:
             return action(now + retry.attempt_time(attempt, begin + retry.deadline - now))
@@ -198,7 +213,7 @@ def retrying(url: str, what: str, action: Callable[[float], T], retry: Retry | N
             attempt + 1,
             wait,
         )
-        time.sleep(wait)
+        retry.check(wait)
 
 
 def _tried(attempts: int, seconds: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def data(s3: str, tmp_path: Path) -> Dataset:
     build(small_records(12), url, BuildSettings("cached", "test", images_per_shard=4))
     data = open_dataset(url, tmp_path / "cache")
     for shard in (0, 1):
-        data.shards._fetch(shard, 0.0, lambda: None)
+        data.shards._fetch(shard, 0.0, lambda: None, threading.Event())
     return data
 
 
@@ -65,7 +66,7 @@ def test_verify_finds_a_flipped_bit_and_it_comes_anew(
     assert not path.exists()
     again = open_dataset(data.url, data.cache)
     for shard in (0, 1):
-        again.shards._fetch(shard, 0.0, lambda: None)
+        again.shards._fetch(shard, 0.0, lambda: None, threading.Event())
     assert run(again, "verify") == 0
 
 
