@@ -16,7 +16,13 @@ from trainer.config import RunConfig, parse_config
 
 # Forked from a server that has imported everything: a rank starts in a moment.
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOAD = ["tests.ranks", "trainer.loop", "deepspeed"]
+PRELOAD = [
+    "tests.ranks",
+    "trainer.loop",
+    "deepspeed",
+    # What DeepSpeed and the first optimizer import, for some seconds.
+    "deepspeed.runtime.zero.muon.original_muon",
+]
 CONTEXT.set_forkserver_preload(PRELOAD)
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

@@ -138,13 +138,13 @@ def start(data: Path, tmp_path: Path) -> Iterator[Start]:
 
 
 def final_losses(output: str) -> list[str]:
-    return re.findall(r"step 240/240 \| (.*) \| lr", output)
+    return re.findall(r"step 120/120 \| (.*) \| lr", output)
 
 
 def test_a_lost_worker_a_lost_job_and_ctrl_c_cost_no_step(start: Start, tmp_path: Path) -> None:
-    """One run of 240 steps through every kind of end; its result is the uninterrupted one's."""
-    sizes = {"steps": 240, "log_every": 10, "global_batch": 48}
-    often = {"every": 25}
+    """One run of 120 steps through every kind of end; its result is the uninterrupted one's."""
+    sizes = {"steps": 120, "log_every": 10, "global_batch": 48}
+    often = {"every": 12}
     steady = {"train": sizes, "checkpoint": often}
 
     job = start(**steady, run={"name": "whole", "storage": str(tmp_path), "seed": 5})
@@ -154,14 +154,14 @@ def test_a_lost_worker_a_lost_job_and_ctrl_c_cost_no_step(start: Start, tmp_path
 
     # kill -9 of a worker: Ray starts the group again, which goes on.
     job = start(**steady)
-    job.wait_for("step 50/240")
+    job.wait_for("step 20/120")
     # All servers are on loopback (0100007F).
     addresses = job.listeners()
     assert len(addresses) > 1 and all("0100007F" in a for a in addresses), addresses
     os.kill(job.workers()[0], signal.SIGKILL)
     job.wait_for("lost worker")
     job.wait_for("attempt 2")
-    job.wait_for("step 100/240")
+    job.wait_for("step 50/120")
     # kill -9 of the driver: everything that it started ends too.
     os.kill(job.process.pid, signal.SIGKILL)
     job.process.wait()
@@ -169,7 +169,7 @@ def test_a_lost_worker_a_lost_job_and_ctrl_c_cost_no_step(start: Start, tmp_path
 
     # The same command again; then Ctrl-C.
     job = start(**steady)
-    job.wait_for("step 140/240")
+    job.wait_for("step 70/120")
     job.ctrl_c()
     status = job.finish()
     if status == 75:  # not a machine so quick that it had finished
@@ -181,7 +181,7 @@ def test_a_lost_worker_a_lost_job_and_ctrl_c_cost_no_step(start: Start, tmp_path
         status = job.finish()
     assert status == 0, job.output
     assert final_losses(job.output) == [expected]
-    assert find_generation(str(tmp_path / "run")).step == 240
+    assert find_generation(str(tmp_path / "run")).step == 120
 
 
 def test_an_error_of_the_users_in_a_worker_ends_the_run_at_once(start: Start) -> None:
@@ -243,16 +243,16 @@ def test_everything_on_object_storage(
             "seed": 5,
         },
         "data": {"train": f"{s3}/set", "cache": str(tmp_path / "cache")},
-        "train": {"steps": 120, "log_every": 10},
-        "checkpoint": {"every": 20},
+        "train": {"steps": 60, "log_every": 10},
+        "checkpoint": {"every": 10},
     }
     job = start(**sections)
-    job.wait_for("checkpoint of step 20 ")
+    job.wait_for("checkpoint of step 10 ")
     job.process.send_signal(signal.SIGTERM)
     assert job.finish() == 75, job.output
     first = find_generation(f"{s3}/runs/run")
-    assert 20 <= first.step < 120
+    assert 10 <= first.step < 60
     job = start(**sections)
     assert job.finish() == 0, job.output
-    assert find_generation(f"{s3}/runs/run").step == 120
-    assert f"step {first.step} of 120" in job.output
+    assert find_generation(f"{s3}/runs/run").step == 60
+    assert f"step {first.step} of 60" in job.output

@@ -171,7 +171,7 @@ def test_what_is_skipped_is_said_once(
     damage(f"{place_of(remote)}/{name}", "deleted")
     assert not run_ranks(2, [(config, None, False)])
     said = "".join(capfd.readouterr())
-    assert said.count(f"skipping {remote}/{name} and its {pairs} pairs") == 1
+    assert said.count(f"skipping {place_of(remote)}/{name} and its {pairs} pairs") == 1
     passed = expected_digests(config, data, {shard: at})[1]
     assert said.count(f"1 shards are passed over, {passed} pairs") == 1
 
