@@ -30,7 +30,7 @@ from shards.order.keys import VERSION
 from shards.order.sampler import Plan, Sampler, make_sampler
 from shards.order.settings import SamplerSettings
 from shards.order.streams import Contents, ShardRange, Stream
-from shards.store.cache import default_cache, local_file
+from shards.store.cache import cache_folder, local_file
 from shards.store.derived import derived_file
 from shards.store.prefetch import ShardFiles
 from shards.tables import Tables
@@ -227,7 +227,7 @@ def open_dataset(
     """
     if isinstance(specs, str):
         specs = (DatasetSpec(specs),)
-    folder = Path(cache) if cache else default_cache()
+    folder = cache_folder(cache)
     manifests = [load_manifest(spec.url, folder) for spec in specs]
     return _open(manifests, tuple(specs), folder, limit, text)
 

@@ -24,7 +24,7 @@ import webdataset
 from shards.format.manifest import Schema, load_manifest
 from shards.format.members import MEMBERS, RECORD, members_of
 from shards.sources import tars
-from shards.store.cache import default_cache, local_file
+from shards.store.cache import cache_folder, local_file
 from shards.store.locks import open_shared
 from shards.store.stored import StoredFile
 
@@ -58,7 +58,7 @@ def as_webdataset(url: str, cache: str | Path | None = None, *, shuffle: int = 0
     """
     manifest = load_manifest(url)
     shards = {file.url: file for file in (s.tar_at(manifest.place(url)) for s in manifest.shards)}
-    folder = Path(cache) if cache else default_cache()
+    folder = cache_folder(cache)
     return Records(
         webdataset.SimpleShardList(list(shards)),
         webdataset.split_by_node,

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterable
-from pathlib import Path
 
 from cluster.cli.common import add_cache, verdict
 from cluster.cli.progress import shown_progress
 from shards import inventory
 from shards.arguments import whole
 from shards.inventory import KINDS, Item
-from shards.store.cache import default_cache
+from shards.store.cache import cache_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,17 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(command)
 
 
-def _cache(args: argparse.Namespace) -> Path:
-    return Path(args.cache) if args.cache else default_cache()
-
-
 def _add_ls(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--files", action="store_true", help="each file, too")
     parser.set_defaults(func=_ls)
 
 
 def _ls(args: argparse.Namespace) -> int:
-    cache = _cache(args)
+    cache = cache_folder(args.cache)
     found = inventory.items(cache)
     if args.files:
         for item in found:
@@ -59,7 +54,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    cache = _cache(args)
+    cache = cache_folder(args.cache)
     with shown_progress() as progress:
         problems = inventory.verify(cache, progress)
     for problem in problems:
@@ -76,7 +71,7 @@ def _add_clean(parser: argparse.ArgumentParser) -> None:
 
 
 def _clean(args: argparse.Namespace) -> int:
-    cache = _cache(args)
+    cache = cache_folder(args.cache)
     chosen = inventory.to_clean(cache, args.older, args.all)
     gone = chosen if args.dry_run else inventory.clean(cache, chosen)
     for item in gone:

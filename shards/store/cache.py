@@ -62,10 +62,10 @@ class FullError(NodeError):
     """There is no room, and the caller does not wait."""
 
 
-def default_cache() -> Path:
-    """LXSCALE_CACHE, or lxscale in the user's cache folder."""
-    if given := os.environ.get("LXSCALE_CACHE"):
-        return Path(expanded(given))
+def cache_folder(given: str | Path | None = None) -> Path:
+    """The folder that is given, or LXSCALE_CACHE, or lxscale in the user's cache folder."""
+    if given := given or os.environ.get("LXSCALE_CACHE"):
+        return Path(expanded(str(given)))
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "lxscale"
 
@@ -106,7 +106,7 @@ def local_file(
     and FullError where there is no room; otherwise both are waited for, the room as long as the
     store would be.
     """
-    cache = Path(cache_dir) if cache_dir else default_cache()
+    cache = cache_folder(cache_dir)
     folder = "tables" if table else "files"
     return verified_file(file, cache, folder=folder, budget=budget, retry=retry, wait=wait).path
 

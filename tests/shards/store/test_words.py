@@ -16,7 +16,7 @@ import pytest
 
 from shards.errors import DataError, NotFoundError, StoreError
 from shards.store import objects
-from shards.store.cache import default_cache
+from shards.store.cache import cache_folder
 from shards.store.create import create_bytes
 from shards.store.retry import Retry
 from shards.urls import shown
@@ -73,7 +73,8 @@ def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     objects.write_bytes("~/a/x", b"1")
     assert (tmp_path / "a" / "x").read_bytes() == b"1" == objects.read_bytes("~/a/x")
     monkeypatch.setenv("LXSCALE_CACHE", "~/cache")
-    assert default_cache() == tmp_path / "cache"
+    assert cache_folder() == tmp_path / "cache"
+    assert cache_folder("~/b") == tmp_path / "b"
 
 
 def test_a_bucket_is_no_object(s3: str) -> None:
