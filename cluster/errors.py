@@ -10,8 +10,7 @@ from trainer.checkpoint.errors import (
     StaleAttemptError,
     UnsavedError,
 )
-from trainer.config import ConfigError
-from trainer.errors import DivergedError
+from trainer.errors import ConfigError, DivergedError
 
 
 class LaunchError(RuntimeError):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from shards.urls import shown
-from trainer.progress import LogLine
+from trainer.logs import LogLine
 
 # Lines that wait for a driver that does not ask: of more, the oldest go.
 _MOST = 10_000

@@ -20,8 +20,7 @@ PRELOAD = [
     "tests.ranks",
     "trainer.loop",
     "deepspeed",
-    # What DeepSpeed and the first optimizer import, for some seconds.
-    "deepspeed.runtime.zero.muon.original_muon",
+    "torch._dynamo",  # which the first optimizer imports, for more than a second
 ]
 CONTEXT.set_forkserver_preload(PRELOAD)
 os.environ.setdefault("DS_ACCELERATOR", "cpu")

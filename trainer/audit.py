@@ -23,9 +23,9 @@ from shards.order.settings import SamplerSettings
 from shards.progress import Progress, no_progress
 from trainer.checkpoint.generations import find_generation
 from trainer.checkpoint.journal import SegmentHead, StepLine, read_segments
-from trainer.config import ConfigError
 from trainer.data.batch import BatchSettings, draw_batch, settings_of
 from trainer.data.digest import digest
+from trainer.errors import ConfigError
 
 
 @dataclass

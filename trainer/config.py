@@ -33,6 +33,7 @@ from shards.order.settings import SamplerSettings
 from shards.store.objects import local_path
 from shards.store.places import bucket_and_key, expanded
 from shards.urls import shown
+from trainer.errors import ConfigError
 
 _LONGEST = 255  # bytes of a file's name, on Linux
 
@@ -41,10 +42,6 @@ _LONGEST = 255  # bytes of a file's name, on Linux
 _MANY = 2**31
 _WEIGHT = 10**9
 _LONG = 10**7
-
-
-class ConfigError(ValueError):
-    """The configuration, or what it asks of this data set or checkpoint, is wrong."""
 
 
 class Section(BaseModel):

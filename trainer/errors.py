@@ -1,4 +1,8 @@
-"""The error of training itself."""
+"""The errors of a configuration and of training itself."""
+
+
+class ConfigError(ValueError):
+    """The configuration, or what it asks of this data set or checkpoint, is wrong."""
 
 
 class DivergedError(RuntimeError):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from trainer.checkpoint.owner import Claimant
 from trainer.config import RunConfig
-from trainer.progress import setup_logging
+from trainer.logs import setup_logging
 from trainer.run import (
     Run,
     TrainState,

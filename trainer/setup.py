@@ -19,8 +19,9 @@ from shards.store import objects
 from shards.store.retry import Retry
 from trainer.checkpoint.format import RunDescription
 from trainer.checkpoint.generations import Generation
-from trainer.config import ConfigError, RunConfig
+from trainer.config import RunConfig
 from trainer.data.batch import BatchSettings, settings_of
+from trainer.errors import ConfigError
 
 log = logging.getLogger("lxscale")
 

@@ -8,7 +8,6 @@ from cluster.cli.common import CHECKPOINT, add_cache, verdict
 from cluster.cli.progress import shown_progress
 from shards.arguments import given_place
 from shards.urls import shown
-from trainer.audit import audit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _audit(arguments: argparse.Namespace) -> int:
+    from trainer.audit import audit  # with torch, which the other `shards` commands do without
+
     with shown_progress() as progress:
         found = audit(arguments.run, arguments.data, arguments.cache, progress)
     for line in [*found.lines, *(f"problem: {p}" for p in found.problems)]:

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     open_closed_streams()
     arguments = parse(sys.argv[1:] if argv is None else argv)
     from cluster.errors import USER_ERRORS, exit_status
-    from trainer.progress import setup_logging
+    from trainer.logs import setup_logging
 
     setup_logging()
     status = 141

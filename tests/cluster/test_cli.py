@@ -42,6 +42,23 @@ def test_the_list_of_commands_imports_nothing_heavy() -> None:
     assert all(f"    {name} " in done.stdout for name in COMMANDS)
 
 
+def test_commands_on_data_do_without_torch(tmp_path: Path) -> None:
+    for command in ("shards", "cache"):
+        code = (
+            "import sys\nfrom cluster.cli.main import main\n"
+            f"main([{command!r}, *sys.argv[1:]])\n"
+            "print(sorted({'torch', 'ray', 'transformers', 'tensorboard'} & set(sys.modules)))"
+        )
+        given = ["info", str(tmp_path)] if command == "shards" else ["ls", "--cache", str(tmp_path)]
+        done = subprocess.run(
+            [sys.executable, "-c", code, *given],
+            env=subprocess_environment(),
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
 def test_what_a_source_needs_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     for name in SOURCES:
         with pytest.raises(SystemExit) as end:

@@ -137,7 +137,9 @@ def test_a_command_cleans_up(number: int) -> None:
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.faults)]
+)
 def test_a_build_leaves_nothing(tmp_path: Path, number: int) -> None:
     for out, left in ((tmp_path / "new" / "deep", []), (tmp_path / "there", ["there"])):
         if left:
@@ -161,7 +163,9 @@ def test_what_may_lose_an_interruption_does_not(kind: str, lines: list[str]) -> 
     assert end(begin(_PROBE, "probe", kind), signal.SIGINT) == (130, lines)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.faults)]
+)
 def test_an_end_that_was_told_is_not_changed(number: int) -> None:
     process = begin(_PROBE, "probe", "fails")
     time.sleep(1.5)

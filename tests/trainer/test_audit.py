@@ -189,6 +189,7 @@ def test_another_data_set_and_a_damaged_segment_are_errors(
     assert f"{segment} is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.faults
 def test_segments_that_are_not_whole_are_said_when_the_run_goes_on(
     run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

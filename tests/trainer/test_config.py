@@ -13,8 +13,9 @@ import pytest
 from pydantic import BaseModel
 
 from model.objectives import OBJECTIVES
-from trainer.config import ConfigError, RunConfig, load_config, parse_config, weights_section
+from trainer.config import RunConfig, load_config, parse_config, weights_section
 from trainer.data.loader import bounds
+from trainer.errors import ConfigError
 from trainer.setup import run_length, run_url
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

@@ -23,7 +23,7 @@ from tests.conftest import files_of, small_records, subprocess_environment
 from tests.ranks import config_tree, run_ranks
 from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.generations import find_generation, load_weights
-from trainer.config import ConfigError
+from trainer.errors import ConfigError
 from trainer.export import evaluate_checkpoint, export_huggingface, write_tokenizer
 from trainer.model import load_checkpoint
 

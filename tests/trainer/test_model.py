@@ -15,7 +15,8 @@ from model.errors import ModelError
 from model.interchange import config_to_huggingface
 from model.lxmert import LxmertForPreTraining, init_weights
 from tests.model.test_model import CONFIG, close, make_batch, make_model, padded
-from trainer.config import ConfigError, parse_config
+from trainer.config import parse_config
+from trainer.errors import ConfigError
 from trainer.export import write_model
 from trainer.model import build_model, load_initial_weights
 

@@ -11,7 +11,8 @@ from shards.dataset import Dataset, open_dataset
 from shards.format.build import BuildSettings, build
 from tests.conftest import small_records
 from tests.ranks import config_tree
-from trainer.config import ConfigError, parse_config
+from trainer.config import parse_config
+from trainer.errors import ConfigError
 from trainer.setup import resolve_objectives
 
 ALTERNATING = {"mode": "alternating"}

@@ -19,7 +19,8 @@ from shards.errors import DataError, StoreError
 from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.generations import Generation, read_fragments
 from trainer.checkpoint.zero_state import list_fragments, refresh_weights, write
-from trainer.config import ConfigError, RunConfig
+from trainer.config import RunConfig
+from trainer.errors import ConfigError
 from trainer.ranks import gather_objects
 
 log = logging.getLogger("lxscale")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import warnings
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,11 @@ def import_deepspeed() -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     from deepspeed.utils import logger
+
+    # An engine asks whether its optimizer is Muon, whose module compiles kernels when it is
+    # imported: a second and a half of every worker's start for what nothing here uses.
+    with patch.object(torch, "compile", lambda function, **_: function):
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
 
     logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

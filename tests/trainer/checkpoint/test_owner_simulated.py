@@ -260,7 +260,7 @@ def operations(saves: int, keep: int) -> int:
     return world.store.counts["A"] + 1
 
 
-@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("keep", [1, pytest.param(2, marks=pytest.mark.faults)])
 def test_a_job_that_dies_at_any_operation_is_gone_on_with(keep: int) -> None:
     for at in range(operations(3, keep)):
         for event in ("crash-before", "crash-after", "lost", "unknown", "away", "409"):
@@ -374,7 +374,7 @@ def draw(seed: int) -> int:
 
 
 def test_drawn_schedules() -> None:
-    for seed in range(1_000):
+    for seed in range(500):
         draw(seed)
 
 

@@ -339,6 +339,7 @@ def hang_on_the_clock(rank: int) -> None:
     clock_of_steps(20, rank)
 
 
+@pytest.mark.faults
 def test_saves_by_the_clock_of_rank_0(data: Path, tmp_path: Path) -> None:
     """Of 20 s a step, a minute is over after 3, when the next is about to be made."""
     tree = tree_of(data, tmp_path, "run", every=1000, every_minutes=1, spool=3)
@@ -346,6 +347,7 @@ def test_saves_by_the_clock_of_rank_0(data: Path, tmp_path: Path) -> None:
     assert saved_steps(tmp_path / "run") == [4, 8, STEPS]
 
 
+@pytest.mark.faults
 def test_a_stale_attempt_ends_on_all_ranks(data: Path, tmp_path: Path) -> None:
     """Though nothing waits for its saves."""
     tree = tree_of(data, tmp_path, "run", 100_000, spool=3)

@@ -34,7 +34,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("mode", ["natural", "balanced", "alternating"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "balanced",
+        pytest.param("natural", marks=pytest.mark.faults),
+        pytest.param("alternating", marks=pytest.mark.faults),
+    ],
+)
 def test_planned_and_actual_shares_agree(folder: Path, mode: str) -> None:
     mixed = [{"url": str(folder / "first"), "weight": 3}, {"url": str(folder / "second")}]
     mixed[1]["weight"] = 1
