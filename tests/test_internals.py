@@ -69,7 +69,7 @@ INTERNALS = (
     Internal(OBJECTS, "s3fs:S3FileSystem._pipe_file", ("self", "path", "data")),
     Internal(OBJECTS, "s3fs:S3FileSystem._rm_file", ("self", "path")),
     Internal(ENGINE, "deepspeed.ops:__compatible_ops__"),
-    Internal(ENGINE, "deepspeed.runtime.zero.muon.original_muon:zeropower_via_newtonschulz5"),
+    Internal(ENGINE, "deepspeed.runtime.zero.muon.original_muon:compiler.compile"),
     Internal(
         "trainer/data/loader.py",
         "torch.utils.data.dataloader:_MultiProcessingDataLoaderIter._try_get_data",
