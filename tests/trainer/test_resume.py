@@ -64,18 +64,23 @@ def losses(tree: dict[str, Any]) -> dict[int, dict[str, float]]:
     }
 
 
-def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "cases", [CASES[::3], pytest.param(CASES, marks=pytest.mark.faults)], ids=["some", "all"]
+)
+def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(
+    data: Path, tmp_path: Path, cases: list[tuple[int, str]]
+) -> None:
     """ZeRO 0-3, fp32 and bf16, accumulation 2, dropout on; kill -9 at step 5 of 8."""
 
     def tree(kind: str, stage: int, precision: str) -> dict[str, Any]:
         settings = {"zero_stage": stage, "precision": precision}
         return config_tree(data, tmp_path, f"{kind}-{stage}-{precision}", train=settings)
 
-    assert not run_ranks(2, [(tree("whole", *case), None, False) for case in CASES])
-    for case in CASES:
+    assert not run_ranks(2, [(tree("whole", *case), None, False) for case in cases])
+    for case in cases:
         run_ranks(2, [(tree("killed", *case), 5, True)])
-    assert not run_ranks(2, [(tree("killed", *case), None, False) for case in CASES])
-    for stage, precision in CASES:
+    assert not run_ranks(2, [(tree("killed", *case), None, False) for case in cases])
+    for stage, precision in cases:
         whole, killed = tree("whole", stage, precision), tree("killed", stage, precision)
         name = f"{stage}-{precision}"
         assert_bitwise(tmp_path / f"whole-{name}", tmp_path / f"killed-{name}")

@@ -38,12 +38,12 @@ class All:
 def data(
     s3: str, proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Dataset]:
-    """On a slow store: a shard takes 8 s."""
+    """On a slow store: a shard takes 4 s."""
     url = f"{s3}/{tmp_path.name}"
     build(small_records(8), url, BuildSettings("slow", "test", images_per_shard=4))
     data = open_dataset(url, tmp_path / "cache")
     monkeypatch.setattr(objects, "_CHUNK", -(-int(data.manifest.shards.size.min()) // 20))
-    proxy.begin(lambda request: Fault("delay", seconds=0.4))
+    proxy.begin(lambda request: Fault("delay", seconds=0.2))
     yield data
     proxy.begin()
 

@@ -193,7 +193,7 @@ def owner_started(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
 
 
-@pytest.mark.parametrize("races", [3, pytest.param(200, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("races", [10, pytest.param(200, marks=pytest.mark.faults)])
 def test_one_of_many_claimants_wins(
     races: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
