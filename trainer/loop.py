@@ -77,39 +77,41 @@ def _train(run: Run, state: TrainState, control: Control) -> TrainResult:
     config = run.config
     steps, stopped = load(run, state), False
     validate_every = config.train.validate_every
-    while state.consumed < run.length.total:
-        control.enter("data")
-        began = time.monotonic()
-        loaded = next(steps)
-        waited = time.monotonic() - began
-        control.enter("step")
-        active = active_objectives(run, loaded.step)
-        wanted = wants(run, state, control.should_stop())
-        sync = sync_step(loaded, [*active], config.objectives.losses(), run.mixture, wanted)
-        if sync.missing:
-            state = skip(run, state, sync.missing)
-            steps.close()
-            steps = load(run, state)
-            continue
-        if sync.stop:
-            stopped = True
-            break
-        count = loaded.step.count
-        state, values = step(run, state, loaded, active, sync)
-        del loaded  # the next is made in its memory
-        seconds = time.monotonic() - began
-        state = replace(state, seconds=state.seconds + seconds)
-        if run.progress:
-            run.progress.mixture(run.mixture.planned, sync.mixture, count)
-            run.progress.step(state.step, values, count, seconds, waited)
-        if sync.save:
-            control.enter("save")
-            save(run, state)
-        if validate_every and state.step % validate_every == 0:
-            control.enter("validation")
-            state = validate(run, state)
-    control.enter("end")
-    steps.close()
+    try:
+        while state.consumed < run.length.total:
+            control.enter("data")
+            began = time.monotonic()
+            loaded = next(steps)
+            waited = time.monotonic() - began
+            control.enter("step")
+            active = active_objectives(run, loaded.step)
+            wanted = wants(run, state, control.should_stop())
+            sync = sync_step(loaded, [*active], config.objectives.losses(), run.mixture, wanted)
+            if sync.missing:
+                state = skip(run, state, sync.missing)
+                steps.close()
+                steps = load(run, state)
+                continue
+            if sync.stop:
+                stopped = True
+                break
+            count = loaded.step.count
+            state, values = step(run, state, loaded, active, sync)
+            del loaded  # the next is made in its memory
+            seconds = time.monotonic() - began
+            state = replace(state, seconds=state.seconds + seconds)
+            if run.progress:
+                run.progress.mixture(run.mixture.planned, sync.mixture, count)
+                run.progress.step(state.step, values, count, seconds, waited)
+            if sync.save:
+                control.enter("save")
+                save(run, state)
+            if validate_every and state.step % validate_every == 0:
+                control.enter("validation")
+                state = validate(run, state)
+        control.enter("end")
+    finally:
+        steps.close()
     state = finish(run, state, stopped)
     return TrainResult(
         state.step, state.consumed, stopped, state.metrics, state.pairs, state.seconds

@@ -310,10 +310,13 @@ def skip(run: Run, state: TrainState, missing: list[MissingShard]) -> TrainState
     data.on_error=skip, end the run on every rank with the same error."""
     if run.config.data.on_error == "fail":
         raise DataError(missing[0].message)
-    fresh = {m.shard: m.message for m in missing}
+    before = state.sampler.skipped_shards
+    fresh = {m.shard: m.message for m in missing if m.shard not in before}
+    if not fresh:
+        raise DataError(f"a shard that is passed over is asked for again: {missing[0].message}")
     skipped = (*state.sampler.skipped, *((shard, state.consumed) for shard in sorted(fresh)))
     shards = run.data.manifest.shards
-    if len(skipped) == len(shards):
+    if len(skipped) >= len(shards):
         raise DataError(f"no shard of {run.data.url} can be had: {missing[0].message}")
     if run.part.rank == 0:
         for shard, message in sorted(fresh.items()):

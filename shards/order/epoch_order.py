@@ -275,9 +275,8 @@ class Windows:
         """Positions -> places among the pairs of their window, and lanes."""
         lane = self.lane_of(which, local)
         visit, offset = np.divmod(local, self._k)
-        starts = self._lane_start[which]
-        rows = np.arange(len(local))
-        first, size = starts[rows, lane], starts[rows, lane + 1] - starts[rows, lane]
+        first = self._lane_start[which, lane]
+        size = self._lane_start[which, lane + 1] - first
         whole = np.flatnonzero(visit < self.pairs[which] // self._k)
         key = lane_keys(self._epoch_key[which], self.window[which], lane)
         turned = permute(visit[whole] // self._lanes, size[whole], key[whole])

@@ -109,9 +109,9 @@ class Future:
     # --- what is asked --------------------------------------------------------------------------
 
     def now(self) -> I64:
-        """The shards that this process uses, rising."""
+        """The shards that this process uses, rising; none of those that are passed over."""
         found = [s.order.lane_shards(s.window, *self._lanes) for s in self._standing]
-        return np.unique(np.concatenate(found))
+        return np.setdiff1d(np.concatenate(found), self._skipped)
 
     def due(self, shards: I64) -> NDArray[np.float64]:
         """When each shard is needed next by any process of the run; IN_USE where it is in use, or

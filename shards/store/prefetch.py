@@ -12,6 +12,7 @@ throw away what the current window leaves, and cost about as much as forgetting 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -194,10 +195,12 @@ class ShardFiles:
 def check_limit(files: ShardFiles, working_set: int) -> None:
     """DataError where the cache cannot hold the shards that are in use at one time (bytes)."""
     if files.limit is not None and files.limit < working_set:
+        digits = 3 - len(str(working_set)) + 9  # three that count, of GiB, rounded up
+        enough = math.ceil(working_set / 2**30 * 10**digits) / 10**digits
         raise DataError(
             f"the cache limit of {_size(files.limit)} is below the working set of "
             f"{_size(working_set)}, the shards that steps in flight can need at once: raise "
-            f"data.cache_limit_gb to {working_set / 2**30:.3g} or more, or lower sampler.window"
+            f"data.cache_limit_gb to {enough:g} or more, or lower sampler.window"
         )
 
 

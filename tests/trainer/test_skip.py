@@ -13,6 +13,7 @@ from shards.format.manifest import load_manifest
 from shards.store import objects
 from tests.conftest import files_of, small_records, upload_set
 from tests.ranks import config_tree, fresh_server, run_ranks
+from trainer.audit import audit
 from trainer.checkpoint.generations import find_generation
 from trainer.checkpoint.journal import StepLine, read_segments
 from trainer.config import parse_config
@@ -157,6 +158,24 @@ def test_skip_leaves_out_that_shards_pairs_and_no_others(
     state = find_generation(str(tmp_path / "run")).manifest.sampler
     assert (state.consumed, state.skipped) == (STEPS * BATCH, ((shard, at),))
     assert state.skipped_pairs == passed
+
+
+def test_a_shard_whose_table_is_lost_is_passed_over_once(
+    remote: str, source: Path, tmp_path: Path
+) -> None:
+    """Where words come with the shards."""
+    config = tree(remote, tmp_path, "run", text="window")
+    data = open_dataset(str(source), tmp_path / "reference")
+    shard, _ = late_shard(config, data)
+    objects.delete(f"{place_of(remote)}/{data.manifest.shards[shard].table}")
+    assert not run_ranks(2, [(config, 8, False)])
+    assert not run_ranks(3, [(config, None, False)])
+    assert [s for s, _ in find_generation(str(tmp_path / "run")).manifest.sampler.skipped] == [
+        shard
+    ]
+    skips = {line.skipped for line in journal_of(tmp_path / "run")}
+    assert skips <= {(), (shard,)} and (shard,) in skips
+    assert audit(str(tmp_path / "run"), [str(source)], str(tmp_path / "audit")).problems == []
 
 
 @pytest.mark.faults

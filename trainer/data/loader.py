@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from model.batch import Batch
 from shards.dataset import Dataset
-from shards.errors import NodeError, ShardError
+from shards.errors import DataError, NodeError, ShardError, StoreError
 from shards.order.lookahead import Future, working_set
 from shards.order.sampler import Sampler, SamplerState, Step
 from shards.processes import STOP_SIGNALS, end_with_parent, make_home, without_signals
@@ -69,8 +70,9 @@ class _Made:
     step: Step
     batches: list[Packed | Batch]
     missing: MissingShard | None = None
-    fault: str | None = None
-    """Of this node: the run ends with it."""
+    fault: tuple[type[DataError], str] | None = None
+    """What the run ends with; in words, as what a loader worker raises arrives with a traceback in
+    its message."""
 
 
 def bounds(count: int, part: int, parts: int) -> tuple[int, int]:
@@ -113,14 +115,14 @@ class _StepBatches(TorchDataset[_Made]):
                     skipped=skipped,
                 )
                 made.append(make_in_slot(self.shared, group, make))
-        except (ShardError, NodeError) as error:
+        except DataError as error:
             for packed in made:
                 if isinstance(packed, Packed):
                     self.shared.release(packed.slot)
             if isinstance(error, ShardError):
                 return _Made(step, [], MissingShard(error.shard, str(error)))
-            # In words: what a loader worker raises arrives with a traceback in its message.
-            return _Made(step, [], fault=str(error))
+            kind = next(k for k in (NodeError, StoreError, DataError) if isinstance(error, k))
+            return _Made(step, [], fault=(kind, str(error)))
         return _Made(step, made)
 
     def _look_ahead(self, state: SamplerState) -> None:
@@ -209,12 +211,18 @@ def _in_workers(
 
 def _ended(made: Iterator[_Made], workers: list[BaseProcess]) -> Iterator[_Made]:
     """What the workers make; then they are ended."""
+    # multiprocessing waits for them where nobody has ended them; they do not hear its SIGTERM.
+    end = Finalize(None, _kill, (workers,), exitpriority=0)
     try:
         yield from made
     finally:
         del made  # which asks them to end, and waits for some seconds
-        for worker in workers:
-            worker.kill()
+        end()
+
+
+def _kill(workers: list[BaseProcess]) -> None:
+    for worker in workers:
+        worker.kill()
 
 
 def largest_slice(sampler: Sampler, count: int, world: int) -> int:
@@ -250,7 +258,8 @@ def _read(
     try:
         for made in steps:
             if made.fault:
-                raise NodeError(made.fault)
+                kind, message = made.fault
+                raise kind(message)
             yield Loaded(made.step, [unpacked(m) for m in made.batches], made.missing)
             del made  # the memory of its batches is used for the next
     finally:

@@ -92,7 +92,7 @@ def _neighbourhoods(
     data: Dataset, sampler: Sampler, plan: Plan, rows: I64, skipped: Sequence[int]
 ) -> _Near:
     """Those of the pairs `rows` of a plan, without the shards that cannot be had. One that is of a
-    single image has the shard beside it, too."""
+    single image has the shard beside it in the order, too, or else the one of the next number."""
     columns = (plan.stream, plan.epoch, plan.window, plan.lane)
     where, of = np.unique(np.stack([c[rows] for c in columns], 1), axis=0, return_inverse=True)
     lost = np.asarray(skipped, dtype=np.int64)
@@ -101,10 +101,22 @@ def _neighbourhoods(
         shards = np.sort(sampler.neighbourhood(stream, epoch, window, lane))
         shards = shards[~np.isin(shards, lost)] if len(lost) else shards
         if data.manifest.shards.images[shards].sum() == 1:
-            shards = np.sort(sampler.order(stream, epoch).with_nearest(int(shards[0]), lost))
+            alone = int(shards[0])
+            shards = np.sort(sampler.order(stream, epoch).with_nearest(alone, lost))
+            shards = shards if len(shards) > 1 else _beside(data, alone, lost)
         found.append(shards)
     start = np.concatenate([[0], np.cumsum([len(shards) for shards in found])])
     return _Near(of.reshape(-1), np.concatenate(found), start)
+
+
+def _beside(data: Dataset, shard: int, lost: I64) -> I64:
+    """A shard, and the one nearest to it by number of its data set, of whatever stream; rising."""
+    end = next(r.end for r in data.shard_ranges if shard < r.end)
+    begin = next(r.begin for r in data.shard_ranges if r.end == end)
+    others = begin + np.flatnonzero(np.diff(data.manifest.shards.pair_start[begin : end + 1]))
+    others = np.setdiff1d(others, np.append(lost, shard))
+    nearest = others[np.argsort(np.abs(others - shard), kind="stable")[:1]]
+    return np.sort(np.append(nearest, shard))
 
 
 def _of_neighbourhood(data: Dataset, near: _Near, shard: I64, pairs: Pairs) -> I64:
@@ -122,7 +134,7 @@ def _of_neighbourhood(data: Dataset, near: _Near, shard: I64, pairs: Pairs) -> I
         name = data.shards.files[int(shard[alone[0]])].url
         raise DataError(
             f"matching needs sentences of two images, but of those that can be had with {name} "
-            "there is one: set sampler.mismatch=0, or mend the shards that are skipped"
+            "there is one: set sampler.mismatch=0, or mend the shards that are skipped, if any are"
         )
     chosen = first + below(draw(pairs.key, Purpose.SENTENCE, 0), others)
     # The own image's sentences, which lie together, are left out.

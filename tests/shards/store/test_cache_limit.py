@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import math
 import multiprocessing
+import re
 import subprocess
 import sys
 import threading
@@ -279,6 +280,8 @@ def test_a_limit_below_the_working_set_is_refused_at_the_start(
         run(data, TWO, 1, TOTAL, global_batch=BATCH)
     for word in (f"{limit:,}", "data.cache_limit_gb", "sampler.window"):
         assert word in str(error.value)
+    told = re.search(r"data.cache_limit_gb to (\S+) or more", str(error.value))
+    assert told and limit < float(told[1]) * 2**30 < 1.02 * limit
     assert not downloads
     # The remedies help, and local data needs no room.
     assert len(run(data, ONE, 1, BATCH, global_batch=BATCH)) == BATCH

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from shards.dataset import open_dataset
+from shards.errors import DataError
 from shards.format.build import BuildSettings, build
 from shards.order.settings import SamplerSettings
 from shards.processes import make_home, sweep_homes
@@ -86,3 +87,42 @@ def test_what_a_living_process_uses_is_not_swept() -> None:
     queue.put(None)
     holder.join(30)
     assert not semaphore.exists()
+
+
+def _failing(folder: Path, start: Any) -> None:
+    data = open_dataset(str(folder / "set"), folder / "cache")
+    sampler = data.sampler(SamplerSettings(), 1)
+    part, loader = RankSlice(0, 1, 1), LoaderSettings(loader_workers=1, loader_start=start)
+    steps = load_steps(data, sampler, drawn(data), part, sampler.start(), 4, 10**6, loader)
+    next(steps)
+    try:
+        held = steps  # as the frames of a traceback hold it
+        raise RuntimeError(held)
+    except RuntimeError:
+        raise SystemExit(1) from None
+
+
+@pytest.mark.parametrize("start", ["forkserver", pytest.param("fork", marks=pytest.mark.faults)])
+def test_a_process_that_fails_beside_living_workers_ends(tmp_path: Path, start: str) -> None:
+    build(small_records(9), tmp_path / "set", BuildSettings("x", "y"))
+    process = multiprocessing.get_context("spawn").Process(target=_failing, args=(tmp_path, start))
+    process.start()
+    process.join(60)
+    if process.exitcode is None:
+        process.kill()
+        pytest.fail("it waits for its workers")
+    assert process.exitcode == 1
+
+
+def test_an_error_of_the_data_in_a_loader_process_is_one_line(tmp_path: Path) -> None:
+    build(small_records(1), tmp_path / "set", BuildSettings("alone", "y"))
+    data = open_dataset(str(tmp_path / "set"), tmp_path / "cache")
+    sampler, loader = (
+        data.sampler(SamplerSettings(mismatch=1.0), 1),
+        LoaderSettings(loader_workers=1),
+    )
+    steps = load_steps(
+        data, sampler, drawn(data), RankSlice(0, 1, 1), sampler.start(), 4, 10**6, loader
+    )
+    with pytest.raises(DataError, match=r"^matching needs sentences of two images, .* has one$"):
+        next(steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,30 @@ def test_a_neighbourhood_of_one_image_has_that_of_the_shard_beside(tmp_path: Pat
         left = plan.without([1, 2, 3, 4])
         with pytest.raises(DataError, match=r"two images, .*shard-000000.* there is one"):
             make_batch(data, sampler, left, drawn(data), skipped=[1, 2, 3, 4])
+
+
+def test_captions_of_one_image_are_mismatched_with_the_shard_of_the_next_number(
+    tmp_path: Path,
+) -> None:
+    """Their stream has no shard beside it in any order."""
+    records = small_records(9, seed=1)
+    only = next(i for i in range(1, 9) if not records[i].sentences[0].answers)
+    records = [
+        r if i == only else replace(r, sentences=tuple(s for s in r.sentences if s.answers))
+        for i, r in enumerate(records)
+    ]
+    build(records, tmp_path / "one", BuildSettings("one", "test", images_per_shard=1))
+    data = open_dataset(str(tmp_path / "one"), tmp_path / "cache", text="window")
+    whole = open_dataset(str(tmp_path / "one"), tmp_path / "cache")
+    settings = SamplerSettings(mode="balanced", window=2, mismatch=1.0)
+    sampler = data.sampler(settings, SEED)
+    plan = sampler.plan(sampler.step(sampler.start(), 40))
+    batch = make_batch(data, sampler, plan, drawn(data))
+    own, shown = (
+        whole.shard_of_image(whole.image_of(x.numpy())) for x in (batch.pair_id, batch.sentence_id)
+    )
+    assert (own == only).any() and (own != shown).any()
+    assert set(shown[(own == only) & plan.mismatched].tolist()) <= set(range(9)) - {only}
 
 
 def test_a_run_is_proved_and_its_text_is_part_of_its_data_state(
