@@ -25,6 +25,10 @@ from shards.store.stored import hash_file
 
 _CONTENT = re.compile(r"[0-9a-f]{64}")
 _LOCKED_AS = re.compile(r"[0-9a-f]{64}|merged-[0-9a-f]{64}-\d+\.safetensors")
+_TEMPORARY = re.compile(
+    r"\.([0-9a-f]{64}|merged-[0-9a-f]{64}-\d+\.safetensors(\.seal)?)(\.[0-9a-f]{8})?\.tmp"
+)
+_DAMAGED = re.compile(r"[0-9a-f]{64}\.damaged")
 _INDEX = re.compile(r"merged-[0-9a-f]{64}-(\d+)\.safetensors")
 
 KINDS = {
@@ -52,16 +56,22 @@ class Item:
 def items(cache: Path) -> list[Item]:
     """What a cache holds. DataError where there is none."""
     if not cache.is_dir():
-        raise DataError(f"{cache} is no cache: it does not exist; name one with --cache")
+        what = "it is no folder" if cache.exists() else "it does not exist"
+        raise DataError(f"{cache} is no cache: {what}; name one with --cache")
     out = []
     for folder, kind in (("files", "shard"), ("tables", "table"), ("", "index")):
-        with contextlib.suppress(FileNotFoundError), os.scandir(cache / folder) as found:
+        with (
+            contextlib.suppress(FileNotFoundError, NotADirectoryError),
+            os.scandir(cache / folder) as found,
+        ):
             for entry in found:
+                if not entry.is_file(follow_symlinks=False):
+                    continue
                 name = entry.name
                 index = _INDEX.fullmatch(name)
-                if name.endswith(".tmp"):
+                if _TEMPORARY.fullmatch(name):
                     of = "temporary"
-                elif name.endswith(".damaged"):
+                elif folder and _DAMAGED.fullmatch(name):
                     of = "damaged"
                 elif index and not folder:
                     of = "index" if int(index[1]) == LAYOUT else "old index"
@@ -77,11 +87,11 @@ def items(cache: Path) -> list[Item]:
 
 
 def in_use(cache: Path, item: Item) -> bool:
-    """Whether a process has it open, fetches, verifies or makes it."""
+    """Whether a process has it open, fetches, verifies or makes it, or it is another user's."""
     try:
         with _held(cache, item):
             return False
-    except (BusyError, BlockingIOError):
+    except (BusyError, BlockingIOError, PermissionError):
         return True
     except FileNotFoundError:
         return False
@@ -156,7 +166,7 @@ def clean(cache: Path, chosen: list[Item]) -> list[Item]:
     """Remove files of `to_clean`; those that went. What has come into use meanwhile is left."""
     gone = []
     for item in chosen:
-        with contextlib.suppress(BusyError, BlockingIOError, FileNotFoundError):
+        with contextlib.suppress(BusyError, BlockingIOError, FileNotFoundError, PermissionError):
             with _held(cache, item):
                 item.path.unlink()
                 if "index" in item.kind:

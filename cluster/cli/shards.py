@@ -151,6 +151,9 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(func=_verify)
 
 
+_MOST = 10**7  # shards of a range, which are listed one by one
+
+
 def _ranges(text: str) -> list[int]:
     """The type of --shards."""
     out: list[int] = []
@@ -158,6 +161,8 @@ def _ranges(text: str) -> list[int]:
         if not (match := re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part.strip())):
             raise argparse.ArgumentTypeError(f"{text!r:.80} is no list as 10-20,25")
         first, last = int(match[1]), int(match[2] or match[1])
+        if last - first >= _MOST:
+            raise argparse.ArgumentTypeError(f"{part.strip()!r} is more shards than there are")
         if last < first:
             raise argparse.ArgumentTypeError(f"{part.strip()!r} ends before it begins")
         out += range(first, last + 1)
@@ -197,7 +202,8 @@ def _add_clean(parser: argparse.ArgumentParser) -> None:
         type=whole(0),
         default=24,
         metavar="HOURS",
-        help="only what was written so long ago (24): a run may read a set that was replaced",
+        help="only what was written so long ago (24), and nothing where the data set itself was: a "
+        "run may read what it has replaced",
     )
     parser.set_defaults(func=_clean)
 

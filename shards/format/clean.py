@@ -9,23 +9,31 @@ says no more than that takes its place.
 
 from __future__ import annotations
 
-import json
 import re
+import secrets
 import time
 from dataclasses import dataclass, replace
 
 from shards.errors import DataError, NotFoundError
-from shards.format.manifest import FORMAT, MANIFEST, Manifest, parse_manifest
-from shards.format.staging import remove
+from shards.format.manifest import MANIFEST, Manifest, new_tombstone, parse_manifest, tombstone
+from shards.format.staging import remove_folders
 from shards.progress import Progress, no_progress
 from shards.store import objects
 from shards.store.create import replace_bytes
 from shards.store.objects import Listed
 
-# What builds write, now and before each had a folder; other files at the place are somebody else's.
-_OURS = re.compile(
-    r"build-[0-9a-f]{8}/.+|shard-\d{6}\.(tar|table\.safetensors)|vocab\.txt|answers\.json"
-    r"|\.(unfinished|publishing)"
+# What builds write, each in its folder. Whatever else is in a folder of that name makes it
+# somebody else's, as eight digits of a date do.
+_FOLDER = re.compile(r"(build-[0-9a-f]{8})/(.+)", re.DOTALL)
+_IN_FOLDER = re.compile(
+    r"shard-\d{6,}\.(tar|table\.safetensors)|shards-\d{6,}\.safetensors|vocab\.txt|answers\.json"
+    r"|\.[^/]+\.tmp"
+)
+# What builds wrote before each had a folder, and what any of them tries the store with: theirs only
+# beside a manifest.
+_BESIDE = re.compile(
+    r"shard-\d{6}\.(tar|table\.safetensors)|vocab\.txt|answers\.json|\.(unfinished|publishing)"
+    r"|probe-[0-9a-f]{16}"
 )
 
 
@@ -42,17 +50,38 @@ class Leftovers:
 
 
 def leftovers(url: str, older: float = 0.0) -> Leftovers:
-    """What lies at `url` and its manifest does not refer to, written more than `older` hours ago.
-    DataError where the manifest cannot be read: what it refers to is not known then."""
+    """What lies at `url` and its manifest does not refer to, written more than `older` hours ago;
+    nothing where the manifest is not that old, as runs may read what it has replaced.
+
+    DataError where the manifest cannot be read or names what is not there: what belongs to the data
+    set is not known then. DataError where no build has ever been.
+    """
     tag, manifest, cleaned = _manifest(url)
     # Listed after the manifest was read: what a build commits meanwhile has another tag.
     found = objects.list_tree(url)
     named = _named(manifest) if manifest else set()
+    if lost := sorted(named - {o.name for o in found}):
+        raise DataError(
+            f"the manifest of {url} names {len(lost):,} files that are not there, {lost[0]} the "
+            "first: restore them or it; nothing was removed"
+        )
+    ours = [o for o in found if o.name not in named and o.name in _of_builds(found, tag)]
+    if tag is None and not ours:
+        raise DataError(f"no data set at {url}, and nothing that a build has left there")
     before = time.time() - older * 3600
-    old = [
-        o for o in found if _OURS.fullmatch(o.name) and o.name not in named and o.modified <= before
-    ]
-    return Leftovers(old, tag, manifest, cleaned)
+    if manifest and older and any(o.name == MANIFEST and o.modified > before for o in found):
+        ours = []
+    return Leftovers([o for o in ours if o.modified <= before], tag, manifest, cleaned)
+
+
+def _of_builds(found: list[Listed], tag: str | None) -> set[str]:
+    """The names of what builds have written."""
+    parts = {o.name: match for o in found if (match := _FOLDER.fullmatch(o.name))}
+    others = {m[1] for m in parts.values() if not _IN_FOLDER.fullmatch(m[2])}
+    out = {name for name, m in parts.items() if m[1] not in others}
+    if tag is not None:
+        out |= {o.name for o in found if _BESIDE.fullmatch(o.name)}
+    return out
 
 
 def _manifest(url: str) -> tuple[str | None, Manifest | None, int]:
@@ -61,10 +90,9 @@ def _manifest(url: str) -> tuple[str | None, Manifest | None, int]:
         data, tag = objects.read_tagged(objects.join(url, MANIFEST))
     except NotFoundError:
         return None, None, 0
-    try:
-        manifest = parse_manifest(data, url)
-    except NotFoundError:
-        return tag, None, int(json.loads(data)["cleaned"])
+    if (cleaned := tombstone(data)) is not None:
+        return tag, None, cleaned
+    manifest = parse_manifest(data, url)
     return tag, manifest, manifest.cleaned
 
 
@@ -77,18 +105,29 @@ def _named(manifest: Manifest) -> set[str]:
 
 
 def clean(url: str, found: Leftovers, progress: Progress = no_progress) -> None:
-    """Remove leftovers. DataError where a build has committed since they were listed."""
+    """Remove leftovers. DataError where a build has committed since they were listed, and where
+    some cannot be removed."""
     if not found.objects:
         return
     where, count = objects.join(url, MANIFEST), found.cleaned + 1
+    # No other cleaning's: of two at once the second, whose list is older than a build that came
+    # between, must not take the first one's fence for its own.
+    fence = secrets.token_hex(8)
     if found.manifest:
-        fence = replace(found.manifest, cleaned=count).to_json()
+        data = replace(found.manifest, cleaned=count, fence=fence).to_json()
     else:
-        fence = (json.dumps({"format": FORMAT, "cleaned": count}) + "\n").encode()
-    if not replace_bytes(where, fence, found.tag):
+        data = new_tombstone(count, fence)
+    if not replace_bytes(where, data, found.tag):
         raise DataError(
             f"{where} has changed meanwhile: nothing was removed; run the command again"
         )
-    for i, old in enumerate(found.objects, 1):
-        remove([objects.join(url, old.name)])
-        progress("objects removed", i, len(found.objects))
+    urls, left = [objects.join(url, old.name) for old in found.objects], []
+    for i, old in enumerate(urls, 1):
+        try:
+            objects.delete(old)
+        except (DataError, OSError) as error:
+            left.append(f"{old}: {error}")
+        progress("objects removed", i, len(urls))
+    remove_folders(urls)
+    if left:
+        raise DataError(f"{len(left):,} objects could not be removed, the first {left[0]}")

@@ -119,6 +119,8 @@ class Manifest:
     the fingerprint, as equal data is equal wherever it is."""
     cleaned: int = dataclasses.field(default=0, compare=False)
     """How often the place was cleaned (clean.py); not in the fingerprint."""
+    fence: str = dataclasses.field(default="", compare=False)
+    """Of the last cleaning, like no other's; likewise."""
 
     def place(self, url: str) -> str:
         """Where the files of the data set at `url` are."""
@@ -150,8 +152,10 @@ class Manifest:
     def to_json(self) -> bytes:
         """The bytes of manifest.json; equal manifests give equal bytes."""
         document = self._document() | {"fingerprint": self.fingerprint}
-        document |= {"folder": self.folder} if self.folder else {}
-        document |= {"cleaned": self.cleaned} if self.cleaned else {}
+        rest = {name: getattr(self, name) for name in _REST}
+        if any(rest.values()):
+            document |= {name: value for name, value in rest.items() if value}
+            document["checksum"] = _fingerprint(document)  # of what the fingerprint leaves out, too
         return (json.dumps(document, sort_keys=True, indent=1) + "\n").encode()
 
 
@@ -183,6 +187,7 @@ class _Paged(_Document):
     shards: Pages
 
 
+_REST = ("folder", "cleaned", "fence")  # of a manifest, but not of its fingerprint
 _SHARED = tuple(f.name for f in dataclasses.fields(_Document) if f.name != "format")
 _WHOLE, _PAGED = TypeAdapter(_Whole), TypeAdapter(_Paged)
 
@@ -238,7 +243,8 @@ def load_manifest(url: str, cache: Path | None = None) -> Manifest:
 def parse_manifest(data: bytes, url: str, cache: Path | None = None) -> Manifest:
     """The manifest in these bytes, of the data set at `url`; see `load_manifest`."""
     where = objects.join(url, MANIFEST)
-    document, folder, cleaned = _parse(data, where)
+    document, rest = _parse(data, where)
+    folder = rest.get("folder", "")
     pages: tuple[FileInfo, ...] = ()
     try:
         if folder:
@@ -250,7 +256,7 @@ def parse_manifest(data: bytes, url: str, cache: Path | None = None) -> Manifest
             place = objects.join(url, folder) if folder else url
             shards = _read_pages(pages, place, cache, document.sources)
         shared = {name: getattr(document, name) for name in _SHARED}
-        manifest = Manifest(**shared, shards=shards, pages=pages, folder=folder, cleaned=cleaned)
+        manifest = Manifest(**shared, shards=shards, pages=pages, **rest)
         _check(manifest)
     except DataError:
         raise
@@ -270,9 +276,29 @@ def given_file(place: str | Path, which: Literal["vocab", "answers"]) -> Path:
     return local_file(info.at(manifest.place(url)), table=True)
 
 
-def _parse(data: bytes, url: str) -> tuple[_Whole | _Paged, str, int]:
-    """The document in `data`, with the folder of its files and how often it was cleaned; DataError
-    naming `url` where it is damaged or of another format."""
+def tombstone(data: bytes) -> int | None:
+    """How often a place was cleaned, where its manifest says that and nothing else: there was no
+    data set then. None where it is anything else, a damaged manifest included."""
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(document, dict) or document.keys() != {"format", "cleaned", "fence"}:
+        return None
+    count = document["cleaned"]
+    return count if document["format"] == FORMAT and type(count) is int else None
+
+
+def new_tombstone(cleaned: int, fence: str) -> bytes:
+    """The bytes of such a manifest."""
+    return (json.dumps({"format": FORMAT, "cleaned": cleaned, "fence": fence}) + "\n").encode()
+
+
+def _parse(data: bytes, url: str) -> tuple[_Whole | _Paged, dict[str, Any]]:
+    """The document in `data`, with what its fingerprint leaves out; DataError naming `url` where it
+    is damaged or of another format."""
+    if tombstone(data) is not None:
+        raise NotFoundError(f"{url} says that builds were removed there")
     try:
         document = json.loads(data)
         if not isinstance(document, dict):
@@ -284,19 +310,22 @@ def _parse(data: bytes, url: str) -> tuple[_Whole | _Paged, str, int]:
             f"{url} has format {document.get('format')!r:.80}, this lxscale reads {FORMAT!r}: "
             "use a matching version, or build the data set again"
         )
-    if document.get("shards") is None and "cleaned" in document:
-        raise NotFoundError(f"{url} says that builds were removed there")
+    checksum = document.pop("checksum", None)
+    extended = any(name in document for name in _REST)
+    if checksum != (_fingerprint(document) if extended else None):
+        raise DataError(f"{url} is damaged (its checksum does not match): restore or rebuild it")
     stated = document.pop("fingerprint", None)
-    folder, cleaned = document.pop("folder", ""), document.pop("cleaned", 0)
-    if not isinstance(folder, str) or type(cleaned) is not int:
-        raise DataError(f"{url} is not usable: its folder is no name; build the data set again")
+    rest = {name: document.pop(name) for name in _REST if name in document}
     if stated != _fingerprint(document):
         raise DataError(f"{url} is damaged (its fingerprint does not match): restore or rebuild it")
+    kinds = {"folder": str, "cleaned": int, "fence": str}
+    if any(type(value) is not kinds[name] for name, value in rest.items()):
+        raise DataError(f"{url} is not usable: its folder is no name; build the data set again")
     paged = isinstance(document.get("shards"), dict)
     try:
         canonical = json.dumps(document)
         parsed = _PAGED.validate_json(canonical) if paged else _WHOLE.validate_json(canonical)
-        return parsed, folder, cleaned
+        return parsed, rest
     except ValidationError as error:
         problem = _first_problem(error)
         raise DataError(f"{url} is not usable: {problem}; build the data set again") from None
@@ -320,7 +349,14 @@ def _read_pages(
     for page in pages:
         check_name(page.file)
         check_hash(page.file, page.sha256)
-        shards = parse_page(_read(page.at(url), cache), sources, objects.join(url, page.file))
+        try:
+            data = _read(page.at(url), cache)
+        except NotFoundError as error:  # the data set is there, but not whole
+            raise DataError(
+                f"a page of the list of shards is missing: {error}; restore it, or build the data "
+                "set again"
+            ) from None
+        shards = parse_page(data, sources, objects.join(url, page.file))
         if len(shards) != page.count:
             raise ValueError(f"{page.file} lists {len(shards)} shards, the manifest {page.count}")
         lists.append(shards)

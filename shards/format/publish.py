@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from shards.errors import DataError, NotFoundError
-from shards.format.manifest import MANIFEST, Manifest, parse_manifest
+from shards.format.manifest import MANIFEST, Manifest, tombstone
 from shards.format.staging import bring, remove
 from shards.progress import Progress
 from shards.store import objects
@@ -29,24 +29,13 @@ def commit_point(out: str, overwrite: bool) -> str | None:
     tag: str | None = None
     with contextlib.suppress(NotFoundError):
         data, tag = objects.read_tagged(objects.join(out, MANIFEST))
-        if not overwrite and not is_tombstone(data):
+        if not overwrite and tombstone(data) is None:
             raise DataError(
                 f"there is a data set at {out}: choose another place, or replace it with "
                 "--overwrite"
             )
     check_conditions(out)
     return tag
-
-
-def is_tombstone(data: bytes) -> bool:
-    """Whether a manifest only says that there was none when the place was cleaned."""
-    try:
-        parse_manifest(data, "")
-    except NotFoundError:
-        return True
-    except DataError:
-        pass
-    return False
 
 
 def publish(
@@ -85,7 +74,7 @@ def publish(
         if not won:
             raise DataError(
                 f"another build has finished at {out} meanwhile, or a cleaning: this one stops; "
-                "choose another place, or replace what is there with --overwrite"
+                "look what is there, and run it again (with --overwrite, to replace that)"
             )
     except BaseException:
         remove(done)

@@ -71,7 +71,12 @@ def remove(urls: list[str]) -> None:
     for url in urls:
         with contextlib.suppress(Exception):
             objects.delete(url)
+    remove_folders(urls)
+
+
+def remove_folders(urls: list[str]) -> None:
+    """Remove the folders that these files were in, where they are empty."""
     folders = {path.parent for url in urls if (path := objects.local_path(url))}
     for folder in folders:
         with contextlib.suppress(OSError):
-            folder.rmdir()  # an empty one
+            folder.rmdir()

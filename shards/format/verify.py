@@ -15,6 +15,7 @@ import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import IO
 
 import numpy as np
 
-from shards.errors import DataError
+from shards.errors import DataError, NodeError
 from shards.format.manifest import Manifest, load_manifest
 from shards.format.sentences import SentenceEncoder
 from shards.format.shard_list import ShardInfo
@@ -60,14 +61,15 @@ def verify(
     jobs: processes, by default one a core where there is enough to do. shards: numbers of those to
     check, by default all.
     state: a file of the shards that were found whole, which are not checked again.
-    DataError is raised only where the manifest or the state cannot be read.
+    Raises DataError only where the manifest or the state cannot be read; StoreError and NodeError
+    where the store or this machine, and not the data, is at fault.
     """
     manifest = load_manifest(str(url))
     count = len(manifest.shards)
     chosen = sorted(set(range(count) if shards is None else shards))
     if chosen and not 0 <= chosen[0] <= chosen[-1] < count:
         raise DataError(f"{url} has shards 0 to {count - 1}, not {chosen[0]} to {chosen[-1]}")
-    before = _read_state(state, manifest) if state else {}
+    before = _read_state(state, manifest, str(url)) if state else {}
     whole = {i: before[i] for i in chosen if i in before}
     found = {i: Found(i, [], images) for i, images in whole.items()}
     with tempfile.TemporaryDirectory(prefix="lxscale-verify-") as folder:
@@ -75,7 +77,7 @@ def verify(
         encoder = make_encoder(check)
         problems = list(check.problems)
         left = [i for i in chosen if i not in found]
-        with _opened(state, manifest, before) as log:
+        with _opened(state, manifest, str(url), before) as log:
             for one in _checked(
                 check, encoder, left, min(jobs or _jobs(manifest, left), len(left))
             ):
@@ -146,6 +148,11 @@ def _checked(
                 running.add(pool.submit(_in_process, i, check.manifest.shards[i]))
                 break
             yield done.result()
+    except BrokenProcessPool:
+        raise NodeError(
+            "a process of the check was killed, perhaps for lack of memory: run it again, with "
+            "fewer --jobs; with --state it goes on where it was"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -173,11 +180,14 @@ def _in_process(number: int, shard: ShardInfo) -> Found:
 # --- state --------------------------------------------------------------------------------------
 
 
-def _head(manifest: Manifest) -> dict[str, str]:
-    return {"verified": manifest.fingerprint}
+def _head(manifest: Manifest, url: str) -> dict[str, str]:
+    """What a state is of: the data, and this place of it, not a copy."""
+    place = manifest.place(url)
+    local = objects.local_path(place)
+    return {"verified": manifest.fingerprint, "at": str(local.absolute()) if local else place}
 
 
-def _read_state(path: Path, manifest: Manifest) -> dict[int, bytes]:
+def _read_state(path: Path, manifest: Manifest, url: str) -> dict[int, bytes]:
     """Shard -> the hashes of its images, of shards that were found whole before."""
     try:
         lines = path.read_bytes().split(b"\n")
@@ -189,7 +199,7 @@ def _read_state(path: Path, manifest: Manifest) -> dict[int, bytes]:
     out = {}
     try:
         head, *rest = lines[:-1]  # the last line is empty, or cut off by a crash
-        if json.loads(head) != _head(manifest):
+        if json.loads(head) != _head(manifest, url):
             raise DataError(f"{path} is of another data set: name another file for --state")
         for line in rest:
             entry = json.loads(line)
@@ -204,20 +214,22 @@ def _read_state(path: Path, manifest: Manifest) -> dict[int, bytes]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path} is no state of a check ({error}): remove it") from None
+        raise DataError(
+            f"{path} is no state of a check ({error}): name another file for --state"
+        ) from None
     return out
 
 
 @contextlib.contextmanager
 def _opened(
-    path: Path | None, manifest: Manifest, before: dict[int, bytes]
+    path: Path | None, manifest: Manifest, url: str, before: dict[int, bytes]
 ) -> Iterator[IO[str] | None]:
     """The state file, open to be added to."""
     if path is None:
         yield None
         return
     # Written anew: without a line that a crash has cut off.
-    lines = [json.dumps(_head(manifest))]
+    lines = [json.dumps(_head(manifest, url))]
     lines += [_line(manifest.shards[i], images) for i, images in before.items()]
     objects.write_bytes(str(path), "".join(f"{line}\n" for line in lines).encode())
     with open(path, "a") as f:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.errors import DataError
+from shards.errors import DataError, NodeError, StoreError, explained
 from shards.format.answers import answer_index, load_answers
 from shards.format.arrays import map_arrays
 from shards.format.check import check_record
@@ -51,7 +51,7 @@ class Check:
         try:
             if path is None:
                 path = self.folder / file.url.rpartition("/")[2]
-                with open(path, "wb") as f:
+                with explained(self.folder), open(path, "wb") as f:
                     objects.download(file.url, f)
             if (actual := objects.file_size(str(path))) != file.size:
                 self.problems.append(
@@ -61,6 +61,8 @@ class Check:
                 self.problems.append(f"{file.url} has another sha256 than the manifest says")
             else:
                 return path
+        except (StoreError, NodeError):
+            raise  # of the store or of this machine: nothing is known of the file
         except (DataError, OSError) as error:
             self.problems.append(f"{file.url} cannot be read: {error}")
         return None

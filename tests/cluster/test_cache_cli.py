@@ -103,3 +103,17 @@ def test_clean_spares_what_is_in_use_or_was_lately(
         assert run(data, "ls") == 0
         assert "1 in use" in capsys.readouterr().out
     assert open_dataset(data.url, data.cache).manifest == data.manifest
+
+
+def test_what_is_not_the_caches_is_left(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    (cache / "files").mkdir(parents=True)
+    others = [cache / "thesis.tmp", cache / "picture.damaged", cache / "files" / "x.tmp"]
+    for path in others:
+        path.write_bytes(b"somebody's")
+    os.mkfifo(cache / "files" / ("0" * 64))
+    (cache / "files" / ("1" * 64)).mkdir()
+    (cache / "tables").write_bytes(b"no folder")
+    for command in (["ls"], ["verify"], ["clean", "--all"]):
+        assert main(["cache", *command, "--cache", str(cache)]) == 0
+    assert all(path.exists() for path in others)

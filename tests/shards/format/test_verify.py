@@ -212,7 +212,7 @@ def test_a_manifest_is_read_as_it_was_written_or_not_at_all(
 ) -> None:
     path = data / "manifest.json"
     document = json.loads(path.read_bytes())
-    del document["fingerprint"], document["folder"]
+    del document["fingerprint"], document["folder"], document["checksum"]
     change(document)
     canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
     document["fingerprint"] = hashlib.sha256(canonical.encode()).hexdigest()
@@ -335,8 +335,12 @@ def test_an_interrupted_check_goes_on(
     assert verify(data, lambda _w, n, _t: done.append(n), jobs=1, state=state) == []
     assert done == [3, 3]
     # What is in it is not read again, and what is no state of this data set is refused.
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
     (files_of(data) / TAR).unlink()
     assert main(command) == 0
+    assert main(["shards", "verify", str(copy), "--state", str(state)]) == 2
+    assert "of another data set" in capsys.readouterr().err
     content = state.read_bytes()
     for wrong in (
         b"nothing\n",

@@ -564,7 +564,8 @@ def test_threads_and_files_go_with_the_loader(
         once(1 + i % 30)
         assert fetching() <= 2 * LoaderSettings().fetch_threads  # the last one's may still end
     wait_until(lambda: fetching() == 0)
-    assert process.num_threads() <= threads
+    # Looking up the store's name may take some more threads, once.
+    assert process.num_threads() <= threads + 5
     # s3fs keeps connections to the store open, not more than downloads at once.
     assert process.num_fds() <= files + LoaderSettings().fetch_threads
 

@@ -137,9 +137,9 @@ def test_one_of_many_replacers_wins(place: str) -> None:
         return replace_bytes(url, b"%d" % number, tag, FAST)
 
     with ThreadPoolExecutor(writers) as pool:
-        for _ in range(20):
+        for race in range(20):
             tag = objects.read_tagged(url)[1]
-            own = [os.urandom(3)[0] * 1000 + i for i in range(writers)]
+            own = [race * 1000 + i for i in range(writers)]  # never what is there already
             won = list(pool.map(write, own, [tag] * writers))
             assert sum(won) == 1
             assert objects.read_bytes(url) == b"%d" % own[won.index(True)]
