@@ -120,20 +120,30 @@ def verify(cache: Path, progress: Progress = no_progress) -> list[str]:
     found = [i for i in items(cache) if i.kind in ("shard", "table", "index")]
     total, done = sum(i.size for i in found), 0
     for item in found:
-        with contextlib.suppress(FileNotFoundError):
-            if problem := _damage(item):
-                problems.append(f"{item.path} is damaged: {problem}")
-                # Renamed under a reader it stays what that has open.
-                if item.kind == "shard":
-                    room.set_aside(cache, item.path)
-                elif item.kind == "table":
-                    os.replace(item.path, item.path.with_suffix(".damaged"))
-                else:
-                    item.path.unlink()
-                    seal_of(item.path).unlink(missing_ok=True)
+        try:
+            # Not while a process makes it: one that is being made has no seal yet.
+            with locked(cache, item.path.name, wait=False):
+                if problem := _damage(item):
+                    problems.append(f"{item.path} is damaged: {problem}")
+                    _take_away(cache, item)
+        except PermissionError as error:
+            problems.append(f"{item.path} cannot be looked at: {error.strerror}")
+        except (FileNotFoundError, BusyError):
+            pass
         done += item.size
         progress("bytes verified", done, total)
     return problems
+
+
+def _take_away(cache: Path, item: Item) -> None:
+    # Renamed under a reader it stays what that has open.
+    if item.kind == "shard":
+        room.set_aside(cache, item.path)
+    elif item.kind == "table":
+        os.replace(item.path, item.path.with_suffix(".damaged"))
+    else:
+        item.path.unlink()
+        seal_of(item.path).unlink(missing_ok=True)
 
 
 def _damage(item: Item) -> str | None:

@@ -50,4 +50,9 @@ class Tables:
         numbers = shards.tolist()
         with ThreadPoolExecutor(_AT_ONCE, "lxscale-tables") as pool:
             found = dict(zip(numbers, pool.map(self._table_of, numbers), strict=True))
-        return found.__getitem__
+
+        def table_of(number: int) -> TableFile:
+            file = found[number]
+            return file if file.path.exists() else self._table_of(number)
+
+        return table_of

@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.errors import DataError
 from shards.format.arrays import Layout, array_sizes, create_arrays, map_arrays
 from shards.format.manifest import Manifest
 from shards.format.members import MEMBERS, members_of
@@ -23,6 +25,10 @@ from shards.order.draws import I64
 
 LAYOUT = 3
 """Of the index's file."""
+
+_TRIES = 5  # to open a table that goes from the cache again and again
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,22 @@ def _index(arrays: Mapping[str, NDArray]) -> DatasetIndex:
     )
 
 
+def _opened(
+    table_of: Callable[[int], TableFile], number: int, read: Callable[[Path], T]
+) -> tuple[TableFile, T]:
+    """A table, and what `read` makes of it; fetched again where it has gone from the cache since it
+    was asked for, as `lxscale cache clean` has it."""
+    for _ in range(_TRIES):
+        file = table_of(number)
+        try:
+            return file, read(file.path)
+        except DataError as error:
+            problem = error
+            if file.path.exists():
+                raise
+    raise problem
+
+
 def _merge(
     manifest: Manifest,
     shards: I64,
@@ -135,7 +157,7 @@ def _merge(
     """Fill the arrays of an index, which `new` makes."""
     tokens, answers = 0, 0
     for number in shards.tolist():
-        sizes = array_sizes(table_of(number).path)
+        _, sizes = _opened(table_of, number, array_sizes)
         # One that lacks an array is told of where it is opened.
         tokens, answers = tokens + sizes.get("tokens", 0), answers + sizes.get("answer_id", 0)
     shard_image = _starts(manifest.shards.images[shards])
@@ -168,8 +190,7 @@ def _merge(
         out[name][0] = 0
     token, answer = 0, 0
     for i, number in enumerate(shards.tolist()):
-        file = table_of(number)
-        table = open_table(file.path)
+        file, table = _opened(table_of, number, open_table)
         check_table(table, file.shard, file.manifest, file.where)
         image, pair = int(shard_image[i]), int(shard_pair[i])
         of_images = slice(image, image + len(table.image_objects))

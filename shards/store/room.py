@@ -2,9 +2,10 @@
 
 The folder is shared by the processes of a node, and looking at all its files for every download
 would cost the more the fuller it is. So the file CACHE/room is a ledger: a line that names it and
-the start of the machine, then a line for each change, `<bytes> <name>`, saying what a content takes
-from then on, under its own name or its temporary one. All changes are made under the lock `room`;
-each process reads the lines that it has not seen. A download costs a few lines and O(log files).
+the start of the machine, then a line for each change, `<bytes> <name> <crc32>`, saying what a
+content takes from then on, under its own name or its temporary one. All changes are made under the
+lock `room`; each process reads the lines that it has not seen. A download costs a few lines and
+O(log files).
 
 A line is written before a file is made and after one is removed. What a killed process leaves is
 thus a ledger that says too much, never too little, until the entry's turn comes to be evicted. A
@@ -21,7 +22,8 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -115,8 +117,8 @@ class Room:
             if not _is_of_now(name) or (new and not new.endswith(b"\n")):
                 raise ValueError
             for line in new.splitlines():
-                size, _, content = line.decode().partition(" ")
-                self._set(content, int(size))
+                size, content = _entry(line)
+                self._set(content, size)
         except (FileNotFoundError, ValueError):
             self._look()
             return
@@ -145,7 +147,7 @@ class Room:
 
     def _write_anew(self) -> None:
         self._name = f"{boot_id()} {secrets.token_hex(8)}\n".encode()
-        lines = "".join(f"{size} {name}\n" for name, size in self._size.items()).encode()
+        lines = _lines((size, name) for name, size in self._size.items())
         path = self._cache / _LEDGER
         with written_whole(path, durable=False, alone=True) as temporary:
             temporary.write_bytes(self._name + lines)
@@ -274,7 +276,7 @@ def set_aside(cache: Path, path: Path) -> None:
 
 def _append(cache: Path, changes: Sequence[tuple[int, str]]) -> int:
     """Write lines to the ledger, and return their bytes; without one, write nothing."""
-    lines = "".join(f"{size} {name}\n" for size, name in changes).encode()
+    lines = _lines(changes)
     path = cache / _LEDGER
     try:
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
@@ -290,6 +292,20 @@ def _append(cache: Path, changes: Sequence[tuple[int, str]]) -> int:
         os.close(handle)
     path.unlink(missing_ok=True)
     return 0
+
+
+def _lines(changes: Iterable[tuple[int, str]]) -> bytes:
+    texts = (f"{size} {name}".encode() for size, name in changes)
+    return b"".join(b"%s %08x\n" % (text, zlib.crc32(text)) for text in texts)
+
+
+def _entry(line: bytes) -> tuple[int, str]:
+    """Bytes and name of a line; ValueError where it is not as it was written."""
+    text, _, check = line.rpartition(b" ")
+    if check != b"%08x" % zlib.crc32(text):
+        raise ValueError("another checksum")
+    size, _, name = text.decode().partition(" ")
+    return int(size), name
 
 
 def _is_of_now(name: bytes) -> bool:

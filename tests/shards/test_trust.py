@@ -18,8 +18,8 @@ import pytest
 from model.batch import Batch
 from shards.dataset import open_dataset
 from shards.errors import DataError
+from shards.format import index, shard_list
 from shards.format import manifest as manifest_file
-from shards.format import shard_list
 from shards.format.arrays import map_arrays, save_arrays
 from shards.format.build import BuildSettings, build
 from shards.format.manifest import load_manifest
@@ -304,3 +304,27 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
         [sys.executable, "-c", script, str(place)], capture_output=True, text=True, check=True
     )
     assert int(out.stdout) < 100_000, "KiB"
+
+
+def test_a_table_that_goes_from_the_cache_meanwhile_is_fetched_again(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `lxscale cache clean` has it, beside a run that opens its data."""
+    url = f"{s3}/{tmp_path.name}"
+    build(small_records(12), url, BuildSettings("set", "test", images_per_shard=4))
+    real, gone = index.open_table, set()
+
+    def open_table(path: Path) -> Any:
+        if path not in gone:
+            gone.add(path)
+            path.unlink()
+        return real(path)
+
+    monkeypatch.setattr(index, "open_table", open_table)
+    for text in ("all", "window"):
+        gone.clear()
+        data = open_dataset(url, tmp_path / text, text=text)
+        sampler = data.sampler(SamplerSettings(), 1)
+        plan = sampler.plan(sampler.step(sampler.start(), 8))
+        assert len(make_batch(data, sampler, plan, settings_of(data, 1, 0.15, 0.15)).pair_id) == 8
+        assert gone

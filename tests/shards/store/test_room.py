@@ -192,6 +192,22 @@ def test_a_ledger_that_says_nothing_is_made_anew(tmp_path: Path, content: bytes 
         assert held(tmp_path) == {"a", "c"}
 
 
+@pytest.mark.parametrize("at", [0, 3, -12, -3])
+def test_a_flipped_bit_in_the_ledger_is_found(tmp_path: Path, at: int) -> None:
+    clock = Clock({"a": 5.0, "b": 9.0, "c": 7.0})
+    fill(tmp_path, ["a", "b"])
+    clock.room(tmp_path, 2 * SIZE).shrink()
+    ledger = tmp_path / "room"
+    head, *lines = ledger.read_bytes().splitlines(keepends=True)
+    for i in range(len(lines)):
+        line = bytearray(lines[i])
+        line[at] ^= 2
+        ledger.write_bytes(b"".join([head, *lines[:i], line, *lines[i + 1 :]]))
+        where = clock.room(tmp_path, 2 * SIZE)
+        where.shrink()
+        assert ledger.read_bytes().splitlines()[1:] == [x.rstrip(b"\n") for x in lines]
+
+
 def test_the_ledger_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "_SPARE", 20)
     times = {str(i): float(1000 - i) for i in range(300)}
