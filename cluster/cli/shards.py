@@ -180,7 +180,8 @@ def _verify(args: argparse.Namespace) -> int:
         problems = verify(args.url, progress, jobs=args.jobs, shards=shards, state=args.state)
     for problem in problems:
         print(shown(problem))
-    return verdict(args.url, problems, "whole")
+    some = None if shards is None else len(set(shards))
+    return verdict(args.url, problems, "whole" if some is None else f"{some:,} shards are whole")
 
 
 def _add_info(parser: argparse.ArgumentParser) -> None:

@@ -31,6 +31,7 @@ from shards.format.verify_shard import HASH, Check, make_encoder, verify_shard
 from shards.processes import end_with_parent, make_home, without_signals
 from shards.progress import Progress, no_progress
 from shards.store import objects
+from shards.store.folders import owned_folder
 
 _AHEAD = 4  # shards that wait for each process
 _WORTH = 64 << 20  # bytes, which take a process longer than its start
@@ -72,8 +73,8 @@ def verify(
     before = _read_state(state, manifest, str(url)) if state else {}
     whole = {i: before[i] for i in chosen if i in before}
     found = {i: Found(i, [], images) for i, images in whole.items()}
-    with tempfile.TemporaryDirectory(prefix="lxscale-verify-") as folder:
-        check = Check(manifest.place(str(url)), manifest, Path(folder))
+    with owned_folder(Path(tempfile.gettempdir()), "lxscale-verify-") as folder:
+        check = Check(manifest.place(str(url)), manifest, folder)
         encoder = make_encoder(check)
         problems = list(check.problems)
         left = [i for i in chosen if i not in found]

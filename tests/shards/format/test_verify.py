@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import shutil
@@ -15,15 +16,16 @@ import numpy as np
 import pytest
 
 from cluster.cli.main import main
-from shards.errors import DataError
+from shards.errors import DataError, NodeError
 from shards.format.arrays import map_arrays, save_arrays
 from shards.format.build import BuildSettings, build
 from shards.format.manifest import Counts, Manifest, load_manifest
 from shards.format.shard_list import ShardList
 from shards.format.table import Table, open_table
 from shards.format.verify import verify
+from shards.store import objects
 from shards.store.stored import hash_file
-from tests.conftest import MakeRecords, files_of
+from tests.conftest import MakeRecords, files_of, upload_set
 
 TAR, TABLE = "shard-000001.tar", "shard-000001.table.safetensors"
 
@@ -353,3 +355,30 @@ def test_an_interrupted_check_goes_on(
         error = capsys.readouterr().err
         assert str(state) in error and len(error.splitlines()) == 1
         assert state.read_bytes() == wrong
+
+
+def test_a_part_that_is_whole_is_not_called_the_whole(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flip(files_of(data) / TAR, 3000)
+    other = next(i for i in range(3) if load_manifest(str(data)).shards[i].name != TAR)
+    assert main(["shards", "verify", str(data), "--shards", f"{other},{other}"]) == 0
+    assert capsys.readouterr().out.endswith(f"{data}: 1 shards are whole\n")
+
+
+def test_a_fault_of_this_machine_is_none_of_the_data(
+    s3: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{s3}/{tmp_path.name}"
+    upload_set(data, url)
+
+    real = objects.download
+
+    def full(url: str, target: Any, *arguments: Any, **options: Any) -> None:
+        if hasattr(target, "name"):  # a file, not memory
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(url, target, *arguments, **options)
+
+    monkeypatch.setattr(objects, "download", full)
+    with pytest.raises(NodeError, match=r"No space left on device; make room"):
+        verify(url)
