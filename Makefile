@@ -14,7 +14,7 @@ demo-full: $(READY)
 	$(BIN)/lxscale demo --full
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults"
 
 test-faults: $(READY)
 	$(BIN)/python -m pytest -m faults
