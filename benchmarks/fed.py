@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import tempfile
 import time
@@ -111,7 +110,6 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=WORKERS, help="of the loader")
     parser.add_argument("--out", type=Path, help="write the table there, too")
     given = parser.parse_args()
-    logging.getLogger("lxscale").setLevel(logging.WARNING)
     gpu = torch.cuda.is_available()
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
@@ -124,8 +122,9 @@ def main() -> None:
         folder = Path(name)
         began = time.perf_counter()
         settings = BuildSettings("fed", "random", shard_bytes=32 << 20)
-        build(records(IMAGES // (10 if given.small else 1)), str(folder / "set"), settings)
-        print(f"{IMAGES} images built in {time.perf_counter() - began:.0f} s", flush=True)
+        images = IMAGES // (10 if given.small else 1)
+        build(records(images), str(folder / "set"), settings)
+        print(f"{images} images built in {time.perf_counter() - began:.0f} s", flush=True)
 
         def run(name: str, workers: int, steps: int, phases: Phases) -> None:
             config = parse_config(tree(folder, name, given.small, workers, steps), "benchmark")
@@ -144,10 +143,9 @@ def main() -> None:
             for stop in stops:
                 run(name, 1, 12, Phases(stop))
         whole = losses(folder, "whole")
+        others = {name: losses(folder, name) for name in ("again", "cut")}
         worst = {
-            name: max(abs(other[step] - whole[step]) for step in whole)
-            for name in ("again", "cut")
-            if (other := losses(folder, name))
+            k: max(abs(other[step] - whole[step]) for step in whole) for k, other in others.items()
         }
     header = ["loader workers", "pairs/s", "waiting for data", "device memory, GiB"]
     device = torch.cuda.get_device_name() if gpu else "no GPU"

@@ -325,6 +325,9 @@ def _cause(failures: Sequence[Failure]) -> Failure:
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
+        cause = error.cause  # before it, Ray's text has where it was raised
+        return f"{type(cause).__name__}: {_first_line(cause)}"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

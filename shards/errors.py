@@ -47,6 +47,11 @@ class NodeError(DataError):
     none the worse: on another machine, or once that is mended, it can be used."""
 
 
+def of_node(error: OSError) -> bool:
+    """Whether it is for lack of descriptors or memory, whatever the file."""
+    return error.errno in _REMEDIES
+
+
 def node_error(place: str | Path, error: OSError) -> NodeError:
     """A fault of this machine for its user; place: what to name if the error names no file."""
     remedy = _REMEDIES.get(error.errno or 0, _REMEDY)

@@ -219,6 +219,10 @@ def _clean(args: argparse.Namespace) -> int:
     total = sum(old.size for old in found.objects)
     what = "removed" if args.remove else "nothing refers to"
     print(f"{shown(args.url)}: {what} {len(found.objects):,} objects of {total:,} bytes")
+    if found.young:
+        print(
+            f"{found.young:,} more stay: they, or the data set, are younger than {args.older} hours"
+        )
     return 0
 
 

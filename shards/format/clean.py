@@ -44,6 +44,8 @@ class Leftovers:
     objects: list[Listed]
     tag: str | None
     """Of the manifest that does not refer to them."""
+    young: int
+    """Others that nothing refers to, which stay for their age, or for the data set's."""
     manifest: Manifest | None
     cleaned: int
     """How often the place was cleaned before."""
@@ -69,9 +71,10 @@ def leftovers(url: str, older: float = 0.0) -> Leftovers:
     if tag is None and not ours:
         raise DataError(f"no data set at {url}, and nothing that a build has left there")
     before = time.time() - older * 3600
+    old = [o for o in ours if o.modified <= before]
     if manifest and older and any(o.name == MANIFEST and o.modified > before for o in found):
-        ours = []
-    return Leftovers([o for o in ours if o.modified <= before], tag, manifest, cleaned)
+        old = []
+    return Leftovers(old, tag, len(ours) - len(old), manifest, cleaned)
 
 
 def _of_builds(found: list[Listed], tag: str | None) -> set[str]:

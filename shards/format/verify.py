@@ -23,7 +23,7 @@ from typing import IO
 
 import numpy as np
 
-from shards.errors import DataError, NodeError
+from shards.errors import DataError, NodeError, node_error
 from shards.format.manifest import Manifest, load_manifest
 from shards.format.sentences import SentenceEncoder
 from shards.format.shard_list import ShardInfo
@@ -134,8 +134,9 @@ def _checked(
     context = multiprocessing.get_context("spawn")
     # A process needs what is said of the data set, and one shard at a time.
     bare = replace(check, manifest=replace(check.manifest, shards=check.manifest.shards[:0]))
-    pool = ProcessPoolExecutor(jobs, context, _begin, (bare,))
+    pool = None
     try:
+        pool = ProcessPoolExecutor(jobs, context, _begin, (bare,))
         waiting = iter(shards)
         with without_signals(signal.SIGINT):  # the first of them start the processes
             running = {
@@ -154,8 +155,11 @@ def _checked(
             "a process of the check was killed, perhaps for lack of memory: run it again, with "
             "fewer --jobs; with --state it goes on where it was"
         ) from None
+    except OSError as error:  # of what processes need beside the files
+        raise node_error(check.folder, error) from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        if pool:
+            pool.shutdown(cancel_futures=True)
 
 
 _check: Check

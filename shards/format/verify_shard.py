@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.errors import DataError, NodeError, StoreError, explained
+from shards.errors import DataError, NodeError, StoreError, explained, node_error, of_node
 from shards.format.answers import answer_index, load_answers
 from shards.format.arrays import map_arrays
 from shards.format.check import check_record
@@ -64,6 +64,8 @@ class Check:
         except (StoreError, NodeError):
             raise  # of the store or of this machine: nothing is known of the file
         except (DataError, OSError) as error:
+            if isinstance(error, OSError) and of_node(error):
+                raise node_error(file.url, error) from None
             self.problems.append(f"{file.url} cannot be read: {error}")
         return None
 

@@ -8,12 +8,13 @@ import threading
 import time
 
 import pytest
+import ray
 
 from cluster import nodes
 from cluster.bounded import StillBusyError, bounded, held
 from cluster.budget import Budget
 from cluster.errors import AgainError, LaunchError, LostError, exit_status
-from cluster.group import _cause, hang, seats
+from cluster.group import _cause, _first_line, hang, seats
 from cluster.interfaces import interface_of
 from cluster.worker import Failure, Placed, Report
 from shards.errors import DataError, StoreError
@@ -138,3 +139,8 @@ def test_one_thread_enters_lives_and_leaves() -> None:
         pass
     with pytest.raises(ZeroDivisionError), held(lambda: 1 / 0, note, 5, 5, lambda: None):
         pass
+
+
+def test_a_workers_own_error_is_what_is_told() -> None:
+    error = ray.exceptions.RayTaskError("prepare", "where it was raised", TypeError("a bug\nmore"))
+    assert _first_line(error) == "TypeError: a bug"

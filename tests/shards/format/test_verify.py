@@ -7,6 +7,8 @@ import errno
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +27,7 @@ from shards.format.table import Table, open_table
 from shards.format.verify import verify
 from shards.store import objects
 from shards.store.stored import hash_file
-from tests.conftest import MakeRecords, files_of, upload_set
+from tests.conftest import MakeRecords, files_of, subprocess_environment, upload_set
 
 TAR, TABLE = "shard-000001.tar", "shard-000001.table.safetensors"
 
@@ -382,3 +384,43 @@ def test_a_fault_of_this_machine_is_none_of_the_data(
     monkeypatch.setattr(objects, "download", full)
     with pytest.raises(NodeError, match=r"No space left on device; make room"):
         verify(url)
+
+
+_LOSING = """
+import contextlib, resource, sys, threading, time
+import psutil
+from cluster.cli.main import main
+
+def kill():
+    while True:
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                if "spawn_main" in " ".join(child.cmdline()):
+                    child.kill()
+        time.sleep(0.01)
+
+if __name__ == "__main__":
+    if sys.argv[1] == "killed":
+        threading.Thread(target=kill, daemon=True).start()
+    else:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
+    sys.exit(main(["shards", "verify", sys.argv[2], "--jobs", "30"]))
+"""
+
+
+@pytest.mark.parametrize(("fault", "message"), [("killed", "was killed"), ("few", "ulimit -n")])
+def test_a_check_that_loses_a_process_says_nothing_of_the_data(
+    data: Path, tmp_path: Path, fault: str, message: str
+) -> None:
+    script = tmp_path / "check.py"
+    script.write_text(_LOSING)
+    done = subprocess.run(
+        [sys.executable, str(script), fault, str(data)],
+        env=subprocess_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 75, done.stderr
+    (line,) = (x for x in done.stderr.splitlines() if x.startswith("error: "))
+    assert message in line
+    assert "Traceback" not in done.stderr and "problem" not in done.stdout

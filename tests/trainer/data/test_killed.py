@@ -117,12 +117,8 @@ def test_a_process_that_fails_beside_living_workers_ends(tmp_path: Path, start: 
 def test_an_error_of_the_data_in_a_loader_process_is_one_line(tmp_path: Path) -> None:
     build(small_records(1), tmp_path / "set", BuildSettings("alone", "y"))
     data = open_dataset(str(tmp_path / "set"), tmp_path / "cache")
-    sampler, loader = (
-        data.sampler(SamplerSettings(mismatch=1.0), 1),
-        LoaderSettings(loader_workers=1),
-    )
-    steps = load_steps(
-        data, sampler, drawn(data), RankSlice(0, 1, 1), sampler.start(), 4, 10**6, loader
-    )
+    sampler = data.sampler(SamplerSettings(mismatch=1.0), 1)
+    part, loader = RankSlice(0, 1, 1), LoaderSettings(loader_workers=1)
+    steps = load_steps(data, sampler, drawn(data), part, sampler.start(), 4, 10**6, loader)
     with pytest.raises(DataError, match=r"^matching needs sentences of two images, .* has one$"):
         next(steps)
