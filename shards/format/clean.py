@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from shards.errors import DataError, NotFoundError
 from shards.format.manifest import MANIFEST, Manifest, new_tombstone, parse_manifest, tombstone
-from shards.format.staging import remove_folders
+from shards.format.staging import killed, remove_folders
 from shards.progress import Progress, no_progress
 from shards.store import objects
 from shards.store.create import replace_bytes
@@ -67,7 +67,12 @@ def leftovers(url: str, older: float = 0.0) -> Leftovers:
             f"the manifest of {url} names {len(lost):,} files that are not there, {lost[0]} the "
             "first: restore them or it; nothing was removed"
         )
-    ours = [o for o in found if o.name not in named and o.name in _of_builds(found, tag)]
+    of_builds, dead = _of_builds(found, tag), killed(url)
+    ours = [
+        o
+        for o in found
+        if o.name not in named and (o.name in of_builds or o.name.partition("/")[0] in dead)
+    ]
     if tag is None and not ours:
         raise DataError(f"no data set at {url}, and nothing that a build has left there")
     before = time.time() - older * 3600

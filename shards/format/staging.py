@@ -11,7 +11,9 @@ from pathlib import Path
 from shards.errors import DataError
 from shards.store import objects
 from shards.store.atomic import flush
-from shards.store.folders import owned_folder
+from shards.store.folders import abandoned, owned_folder
+
+_STAGING = ".building-"
 
 
 @contextlib.contextmanager
@@ -24,13 +26,20 @@ def staging_folder(out: str, staging: str | Path | None = None) -> Iterator[Path
     """
     parent = objects.local_path(out) or Path(staging or tempfile.gettempdir())
     try:
-        with owned_folder(parent, ".building-") as folder:
+        with owned_folder(parent, _STAGING) as folder:
             yield folder
     except OSError as error:
         raise DataError(
             f"cannot write {error.filename or parent}: {error.strerror or error}: give a folder "
             "with room that you may write to"
         ) from error
+
+
+def killed(out: str) -> set[str]:
+    """The names of the folders that builds to a local `out` have left there when they were killed;
+    a build that is at work has its own locked."""
+    target = objects.local_path(out)
+    return {folder.name for folder in abandoned(target, _STAGING)} if target else set()
 
 
 def publish_files(folder: Path, out: str, names: list[str]) -> None:

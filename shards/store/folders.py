@@ -54,17 +54,23 @@ def owned_folder(parent: Path, prefix: str, keep: Keep = _keep_none) -> Iterator
 
 def sweep(parent: Path, prefix: str, keep: Keep = _keep_none) -> None:
     """Remove the folders of a prefix whose processes are dead, but for those to `keep`."""
+    for folder in abandoned(parent, prefix, keep):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def abandoned(parent: Path, prefix: str, keep: Keep = _keep_none) -> Iterator[Path]:
+    """The folders of a prefix whose processes are dead, each locked until the next is asked for."""
     for folder in parent.glob(f"{prefix}*"):
         try:
             if keep(folder):
                 continue
             with open(folder / "lock") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
+                yield folder
         except FileNotFoundError:
             # Made again by a process that outlived the folder; or just being made.
             with contextlib.suppress(OSError):
                 if time.time() - folder.stat().st_mtime > _ABANDONED_S:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    yield folder
         except OSError:
             log.debug("%s is in use, or not ours", folder)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
+import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +18,8 @@ from shards.format.build import BuildSettings, build
 from shards.format.clean import clean, leftovers
 from shards.format.manifest import MANIFEST, load_manifest
 from shards.format.publish import commit_point
+from shards.format.record import ImageRecord
+from shards.format.staging import staging_folder
 from shards.format.verify import verify
 from shards.store import objects
 from tests.conftest import small_records
@@ -201,3 +206,31 @@ def test_what_cannot_be_removed_is_said(tmp_path: Path, monkeypatch: pytest.Monk
         DataError, match=r"1 objects could not be removed, .*shard-000000.tar.*denied"
     ):
         clean(place, leftovers(place))
+
+
+def _killed_build(place: str) -> None:
+    def records() -> Iterator[ImageRecord]:
+        yield from small_records(5)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    build(records(), place, replace(SETTINGS, overwrite=True))
+
+
+def test_what_a_build_had_when_it_was_killed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = str(tmp_path / "set")
+    made = build(small_records(3), place, SETTINGS)
+    with staging_folder(place) as at_work:
+        process = multiprocessing.get_context("fork").Process(target=_killed_build, args=(place,))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        (dead,) = {n for n in os.listdir(place) if n.startswith(".building-")} - {at_work.name}
+        (at_work / "shard-000000.tar").write_bytes(b"of a build that is at work")
+        assert main(["shards", "clean", place, "--remove", "--older", "0"]) == 0
+        out = capsys.readouterr().out
+        assert f"{dead}/shard-000000.tar" in out and at_work.name not in out
+        assert sorted(os.listdir(place)) == sorted([at_work.name, made.folder, MANIFEST])
+        assert sorted(os.listdir(at_work)) == ["lock", "shard-000000.tar"]
+    assert verify(place) == []
