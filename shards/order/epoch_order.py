@@ -13,9 +13,9 @@ shards at most and every lane keeps to its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -192,6 +192,24 @@ class Span:
     begin: int
     """Its first position, counted as the caller counts."""
 
+    @cached_property
+    def end(self) -> int:
+        return self.begin + int(self.sizes.sum())
+
+    @cached_property
+    def key(self) -> int:
+        return window_key(self.order.version, self.order.key, self.window)
+
+    @cached_property
+    def shards(self) -> NDArray[np.int32]:
+        return self.order.shard_order[self.order.places(self.window)]
+
+    @cached_property
+    def sizes(self) -> I64:
+        """Pairs of each of its shards."""
+        places = self.order.places(self.window)
+        return np.diff(self.order.start[places.start : places.stop + 1])
+
 
 class Windows:
     """Some windows, side by side: positions in them become pairs by vector operations, however many
@@ -200,19 +218,11 @@ class Windows:
     def __init__(self, spans: Sequence[Span]) -> None:
         order = spans[0].order
         self._k, self._lanes, self._version = order.k, order.lanes, order.version
-        places = [s.order.places(s.window) for s in spans]
-        self._shard = np.concatenate(
-            [s.order.shard_order[p] for s, p in zip(spans, places, strict=True)]
-        )
-        sizes = np.concatenate(
-            [
-                np.diff(s.order.start[p.start : p.stop + 1])
-                for s, p in zip(spans, places, strict=True)
-            ]
-        )
+        self._shard = np.concatenate([s.shards for s in spans])
+        sizes = np.concatenate([s.sizes for s in spans])
         # Pairs before each place, counted through all the windows.
         self._start = _before(sizes)
-        first = _before(np.asarray([p.stop - p.start for p in places]))
+        first = _before(np.asarray([len(s.shards) for s in spans]))
         self._base = self._start[first[:-1]]
         self.pairs = np.diff(self._start[first])
         """Of each window."""
@@ -230,23 +240,20 @@ class Windows:
             self._lane_start = np.stack([lane_starts(n, self._lanes, turn) for n, turn in each])
             self._first_turn = np.asarray(turns, dtype=np.int64)
             return
-        of = list(zip(keys, self.window.tolist(), strict=True))
+        window_keys = np.asarray([s.key for s in spans], dtype=np.uint64)
         small = SMALL if self._version > 2 else 0
-
-        def bijections(lengths: I64, key: Callable[[int, int, int], int]) -> Bijections:
-            of_each = np.asarray([key(self._version, *w) for w in of], dtype=np.uint64)
-            return Bijections(lengths, of_each, small)
-
         if self._k == 1:
-            self._shuffle = bijections(self.pairs, window_key)
+            self._shuffle = Bijections(self.pairs, window_keys, small)
         else:
             self._visits = _before(sizes // self._k)
             self._rest = _before(sizes % self._k)
             self._visits_first = self._visits[first]
             self._rest_first = self._rest[first]
             loose = np.diff(self._rest_first)
-            self._shuffle = bijections(np.diff(self._visits_first) + loose // self._k, window_key)
-            self._shuffle_loose = bijections(loose, loose_key)
+            units = np.diff(self._visits_first) + loose // self._k
+            self._shuffle = Bijections(units, window_keys, small)
+            of_loose = [loose_key(self._version, s.order.key, s.window) for s in spans]
+            self._shuffle_loose = Bijections(loose, np.asarray(of_loose, dtype=np.uint64), small)
 
     def lane_of(self, which: I64, local: I64) -> I64:
         """The lane of each position; which: its window's number here; local: its position in it."""

@@ -31,6 +31,8 @@ class _Standing:
     window: int
     end: int
     """The stream's position at which it leaves the window."""
+    own: I64
+    """The window's shards that the process uses."""
     left: NDArray[np.int64]
     """Shards that it left less than `behind` pairs ago."""
     left_until: int
@@ -104,14 +106,14 @@ class Future:
             if w == before.windows:
                 e, w = e + 1, 0
                 before = self._sampler.order(stream, e)
-        return _Standing(order, epoch, window, end, np.concatenate(left), until)
+        own = order.lane_shards(window, *self._lanes)
+        return _Standing(order, epoch, window, end, own, np.concatenate(left), until)
 
     # --- what is asked --------------------------------------------------------------------------
 
     def now(self) -> I64:
         """The shards that this process uses, rising; none of those that are passed over."""
-        found = [s.order.lane_shards(s.window, *self._lanes) for s in self._standing]
-        return np.setdiff1d(np.concatenate(found), self._skipped)
+        return np.setdiff1d(np.concatenate([s.own for s in self._standing]), self._skipped)
 
     def due(self, shards: I64) -> NDArray[np.float64]:
         """When each shard is needed next by any process of the run; IN_USE where it is in use, or
@@ -120,8 +122,11 @@ class Future:
         rates = self._sampler.rates
         in_use = np.zeros(len(shards), dtype=bool)
         few = shards.astype(np.int32)  # as streams have them: else numpy converts all of theirs
+        first, last = shards.min(initial=0), shards.max(initial=0)
         for i, here in enumerate(self._standing):
             stream = self._sampler.streams[i]
+            if last < stream.shards[0] or stream.shards[-1] < first:
+                continue
             at = np.searchsorted(stream.shards, few).clip(max=len(stream.shards) - 1)
             mine = np.flatnonzero(stream.shards[at] == shards)
             if not len(mine):
@@ -142,8 +147,7 @@ class Future:
             if self._lanes == (0, here.order.lanes):
                 in_use[mine[now]] = True
             else:
-                own = here.order.lane_shards(here.window, *self._lanes)
-                in_use[mine[now]] |= np.isin(shards[mine[now]], own)
+                in_use[mine[now]] |= np.isin(shards[mine[now]], here.own)
             # Other lanes' may be in use, too, but perhaps on other nodes.
             when[now] = self.consumed
             out[mine] = np.minimum(out[mine], when)
@@ -170,7 +174,7 @@ class Future:
     ) -> Iterator[tuple[float, int, bool, Sequence[int]]]:
         order, epoch, window = here.order, here.epoch, here.window
         pairs, rate = self._sampler.streams[stream].pairs, self._sampler.rates[stream]
-        yield 0.0, stream, True, order.lane_shards(window, *self._lanes).tolist()
+        yield 0.0, stream, True, here.own.tolist()
         # While others may be in the window before, the next one's shards displace none: those of
         # the one before may be due last.
         soon = not len(here.left)

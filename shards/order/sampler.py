@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -122,11 +123,9 @@ class _Takes:
 class _Here:
     """The windows that steps of a family are in."""
 
+    spans: tuple[list[Span], ...]
+    """By stream of the family."""
     windows: Windows
-    begin: tuple[int, ...]
-    """Positions of the family's streams, from here"""
-    end: tuple[int, ...]
-    """to here."""
     first: I64
     """Number of the first window of each stream of the sampler."""
 
@@ -319,23 +318,19 @@ class Sampler:
 
     def _windows(self, family: int, state: SamplerState, takes: _Takes) -> _Here:
         """The windows of a step's pairs; those of the step before, where they are the same."""
-        begin = tuple(state.cursors[i] for i in takes.streams)
-        end = tuple(b + n for b, n in zip(begin, takes.pairs, strict=True))
         here = self._here.get(family)
-        if here is not None and all(
-            a <= b and d <= e for a, b, d, e in zip(here.begin, begin, end, here.end, strict=True)
-        ):
-            return here
-        spans: list[Span] = []
-        first = np.zeros(len(self.streams), dtype=np.int64)
-        begins, ends = [], []
-        for i, a, b in zip(takes.streams, begin, end, strict=True):
-            first[i] = len(spans)
-            spans += self._spans(i, a, b)
-            begins.append(spans[int(first[i])].begin)
-            ends.append(spans[-1].begin + _pairs(spans[-1]))
-        here = _Here(Windows(spans), tuple(begins), tuple(ends), first)
-        self._here[family] = here
+        before = here.spans if here else ([],) * len(takes.streams)
+        spans = []
+        for stream, old, pairs in zip(takes.streams, before, takes.pairs, strict=True):
+            begin = state.cursors[stream]
+            if not old or begin < old[0].begin or old[-1].end < begin + pairs:
+                old, here = self._spans(stream, begin, begin + pairs), None
+            spans.append(old)
+        if here is None:
+            first = np.zeros(len(self.streams), dtype=np.int64)
+            first[list(takes.streams)] = np.cumsum([0, *map(len, spans[:-1])])
+            here = _Here(tuple(spans), Windows(list(chain.from_iterable(spans))), first)
+            self._here[family] = here
         return here
 
     def _spans(self, stream: int, begin: int, end: int) -> list[Span]:
@@ -381,10 +376,6 @@ class Sampler:
         which = np.searchsorted(ends, order, side="right")
         starts = np.asarray([state.cursors[i] for i in takes.streams]) - (ends - pairs)
         return np.asarray(takes.streams)[which], starts[which] + order, mismatched[order]
-
-
-def _pairs(span: Span) -> int:
-    return span.order.begin(span.window + 1) - span.order.begin(span.window)
 
 
 def make_sampler(
