@@ -1,9 +1,9 @@
 """What a thousand times the data costs a node: python benchmarks/growth.py [--run] [--out FILE]
 
 Opening: CPU seconds and memory of the first process of a node that opens a data set, and of a later
-one, by shards. --run: trains a small LXMERT with `lxscale train` on 10⁹ pairs in 20,000 shards that
-an S3 server makes as asked (simulated.py), under a cache limit, and takes the most memory and disk
-that the run's processes had at any time; a shared page counts once.
+one, by shards. --run: trains a small LXMERT with `lxscale train` on 10⁶ and on 10⁹ pairs, in 20 and
+20,000 shards that an S3 server makes as asked (simulated.py), under a cache limit, and takes the
+most memory and disk that each run's processes had at any time; a shared page counts once.
 """
 
 from __future__ import annotations
@@ -104,8 +104,10 @@ def _python(script: str, *arguments: str) -> str:
 # --- a run --------------------------------------------------------------------------------------
 
 
-def run(folder: Path) -> list[list[str]]:
-    template, manifest = simulate(folder, 20_000, images=500, sentences=100)
+def run(folder: Path, shards: int) -> dict[str, float]:
+    """MB of each kind, the most at any time of a node's run on so many shards."""
+    folder.mkdir()
+    template, manifest = simulate(folder, shards, images=500, sentences=100)
     print(f"{manifest.pairs:,} pairs in {len(manifest.shards):,} shards", flush=True)
     mark, cache = uuid.uuid4().hex, folder / "cache"
     settings = {
@@ -119,11 +121,15 @@ def run(folder: Path) -> list[list[str]]:
         "train.steps": STEPS,
         "train.global_batch": BATCH,
         "data.validation": "null",
-        "cluster.workers": 2,
+        "cluster.workers": 1,
     }
     most: defaultdict[str, float] = defaultdict(float)
     with serving(folder, template) as url:
-        command = [Path(sys.executable).with_name("lxscale"), "train", "configs/tiny.yaml"]
+        command: list[str | Path] = [
+            Path(sys.executable).with_name("lxscale"),
+            "train",
+            "configs/tiny.yaml",
+        ]
         command += [f"{k}={v}" for k, v in (settings | {"data.train": url}).items()]
         began = time.monotonic()
         with open(folder / "log", "wb") as log:
@@ -138,12 +144,12 @@ def run(folder: Path) -> list[list[str]]:
     print((folder / "log").read_text()[-600:])
     pairs = STEPS * BATCH
     print(f"{pairs:,} pairs in {took:.0f} s, the start included", flush=True)
-    return [[kind, f"{mb:,.0f}"] for kind, mb in sorted(most.items())]
+    return most
 
 
 def _memory(mark: str) -> dict[str, float]:
     """MB of the processes of a run at this time: of ours, and of Ray's own."""
-    out = {"processes of lxscale, MB": 0.0, "Ray's own, MB": 0.0}
+    out = {"processes of lxscale": 0.0, "Ray's own": 0.0}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if f"{_MARK}={mark}".encode() not in (process / "environ").read_bytes():
@@ -153,8 +159,8 @@ def _memory(mark: str) -> dict[str, float]:
         except (OSError, IndexError):
             continue
         own = b"ray/core" in line or b"ray/dashboard" in line or b"site-packages/ray" in line
-        out["Ray's own, MB" if own else "processes of lxscale, MB"] += int(pss) / 1024
-    return out
+        out["Ray's own" if own else "processes of lxscale"] += int(pss) / 1024
+    return out | {"both together": sum(out.values())}
 
 
 def _size(folder: Path) -> float:
@@ -181,14 +187,11 @@ def main() -> None:
         text += "windows of 500 shards on S3, in a process that may have 256 files open.\n\n"
         text += markdown(header, opening(Path(folder)))
         if given.run:
-            place = Path(folder) / "run"
-            place.mkdir()
-            rows = run(place)
-            text += (
-                f"\n{STEPS} steps of {BATCH:,} of 10⁹ pairs in 20,000 shards, two workers with a "
-            )
-            text += f"loader worker each, a cache limit of {LIMIT_GB * 1024:.0f} MiB.\n\n"
-            text += markdown(["most at any time", "MB"], rows)
+            runs = [run(Path(folder) / f"run-{shards}", shards) for shards in (20, 20_000)]
+            rows = [[kind, *(f"{most[kind]:,.0f}" for most in runs)] for kind in runs[0]]
+            text += f"\n{STEPS} steps of {BATCH:,} pairs by a worker with a loader worker, "
+            text += f"a cache limit of {LIMIT_GB * 1024:.0f} MiB. The most at any time, MB.\n\n"
+            text += markdown(["", "10⁶ pairs in 20 shards", "10⁹ pairs in 20,000 shards"], rows)
     print("\n" + text)
     if given.out:
         given.out.write_text(text)
