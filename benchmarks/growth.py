@@ -9,23 +9,23 @@ most memory and disk that each run's processes had at any time; a shared page co
 from __future__ import annotations
 
 import argparse
-import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections import defaultdict
 from datetime import date
 from pathlib import Path
+
+import psutil
 
 from protocol import machine, markdown
 from simulated import serving, simulate
 
 SHARDS = (1_000, 10_000, 100_000)
 LIMIT_GB, BATCH, STEPS = 0.25, 1024, 300
-_MARK = "LXSCALE_GROWTH"  # in the environment of all processes of a run
 
 _OPEN = """
 import resource, sys, time
@@ -109,7 +109,7 @@ def run(folder: Path, shards: int) -> dict[str, float]:
     folder.mkdir()
     template, manifest = simulate(folder, shards, images=500, sentences=100)
     print(f"{manifest.pairs:,} pairs in {len(manifest.shards):,} shards", flush=True)
-    mark, cache = uuid.uuid4().hex, folder / "cache"
+    cache = folder / "cache"
     settings = {
         "run.name": "growth",
         "run.storage": folder / "runs",
@@ -133,9 +133,9 @@ def run(folder: Path, shards: int) -> dict[str, float]:
         command += [f"{k}={v}" for k, v in (settings | {"data.train": url}).items()]
         began = time.monotonic()
         with open(folder / "log", "wb") as log:
-            job = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {_MARK: mark})
+            job = subprocess.Popen(command, stdout=log, stderr=log)
             while job.poll() is None:
-                for kind, mb in [*_memory(mark).items(), ("disk", _size(cache))]:
+                for kind, mb in [*_memory(job.pid).items(), ("disk", _size(cache))]:
                     most[kind] = max(most[kind], mb)
                 time.sleep(0.5)
         took = time.monotonic() - began
@@ -147,19 +147,18 @@ def run(folder: Path, shards: int) -> dict[str, float]:
     return most
 
 
-def _memory(mark: str) -> dict[str, float]:
-    """MB of the processes of a run at this time: of ours, and of Ray's own."""
+def _memory(job: int) -> dict[str, float]:
+    """MB of the processes of a job at this time: of ours, and of Ray's own."""
     out = {"processes of lxscale": 0.0, "Ray's own": 0.0}
-    for process in Path("/proc").glob("[0-9]*"):
+    command = psutil.Process(job)
+    for process in (command, *command.children(recursive=True)):
         try:
-            if f"{_MARK}={mark}".encode() not in (process / "environ").read_bytes():
-                continue
-            line = (process / "cmdline").read_bytes()
-            pss = (process / "smaps_rollup").read_text().split("Pss:")[1].split()[0]
-        except (OSError, IndexError):
+            line = " ".join(process.cmdline())
+            pss = process.memory_full_info().pss
+        except psutil.Error:
             continue
-        own = b"ray/core" in line or b"ray/dashboard" in line or b"site-packages/ray" in line
-        out["Ray's own" if own else "processes of lxscale"] += int(pss) / 1024
+        own = re.search(r"site-packages/ray|ray::.*Agent", line)
+        out["Ray's own" if own else "processes of lxscale"] += pss / 2**20
     return out | {"both together": sum(out.values())}
 
 
