@@ -23,18 +23,17 @@ from shards.store.create import replace_bytes
 from shards.store.objects import Listed
 
 # What builds write, each in its folder. Whatever else is in a folder of that name makes it
-# somebody else's, as eight digits of a date do.
-_FOLDER = re.compile(r"(build-[0-9a-f]{8})/(.+)", re.DOTALL)
+# somebody else's.
+_FOLDER = re.compile(r"(build-[a-f][0-9a-f]{7})/(.+)", re.DOTALL)
 _IN_FOLDER = re.compile(
     r"shard-\d{6,}\.(tar|table\.safetensors)|shards-\d{6,}\.safetensors|vocab\.txt|answers\.json"
     r"|\.[^/]+\.tmp"
 )
-# What builds wrote before each had a folder, and what any of them tries the store with: theirs only
-# beside a manifest.
-_BESIDE = re.compile(
-    r"shard-\d{6}\.(tar|table\.safetensors)|vocab\.txt|answers\.json|\.(unfinished|publishing)"
-    r"|probe-[0-9a-f]{16}"
-)
+# What builds wrote before each had a folder: shards, each with its table, and with them the others.
+_SHARD = re.compile(r"(shard-\d{6})\.(tar|table\.safetensors)")
+_WITH_SHARDS = {"vocab.txt", "answers.json"}
+# What marked them, and what any build tries the store with. All these only beside a manifest.
+_BESIDE = re.compile(r"\.(unfinished|publishing)|probe-[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -84,11 +83,17 @@ def leftovers(url: str, older: float = 0.0) -> Leftovers:
 
 def _of_builds(found: list[Listed], tag: str | None) -> set[str]:
     """The names of what builds have written."""
-    parts = {o.name: match for o in found if (match := _FOLDER.fullmatch(o.name))}
+    names = {o.name for o in found}
+    parts = {name: match for name in names if (match := _FOLDER.fullmatch(name))}
     others = {m[1] for m in parts.values() if not _IN_FOLDER.fullmatch(m[2])}
     out = {name for name, m in parts.items() if m[1] not in others}
     if tag is not None:
-        out |= {o.name for o in found if _BESIDE.fullmatch(o.name)}
+        # Somebody's own tars, of which a data set was made, have no tables.
+        stems = {m[1] for name in names if (m := _SHARD.fullmatch(name))}
+        pairs = [{f"{stem}.tar", f"{stem}.table.safetensors"} for stem in stems]
+        if whole := [pair for pair in pairs if pair <= names]:
+            out = out.union(*whole, _WITH_SHARDS & names)
+        out |= {name for name in names if _BESIDE.fullmatch(name)}
     return out
 
 

@@ -51,7 +51,8 @@ def publish(
     before: what `commit_point` gave when the build began. When it fails, what it has brought is
     removed again. Raises DataError where another build, or a cleaning, has come in between.
     """
-    build = f"build-{secrets.token_hex(4)}"
+    # Never eight digits, as of a date.
+    build = f"build-{secrets.choice('abcdef')}{secrets.token_hex(4)[1:]}"
     committed = replace(manifest, folder=build)
     place, where = objects.join(out, build), objects.join(out, MANIFEST)
     if (local := objects.local_path(place)) is not None:

@@ -13,7 +13,7 @@ from shards.store import objects
 from shards.store.atomic import flush
 from shards.store.folders import abandoned, owned_folder
 
-_STAGING = ".building-"
+_STAGING = ".lxscale-build-"
 
 
 @contextlib.contextmanager

@@ -145,7 +145,7 @@ def test_a_build_leaves_nothing(tmp_path: Path, number: int) -> None:
         if left:
             out.mkdir()
         process = begin(_PROBE, "probe", "builds", str(out))
-        assert [p.name[:10] for p in out.iterdir()] == [".building-"]
+        assert [p.name[:15] for p in out.iterdir()] == [".lxscale-build-"]
         assert end(process, number) == (128 + number, ["clean", "aborted"])
         assert [p.name for p in tmp_path.rglob("*")] == left
 

@@ -254,17 +254,17 @@ def test_a_killed_build_leaves_no_final_name(tmp_path: Path, make_records: MakeR
     out = tmp_path / "out"
     child = run_slow_build(out, "hang")
     deadline = time.monotonic() + 30
-    while not list(out.glob(".building-*/shard-000002.tar")):
+    while not list(out.glob(".lxscale-build-*/shard-000002.tar")):
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    assert [p.name for p in out.iterdir() if not p.name.startswith(".building-")] == []
+    assert [p.name for p in out.iterdir() if not p.name.startswith(".lxscale-build-")] == []
     # A living build's folder is not taken for a dead one's.
     build(make_records(2), out, SETTINGS)
-    assert len(list(out.glob(".building-*"))) == 1
+    assert len(list(out.glob(".lxscale-build-*"))) == 1
     os.kill(child.pid, signal.SIGKILL)
     child.communicate()
     build(make_records(2), out, replace(SETTINGS, overwrite=True))
-    assert list(out.glob(".building-*")) == []
+    assert list(out.glob(".lxscale-build-*")) == []
     assert verify(out) == []
 
 

@@ -40,20 +40,21 @@ def test_what_a_replaced_build_has_left_goes_when_asked(
     first = build(small_records(5), place, SETTINGS)
     second = build(small_records(7), place, replace(SETTINGS, overwrite=True))
     objects.write_bytes(f"{place}/notes.txt", b"somebody's")
-    objects.write_bytes(f"{place}/shard-000004.tar", b"of a build before builds had folders")
+    for kind in ("tar", "table.safetensors"):
+        objects.write_bytes(f"{place}/shard-000004.{kind}", b"of a build before each had a folder")
     names = objects.list_names(first.place(place))
     assert main(["shards", "clean", place, "--older", "0"]) == 0
     out = capsys.readouterr().out
-    assert f"nothing refers to {len(names) + 1} objects" in out
+    assert f"nothing refers to {len(names) + 2} objects" in out
     assert all(f"{first.folder}/{name}" in out for name in names)
     assert second.folder not in out and "notes" not in out
     assert objects.list_names(first.place(place)) == names
     # What is young may be read, or be of a build that is at work.
     assert main(["shards", "clean", place, "--remove"]) == 0
     out = capsys.readouterr().out
-    assert "removed 0 objects" in out and f"{len(names) + 1} more stay: " in out
+    assert "removed 0 objects" in out and f"{len(names) + 2} more stay: " in out
     assert main(["shards", "clean", place, "--remove", "--older", "0"]) == 0
-    assert f"removed {len(names) + 1} objects" in capsys.readouterr().out
+    assert f"removed {len(names) + 2} objects" in capsys.readouterr().out
     assert objects.list_names(first.place(place)) == []
     assert objects.list_names(place) == [MANIFEST, "notes.txt"]
     assert load_manifest(place) == second and verify(place) == []
@@ -64,7 +65,7 @@ def test_what_a_replaced_build_has_left_goes_when_asked(
 
 
 def test_where_there_is_no_data_set(place: str, capsys: pytest.CaptureFixture[str]) -> None:
-    objects.write_bytes(f"{place}/build-0badbadb/shard-000000.tar", b"of a build that was killed")
+    objects.write_bytes(f"{place}/build-badbadb0/shard-000000.tar", b"of a build that was killed")
     assert main(["shards", "clean", place, "--remove", "--older", "0"]) == 0
     assert "removed 1 objects" in capsys.readouterr().out
     with pytest.raises(DataError, match=r"no data set at .*shards build"):
@@ -76,13 +77,13 @@ def test_where_there_is_no_data_set(place: str, capsys: pytest.CaptureFixture[st
 def test_a_build_that_commits_meanwhile_is_safe(place: str) -> None:
     build(small_records(5), place, SETTINGS)
     found = leftovers(place)
-    objects.write_bytes(f"{place}/build-0badbadb/shard-000000.tar", b"x")
+    objects.write_bytes(f"{place}/build-badbadb0/shard-000000.tar", b"x")
     late = leftovers(place)
     second = build(small_records(7), place, replace(SETTINGS, overwrite=True))
     clean(place, found)  # there was nothing
     with pytest.raises(DataError, match="has changed meanwhile: nothing was removed"):
         clean(place, late)
-    assert objects.exists(f"{place}/build-0badbadb/shard-000000.tar")
+    assert objects.exists(f"{place}/build-badbadb0/shard-000000.tar")
     assert load_manifest(place) == second and verify(place) == []
 
 
@@ -99,7 +100,7 @@ def paged(place: str, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr("shards.format.manifest.INLINE", 2)
     monkeypatch.setattr("shards.format.manifest.PAGE", 2)
     build(small_records(12), place, SETTINGS)
-    objects.write_bytes(f"{place}/build-0badbadb/shard-000000.tar", b"of a build that was killed")
+    objects.write_bytes(f"{place}/build-badbadb0/shard-000000.tar", b"of a build that was killed")
     clean(place, leftovers(place))
     assert load_manifest(place).cleaned == 1 and load_manifest(place).pages
     return place
@@ -131,7 +132,7 @@ def test_nothing_goes_while_a_file_of_the_data_set_is_missing(paged: str, which:
 def test_no_flipped_bit_of_a_manifest_makes_its_files_leftovers(tmp_path: Path) -> None:
     place = str(tmp_path / "set")
     build(small_records(4), place, SETTINGS)
-    objects.write_bytes(f"{place}/build-0badbadb/shard-000000.tar", b"of a build that was killed")
+    objects.write_bytes(f"{place}/build-badbadb0/shard-000000.tar", b"of a build that was killed")
     clean(place, leftovers(place))
     manifest = load_manifest(place)
     named = {o.name for o in objects.list_tree(place)}
@@ -158,22 +159,37 @@ def test_no_flipped_bit_of_a_manifest_makes_its_files_leftovers(tmp_path: Path) 
 
 
 def test_what_others_have_at_the_place_is_left(place: str, tmp_path: Path) -> None:
-    others = ("shard-000000.tar", "vocab.txt", "answers.json", "build-20261126/deep/thesis.tex")
+    others = (
+        "shard-000000.tar",
+        "shard-000001.tar",
+        "shard-000002.table.safetensors",
+        "vocab.txt",
+        "answers.json",
+        "build-20261126/vocab.txt",
+        "build-a0261126/deep/thesis.tex",
+        ".building-projects/house.txt",
+    )
     for name in others:
         objects.write_bytes(f"{place}/{name}", b"somebody's")
+    if "://" not in place:
+        os.utime(f"{place}/.building-projects", (0, 0))
     with pytest.raises(DataError, match="no data set at"):
         leftovers(place)
     # A data set of its own in a folder named as a build's.
-    build(small_records(3), f"{place}/build-20261125", SETTINGS)
-    objects.write_bytes(f"{place}/build-20261125/vocab.txt", b"somebody's")
-    objects.write_bytes(f"{place}/build-0badbadb/shard-000000.tar", b"of a build that was killed")
-    assert [o.name for o in leftovers(place).objects] == ["build-0badbadb/shard-000000.tar"]
+    build(small_records(3), f"{place}/build-a0261125", SETTINGS)
+    objects.write_bytes(f"{place}/build-a0261125/vocab.txt", b"somebody's")
+    objects.write_bytes(f"{place}/build-badbadb0/shard-000000.tar", b"of a build that was killed")
+    assert [o.name for o in leftovers(place).objects] == ["build-badbadb0/shard-000000.tar"]
+    # A data set beside them, as of the user's own tars.
+    build(small_records(3), place, SETTINGS)
+    assert [o.name for o in leftovers(place).objects] == ["build-badbadb0/shard-000000.tar"]
+    assert {o.name for o in objects.list_tree(place)} >= {*others}
 
 
 def test_of_two_cleanings_at_once_one_gives_up(place: str) -> None:
     """Else a build that began between the two could commit without its files."""
     build(small_records(3), place, SETTINGS)
-    objects.write_bytes(f"{place}/build-0badbadb/shard-000000.tar", b"of a build that was killed")
+    objects.write_bytes(f"{place}/build-badbadb0/shard-000000.tar", b"of a build that was killed")
     first, second = leftovers(place), leftovers(place)
     clean(place, first)
     with pytest.raises(DataError, match="has changed meanwhile"):
@@ -192,7 +208,7 @@ def test_readers_of_what_was_just_replaced_have_their_time(place: str) -> None:
 def test_what_cannot_be_removed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = str(tmp_path / "set")
     build(small_records(3), place, SETTINGS)
-    old = f"{place}/build-0badbadb/shard-000000.tar"
+    old = f"{place}/build-badbadb0/shard-000000.tar"
     objects.write_bytes(old, b"of a build that was killed")
     real = objects.delete
 
@@ -226,7 +242,7 @@ def test_what_a_build_had_when_it_was_killed(
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-        (dead,) = {n for n in os.listdir(place) if n.startswith(".building-")} - {at_work.name}
+        (dead,) = {n for n in os.listdir(place) if n.startswith(".lxscale-build-")} - {at_work.name}
         (at_work / "shard-000000.tar").write_bytes(b"of a build that is at work")
         assert main(["shards", "clean", place, "--remove", "--older", "0"]) == 0
         out = capsys.readouterr().out

@@ -309,7 +309,7 @@ def test_a_builder_and_a_cleaner_in_any_order(
         *(drawn(seed) for seed in range(300)),
     ):
         world = World(made, old, choose)
-        world.bucket.data[f"{PLACE}/build-0badbadb/shard-000000.tar"] = b"of a dead build"
+        world.bucket.data[f"{PLACE}/build-badbadb0/shard-000000.tar"] = b"of a dead build"
         world.run(a=lambda w=world: w.build("a"), b=lambda w=world: w.clean("b"))
         a, b = world.ended["a"].split(":")[0], world.ended["b"].split(":")[0]
         outcomes.add((a, b))
@@ -342,6 +342,6 @@ def test_a_crash_or_a_fault_of_a_cleaner(
     for old, at in itertools.product((False, True), range(6)):
         world = World(made, old, lambda ready: ready[0], only(at, event))
         for name in ("shard-000000.tar", "vocab.txt"):
-            world.bucket.data[f"{PLACE}/build-0badbadb/{name}"] = b"of a dead build"
+            world.bucket.data[f"{PLACE}/build-badbadb0/{name}"] = b"of a dead build"
         world.run(a=lambda w=world: w.clean("a"))
         assert world.at_end() == (made["o"][1] if old else None)
