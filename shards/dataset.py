@@ -30,7 +30,7 @@ from shards.order.keys import VERSION
 from shards.order.sampler import Plan, Sampler, make_sampler
 from shards.order.settings import SamplerSettings
 from shards.order.streams import Contents, ShardRange, Stream
-from shards.store.cache import cache_folder, local_file
+from shards.store.cache import cache_folder, local_file, verified_file
 from shards.store.derived import derived_file
 from shards.store.prefetch import ShardFiles
 from shards.tables import Tables
@@ -256,9 +256,12 @@ def _open(
     def table_of(number: int) -> TableFile:
         """A shard's table, which is fetched if it is not here."""
         of, file = bisect_right(ends, number), files[number]
-        path = shards.table(number) if text == "window" else local_file(file, folder, table=True)
+        if text == "window":
+            verified = shards.table(number)
+        else:
+            verified = verified_file(file, folder, folder="tables")
         shard = manifest.shards[number]
-        return TableFile(path, file.url, manifests[of], shard, own_sources[of])
+        return TableFile(verified, file.url, manifests[of], shard, own_sources[of])
 
     tables = Tables(manifest, table_of, shards.in_use)
     if text == "all":

@@ -87,14 +87,15 @@ def items(cache: Path) -> list[Item]:
 
 
 def in_use(cache: Path, item: Item) -> bool:
-    """Whether a process has it open, fetches, verifies or makes it, or it is another user's."""
+    """Whether a process has it open, fetches, verifies or makes it, or it cannot be told: it is
+    another user's, or on a disk that is damaged or may only be read."""
     try:
         with _held(cache, item):
             return False
-    except (BusyError, BlockingIOError, PermissionError):
-        return True
     except FileNotFoundError:
         return False
+    except (BusyError, OSError):
+        return True
 
 
 @contextlib.contextmanager
@@ -126,10 +127,10 @@ def verify(cache: Path, progress: Progress = no_progress) -> list[str]:
                 if problem := _damage(item):
                     problems.append(f"{item.path} is damaged: {problem}")
                     _take_away(cache, item)
-        except PermissionError as error:
-            problems.append(f"{item.path} cannot be looked at: {error.strerror}")
         except (FileNotFoundError, BusyError):
             pass
+        except OSError as error:
+            problems.append(f"{item.path} cannot be looked at: {error.strerror or error}")
         done += item.size
         progress("bytes verified", done, total)
     return problems
@@ -176,7 +177,7 @@ def clean(cache: Path, chosen: list[Item]) -> list[Item]:
     """Remove files of `to_clean`; those that went. What has come into use meanwhile is left."""
     gone = []
     for item in chosen:
-        with contextlib.suppress(BusyError, BlockingIOError, FileNotFoundError, PermissionError):
+        with contextlib.suppress(BusyError, OSError):
             with _held(cache, item):
                 item.path.unlink()
                 if "index" in item.kind:

@@ -53,6 +53,6 @@ class Tables:
 
         def table_of(number: int) -> TableFile:
             file = found[number]
-            return file if file.path.exists() else self._table_of(number)
+            return file if file.verified.is_still() else self._table_of(number)
 
         return table_of

@@ -196,7 +196,7 @@ def _info(args: argparse.Namespace) -> int:
 
 def _add_clean(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("url", type=given_place)
+    add("url", type=out_place)
     add("--remove", action="store_true", help="remove it; builds at work there then fail")
     add(
         "--older",

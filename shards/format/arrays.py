@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -76,13 +77,18 @@ def _head(layout: Layout) -> tuple[bytes, dict[str, tuple[int, int]]]:
     return len(text).to_bytes(8, "little") + text, places
 
 
-def map_arrays(path: str | Path) -> dict[str, NDArray]:
+def map_arrays(path: str | Path, locked: bool = False) -> dict[str, NDArray]:
     """Read-only views into the memory-mapped file; DataError naming it when it is not whole.
+    locked: it has a shared lock as long as it is mapped.
 
     The library's own reader copies every array, which tables of gigabytes cannot afford.
     """
     try:
-        data = np.memmap(path, dtype=np.uint8, mode="r")
+        with open(path, "rb") as f:
+            if locked:
+                fcntl.flock(f, fcntl.LOCK_SH)
+            # The map has another descriptor of this open file, which keeps the lock.
+            data = np.memmap(f, dtype=np.uint8, mode="r")
     except FileNotFoundError:
         raise DataError(f"{path} is missing") from None
     except OSError as error:

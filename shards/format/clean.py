@@ -32,8 +32,10 @@ _IN_FOLDER = re.compile(
 # What builds wrote before each had a folder: shards, each with its table, and with them the others.
 _SHARD = re.compile(r"(shard-\d{6})\.(tar|table\.safetensors)")
 _WITH_SHARDS = {"vocab.txt", "answers.json"}
-# What marked them, and what any build tries the store with. All these only beside a manifest.
-_BESIDE = re.compile(r"\.(unfinished|publishing)|probe-[0-9a-f]{16}")
+# What marked them. All these only beside a manifest.
+_MARKS = {".unfinished", ".publishing"}
+# What any build tries the store with, and writes a manifest by.
+_BRIEFLY = re.compile(r"probe-[0-9a-f]{16}|\.manifest\.json\.[0-9a-f]{8}\.tmp")
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,14 @@ def _of_builds(found: list[Listed], tag: str | None) -> set[str]:
     parts = {name: match for name in names if (match := _FOLDER.fullmatch(name))}
     others = {m[1] for m in parts.values() if not _IN_FOLDER.fullmatch(m[2])}
     out = {name for name, m in parts.items() if m[1] not in others}
+    out |= {name for name in names if _BRIEFLY.fullmatch(name)}
     if tag is not None:
         # Somebody's own tars, of which a data set was made, have no tables.
         stems = {m[1] for name in names if (m := _SHARD.fullmatch(name))}
         pairs = [{f"{stem}.tar", f"{stem}.table.safetensors"} for stem in stems]
         if whole := [pair for pair in pairs if pair <= names]:
             out = out.union(*whole, _WITH_SHARDS & names)
-        out |= {name for name in names if _BESIDE.fullmatch(name)}
+        out |= _MARKS & names
     return out
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,8 +20,9 @@ from shards.format.arrays import Layout, array_sizes, create_arrays, map_arrays
 from shards.format.manifest import Manifest
 from shards.format.members import MEMBERS, members_of
 from shards.format.shard_list import ShardInfo
-from shards.format.table import check_table, open_table
+from shards.format.table import Table, check_table, open_table
 from shards.order.draws import I64
+from shards.store.cache import Verified
 
 LAYOUT = 3
 """Of the index's file."""
@@ -35,7 +36,7 @@ T = TypeVar("T")
 class TableFile:
     """A shard's table on this machine."""
 
-    path: Path
+    verified: Verified
     where: str
     """Its URL, for messages."""
     manifest: Manifest
@@ -99,8 +100,9 @@ class DatasetIndex:
 
 
 def map_index(path: Path) -> DatasetIndex:
-    """Map the index's file. DataError naming it when it is not whole."""
-    return _index(map_arrays(path))
+    """Map the index's file, which is locked against `lxscale cache clean` while it is. DataError
+    naming it when it is not whole."""
+    return _index(map_arrays(path, locked=True))
 
 
 def merge_into_file(
@@ -132,20 +134,23 @@ def _index(arrays: Mapping[str, NDArray]) -> DatasetIndex:
     )
 
 
-def _opened(
-    table_of: Callable[[int], TableFile], number: int, read: Callable[[Path], T]
-) -> tuple[TableFile, T]:
-    """A table, and what `read` makes of it; fetched again where it has gone from the cache since it
-    was asked for, as `lxscale cache clean` has it."""
+def _used(table_of: Callable[[int], TableFile], number: int, use: Callable[[TableFile], T]) -> T:
+    """What `use` makes of a table, which is as it was verified before and after; asked for again
+    where it has changed meanwhile, or has gone from the cache."""
     for _ in range(_TRIES):
         file = table_of(number)
+        problem: Exception | None = None
         try:
-            return file, read(file.path)
-        except DataError as error:
+            out = use(file)
+        except (DataError, ValueError, IndexError) as error:
             problem = error
-            if file.path.exists():
-                raise
-    raise problem
+        if file.verified.is_still():
+            if problem:
+                raise problem
+            return out
+    raise problem or DataError(
+        f"{file.verified.path} changes while it is used: let no one write to it"
+    )
 
 
 def _merge(
@@ -157,7 +162,7 @@ def _merge(
     """Fill the arrays of an index, which `new` makes."""
     tokens, answers = 0, 0
     for number in shards.tolist():
-        _, sizes = _opened(table_of, number, array_sizes)
+        sizes = _used(table_of, number, lambda file: array_sizes(file.verified.path))
         # One that lacks an array is told of where it is opened.
         tokens, answers = tokens + sizes.get("tokens", 0), answers + sizes.get("answer_id", 0)
     shard_image = _starts(manifest.shards.images[shards])
@@ -190,31 +195,36 @@ def _merge(
         out[name][0] = 0
     token, answer = 0, 0
     for i, number in enumerate(shards.tolist()):
-        file, table = _opened(table_of, number, open_table)
-        check_table(table, file.shard, file.manifest, file.where)
-        image, pair = int(shard_image[i]), int(shard_pair[i])
-        of_images = slice(image, image + len(table.image_objects))
-        of_pairs = slice(pair, pair + len(table.sentence_source))
-        source = np.asarray(file.sources, dtype=np.uint8)[table.sentence_source]
-        out["image_objects"][of_images] = table.image_objects
-        out["record_size"][of_images] = table.record_size
-        for member in MEMBERS:
-            if there[member.offset_column]:
-                out[member.offset_column][of_images] = table.offset[member.name]
-        out["image_pair"][image + 1 : of_images.stop + 1] = table.image_sentences[1:] + pair
-        out["source"][of_pairs] = source
-        out["token_start"][pair + 1 : of_pairs.stop + 1] = table.token_start[1:] + token
-        out["tokens"][token : token + len(table.tokens)] = table.tokens
-        out["answer_start"][pair + 1 : of_pairs.stop + 1] = table.answer_start[1:] + answer
-        out["answer_id"][answer : answer + len(table.answer_id)] = table.answer_id
-        out["answer_score"][answer : answer + len(table.answer_id)] = table.answer_score
-        out["by_source"][of_pairs] = np.argsort(source, kind="stable") + pair
-        sizes_by_source = np.bincount(source, minlength=len(manifest.sources))
-        out["source_start"][i] = _starts(sizes_by_source)[:-1] + pair
-        numbers = np.arange(of_images.start, of_images.stop, dtype=np.int32)
-        out["image_of"][of_pairs] = np.repeat(numbers, np.diff(table.image_sentences))
+        table = _used(table_of, number, partial(_copy, out, i, token, answer))
         token, answer = token + len(table.tokens), answer + len(table.answer_id)
     return out
+
+
+def _copy(out: dict[str, NDArray], i: int, token: int, answer: int, file: TableFile) -> Table:
+    """Fill in the table of the index's shard i, whose tokens and answers begin there."""
+    table = open_table(file.verified.path)
+    check_table(table, file.shard, file.manifest, file.where)
+    image, pair = int(out["shard_image"][i]), int(out["shard_pair"][i])
+    of_images = slice(image, image + len(table.image_objects))
+    of_pairs = slice(pair, pair + len(table.sentence_source))
+    source = np.asarray(file.sources, dtype=np.uint8)[table.sentence_source]
+    out["image_objects"][of_images] = table.image_objects
+    out["record_size"][of_images] = table.record_size
+    for member in members_of(file.manifest.schema):
+        out[member.offset_column][of_images] = table.offset[member.name]
+    out["image_pair"][image + 1 : of_images.stop + 1] = table.image_sentences[1:] + pair
+    out["source"][of_pairs] = source
+    out["token_start"][pair + 1 : of_pairs.stop + 1] = table.token_start[1:] + token
+    out["tokens"][token : token + len(table.tokens)] = table.tokens
+    out["answer_start"][pair + 1 : of_pairs.stop + 1] = table.answer_start[1:] + answer
+    out["answer_id"][answer : answer + len(table.answer_id)] = table.answer_id
+    out["answer_score"][answer : answer + len(table.answer_id)] = table.answer_score
+    out["by_source"][of_pairs] = np.argsort(source, kind="stable") + pair
+    sizes_by_source = np.bincount(source, minlength=out["source_start"].shape[1])
+    out["source_start"][i] = _starts(sizes_by_source)[:-1] + pair
+    numbers = np.arange(of_images.start, of_images.stop, dtype=np.int32)
+    out["image_of"][of_pairs] = np.repeat(numbers, np.diff(table.image_sentences))
+    return table
 
 
 def ranges(start: I64, length: I64) -> I64:

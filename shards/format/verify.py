@@ -13,13 +13,15 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from io import RawIOBase
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import numpy as np
 
@@ -70,22 +72,24 @@ def verify(
     chosen = sorted(set(range(count) if shards is None else shards))
     if chosen and not 0 <= chosen[0] <= chosen[-1] < count:
         raise DataError(f"{url} has shards 0 to {count - 1}, not {chosen[0]} to {chosen[-1]}")
+    state = Path(os.path.realpath(state)) if state else None
     before = _read_state(state, manifest, str(url)) if state else {}
     whole = {i: before[i] for i in chosen if i in before}
+    if whole:
+        progress("shards found whole before", len(whole), len(whole))
     found = {i: Found(i, [], images) for i, images in whole.items()}
     with owned_folder(Path(tempfile.gettempdir()), "lxscale-verify-") as folder:
         check = Check(manifest.place(str(url)), manifest, folder)
         encoder = make_encoder(check)
         problems = list(check.problems)
         left = [i for i in chosen if i not in found]
-        with _opened(state, manifest, str(url), before) as log:
+        with _opened(state, manifest, str(url), before) as file:
             for one in _checked(
                 check, encoder, left, min(jobs or _jobs(manifest, left), len(left))
             ):
                 found[one.shard] = one
-                if log and not one.problems:
-                    log.write(_line(manifest.shards[one.shard], one.images) + "\n")
-                    log.flush()
+                if state and file and not one.problems:
+                    _note(state, file, _line(manifest.shards[one.shard], one.images))
                 progress("shards verified", len(found), len(chosen))
         if not left:
             progress("shards verified", len(chosen), len(chosen))
@@ -189,7 +193,7 @@ def _head(manifest: Manifest, url: str) -> dict[str, str]:
     """What a state is of: the data, and this place of it, not a copy."""
     place = manifest.place(url)
     local = objects.local_path(place)
-    return {"verified": manifest.fingerprint, "at": str(local.absolute()) if local else place}
+    return {"verified": manifest.fingerprint, "at": os.path.realpath(local) if local else place}
 
 
 def _read_state(path: Path, manifest: Manifest, url: str) -> dict[int, bytes]:
@@ -200,14 +204,16 @@ def _read_state(path: Path, manifest: Manifest, url: str) -> dict[int, bytes]:
         return {}
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
+    if lines == [b""]:  # as of mktemp
+        return {}
     number = {name.decode(): i for i, name in enumerate(manifest.shards.name.tolist())}
     out = {}
     try:
         head, *rest = lines[:-1]  # the last line is empty, or cut off by a crash
-        if json.loads(head) != _head(manifest, url):
+        if _entry(head) != _head(manifest, url):
             raise DataError(f"{path} is of another data set: name another file for --state")
         for line in rest:
-            entry = json.loads(line)
+            entry = _entry(line)
             i = number[entry["shard"]]
             images = base64.b64decode(entry["images"], validate=True)
             shard = manifest.shards[i]
@@ -228,23 +234,51 @@ def _read_state(path: Path, manifest: Manifest, url: str) -> dict[int, bytes]:
 @contextlib.contextmanager
 def _opened(
     path: Path | None, manifest: Manifest, url: str, before: dict[int, bytes]
-) -> Iterator[IO[str] | None]:
+) -> Iterator[RawIOBase | None]:
     """The state file, open to be added to."""
     if path is None:
         yield None
         return
     # Written anew: without a line that a crash has cut off.
-    lines = [json.dumps(_head(manifest, url))]
+    lines = [_checked_line(_head(manifest, url))]
     lines += [_line(manifest.shards[i], images) for i, images in before.items()]
-    objects.write_bytes(str(path), "".join(f"{line}\n" for line in lines).encode())
-    with open(path, "a") as f:
-        yield f
+    objects.write_bytes(str(path), b"".join(lines))
+    with open(path, "ab", buffering=0) as file:
+        yield file
 
 
-def _line(shard: ShardInfo, images: bytes) -> str:
-    entry = {
-        "shard": shard.name,
-        "sha256": [shard.sha256, shard.table_sha256],
-        "images": base64.b64encode(images).decode(),
-    }
-    return json.dumps(entry)
+def _note(path: Path, file: RawIOBase, line: bytes) -> None:
+    problem = "No space left on device"
+    try:
+        if file.write(line) == len(line):
+            return
+    except OSError as error:
+        problem = error.strerror or str(error)
+    raise NodeError(
+        f"cannot write {path}: {problem}: make room there and run it again, it goes on from what "
+        "is in it; or name another file for --state"
+    )
+
+
+def _line(shard: ShardInfo, images: bytes) -> bytes:
+    return _checked_line(
+        {
+            "shard": shard.name,
+            "sha256": [shard.sha256, shard.table_sha256],
+            "images": base64.b64encode(images).decode(),
+        }
+    )
+
+
+def _checked_line(entry: dict[str, Any]) -> bytes:
+    """A line of a state, after its checksum."""
+    text = json.dumps(entry).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _entry(line: bytes) -> Any:
+    """What `_checked_line` has written; ValueError where it is damaged."""
+    checksum, _, text = line.partition(b" ")
+    if checksum != b"%08x" % zlib.crc32(text):
+        raise ValueError("a damaged line")
+    return json.loads(text)

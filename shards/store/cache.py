@@ -45,6 +45,15 @@ class Verified:
     path: Path
     identity: Identity
     """That it had then."""
+    cached: bool
+    """Whether it lies in the cache, from which it may be removed."""
+
+    def is_still(self) -> bool:
+        """Whether it is what it was when it was verified."""
+        try:
+            return identity_of(os.stat(self.path)) == self.identity
+        except OSError:
+            return False
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,7 @@ def verified_file(
     with explained(entry.place):
         for _ in range(_CHECKS):
             if identity := _marked(entry):
-                return Verified(entry.path, identity)
+                return Verified(entry.path, identity, file.remote)
             if file.remote:
                 _fetch_once(entry, budget, retry or Retry(), wait)
             else:

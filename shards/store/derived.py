@@ -26,25 +26,26 @@ def derived_file(path: Path, cache: Path, build: Callable[[Path], None]) -> Path
 
     path: named by all that it is made from.
     """
-    if (sealed := sealed_file(path)) and is_local(sealed, cache):
-        return path
-    with explained(path), locked(path.parent, path.name):
-        # Another process may have made it meanwhile.
-        if (sealed := sealed_file(path)) and path.exists():
-            try:
-                return local_file(sealed, cache)
-            except NodeError:
-                raise
-            except DataError as error:
-                log.warning("%s: it is made again", error)
-        # Unsealed until it is whole under its name.
-        seal_of(path).unlink(missing_ok=True)
-        with written_whole(path, alone=True) as temporary:
-            build(temporary)
-        made = hashed_file(path, cache)
-        with written_whole(seal_of(path), alone=True) as temporary:
-            temporary.write_text(json.dumps([made.size, made.sha256]))
-        return path
+    with explained(path):
+        if (sealed := sealed_file(path)) and is_local(sealed, cache):
+            return path
+        with locked(path.parent, path.name):
+            # Another process may have made it meanwhile.
+            if (sealed := sealed_file(path)) and path.exists():
+                try:
+                    return local_file(sealed, cache)
+                except NodeError:
+                    raise
+                except DataError as error:
+                    log.warning("%s: it is made again", error)
+            # Unsealed until it is whole under its name.
+            seal_of(path).unlink(missing_ok=True)
+            with written_whole(path, alone=True) as temporary:
+                build(temporary)
+            made = hashed_file(path, cache)
+            with written_whole(seal_of(path), alone=True) as temporary:
+                temporary.write_text(json.dumps([made.size, made.sha256]))
+            return path
 
 
 def seal_of(path: Path) -> Path:

@@ -68,7 +68,7 @@ class ShardFiles:
         self.files, self.cache, self.limit, self._tables = files, cache, limit, tables
         self._future: LookAhead | None = None
         self._in_use = np.zeros(0, dtype=np.int64)
-        self._reader = Reader(self._verified, locked=limit is not None)
+        self._reader = Reader(self._verified, evicts=limit is not None)
         self._begin()
 
     def _begin(self) -> None:
@@ -98,11 +98,11 @@ class ShardFiles:
         self._leave_parent()
         return self._verified(shard).path
 
-    def table(self, shard: int) -> Path:
-        """The verified table of a shard on this machine, likewise."""
+    def table(self, shard: int) -> Verified:
+        """The table of a shard on this machine, likewise."""
         self._leave_parent()
         assert self._tables is not None
-        return self._get(self._tables[shard], shard).path
+        return self._get(self._tables[shard], shard)
 
     def _verified(self, shard: int) -> Verified:
         return self._get(self.files[shard], shard)

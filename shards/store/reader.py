@@ -50,21 +50,22 @@ class _Mapped:
     file: Verified
     content: memoryview
     descriptor: int | None
-    """Whose lock keeps the file from eviction."""
+    """By which the lock that keeps the file from eviction can be released."""
 
 
 class Reader:
     """The files of shards by number, for one thread.
 
-    verified: the file of a shard, fetched if need be; raises ShardError or NodeError. locked:
-    whether a mapped file is locked against eviction, which takes one more descriptor for each. One
-    that is not mapped may be evicted for another run on the node, and is fetched again: a lock for
-    each shard in use would be a descriptor for each.
+    verified: the file of a shard, fetched if need be; raises ShardError or NodeError. A file of the
+    cache is locked against eviction while it is mapped. One that is not mapped may be evicted for
+    another run on the node, and is fetched again: a lock for each shard in use would be a
+    descriptor for each. evicts: whether this process may evict what it has mapped itself, so that
+    locks have to go at once, which takes one more descriptor for each.
     """
 
-    def __init__(self, verified: Callable[[int], Verified], locked: bool) -> None:
-        self._verified, self._locked = verified, locked
-        self._most = _files_at_a_time(2 if locked else 1)
+    def __init__(self, verified: Callable[[int], Verified], evicts: bool) -> None:
+        self._verified, self._evicts = verified, evicts
+        self._most = _files_at_a_time(2 if evicts else 1)
         self._mapped: OrderedDict[int, _Mapped] = OrderedDict()  # the one used last is at the end
         self._known: dict[int, Verified] = {}
         self._process = os.getpid()
@@ -104,7 +105,7 @@ class Reader:
         for _ in range(_TRIES):
             if (found := self._mapped.get(shard)) is None:
                 found = self._map(shard)
-            elif _is_still(found.file):
+            elif found.file.is_still():
                 self._mapped.move_to_end(shard)
             else:
                 self._drop(shard)
@@ -125,7 +126,7 @@ class Reader:
         try:
             descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                if self._locked:
+                if file.cached:
                     fcntl.flock(descriptor, fcntl.LOCK_SH)
                 status = os.fstat(descriptor)
                 if not status.st_nlink or identity_of(status) != file.identity:
@@ -139,9 +140,9 @@ class Reader:
             return None
         except OSError as error:
             raise node_error(file.path, error) from None
-        if not self._locked:
-            os.close(descriptor)
-        kept = descriptor if self._locked else None
+        if not self._evicts:
+            os.close(descriptor)  # the map has another one, which keeps the lock
+        kept = descriptor if self._evicts else None
         found = self._mapped[shard] = _Mapped(file, content, kept)
         return found
 
@@ -172,14 +173,6 @@ class Reader:
                     os.close(mapped.descriptor)
 
     __del__ = _close
-
-
-def _is_still(file: Verified) -> bool:
-    """Whether a file is what it was when it was verified."""
-    try:
-        return identity_of(os.stat(file.path)) == file.identity
-    except OSError:
-        return False
 
 
 def _files_at_a_time(descriptors: int) -> int:

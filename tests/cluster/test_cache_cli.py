@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cluster.cli.main import main
+from shards import inventory
 from shards.dataset import Dataset, open_dataset
 from shards.format.build import BuildSettings, build
 from shards.inventory import items
@@ -85,24 +88,56 @@ def test_clean_removes_what_nothing_uses(data: Dataset, capsys: pytest.CaptureFi
     assert "removed 3" in out and left.name in out and kinds(data) == WHOLE
 
 
+@pytest.mark.parametrize("limit", [None, 10**9])
 def test_clean_spares_what_is_in_use_or_was_lately(
-    data: Dataset, capsys: pytest.CaptureFixture[str]
+    data: Dataset, limit: int | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     used, other = (data.cache / "files" / data.manifest.shards[i].sha256 for i in (0, 1))
+    (index,) = data.cache.glob("merged-*.safetensors")
     month = time.time() - 30 * 86400
-    for path in (used, other):
+    for path in (used, other, index):
         os.utime(path, (month, month))
-    with open(used, "rb") as f:
-        fcntl.flock(f, fcntl.LOCK_SH)  # as a process that reads it under a limit does
-        assert run(data, "clean", "--older", "7") == 0
-        assert "removed 1" in capsys.readouterr().out
-        assert used.exists() and not other.exists()
-        assert run(data, "clean", "--all") == 0
-        assert [i.path for i in items(data.cache)] == [used]
-        capsys.readouterr()
-        assert run(data, "ls") == 0
-        assert "1 in use" in capsys.readouterr().out
-    assert open_dataset(data.url, data.cache).manifest == data.manifest
+    reading = open_dataset(data.url, data.cache, limit)
+    del data
+    image = np.zeros(1, dtype=np.int64)
+    features = np.zeros((1, 10, 8), dtype=np.float16)
+
+    def command(*words: str) -> str:
+        assert run(reading, *words) == 0
+        return capsys.readouterr().out
+
+    reading.gather_images(image, image, features)
+    assert "removed 1" in command("clean", "--older", "7")
+    assert used.exists() and index.exists() and not other.exists()
+    command("clean", "--all")
+    assert {i.path for i in items(reading.cache)} == {used, index}
+    assert command("ls").count("1 in use") == 2
+    reading.gather_images(image, image, features)
+    reading.shards.stop()
+    command("clean", "--all")
+    assert [i.path for i in items(reading.cache)] == [index]
+    assert open_dataset(reading.url, reading.cache).manifest == reading.manifest
+
+
+def test_a_disk_that_cannot_be_read_is_told_of_and_the_rest_is_checked(
+    data: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, (bad, *_) = inventory.hash_file, [i.path for i in items(data.cache)]
+
+    def hash_file(path: Path) -> str:
+        if path == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(inventory, "hash_file", hash_file)
+    assert run(data, "verify") == 1
+    assert f"{bad} cannot be looked at: Input/output error" in capsys.readouterr().out
+    # Nor can anything be locked.
+    shutil.rmtree(data.cache / "locks")
+    (data.cache / "locks").touch()
+    for command, status in ((["ls"], 0), (["clean", "--all"], 0), (["verify"], 1)):
+        assert run(data, *command) == status
+    assert kinds(data) == WHOLE
 
 
 def test_what_is_not_the_caches_is_left(tmp_path: Path) -> None:

@@ -328,3 +328,39 @@ def test_a_table_that_goes_from_the_cache_meanwhile_is_fetched_again(
         plan = sampler.plan(sampler.step(sampler.start(), 8))
         assert len(make_batch(data, sampler, plan, settings_of(data, 1, 0.15, 0.15)).pair_id) == 8
         assert gone
+
+
+def test_a_table_that_changes_after_it_was_verified_is_fetched_again(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flipped bit, or another's file, that comes while others are still fetched."""
+    url = f"{s3}/{tmp_path.name}"
+    build(small_records(12), url, BuildSettings("set", "test", images_per_shard=4))
+    changed: set[Path] = set()
+
+    def changing(read: Callable[[Path], Any], before: bool) -> Callable[[Path], Any]:
+        def reading(path: Path) -> Any:
+            found = None if before else read(path)
+            if path not in changed:
+                changed.add(path)
+                arrays = {k: np.array(v) for k, v in map_arrays(path).items()}
+                arrays["tokens"][:] = 7  # in the vocabulary
+                arrays["answer_id"] = arrays["answer_id"][:-1]
+                # In place: what is mapped changes, too.
+                save_arrays(path.with_name("other"), arrays)
+                path.write_bytes(path.with_name("other").read_bytes()[: path.stat().st_size])
+            return read(path) if before else found
+
+        return reading
+
+    good = open_dataset(url, tmp_path / "good").index
+    for text in ("all", "window"):
+        for before in (True, False):
+            changed.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(index, "open_table", changing(index.open_table, before))
+                cache = tmp_path / f"{text}-{before}"
+                data = open_dataset(url, cache, text=text).over(np.arange(3))
+            assert len(changed) == 3
+            for name, value in vars(good).items():
+                np.testing.assert_equal(getattr(data.index, name), value, err_msg=name)

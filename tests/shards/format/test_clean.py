@@ -65,9 +65,15 @@ def test_what_a_replaced_build_has_left_goes_when_asked(
 
 
 def test_where_there_is_no_data_set(place: str, capsys: pytest.CaptureFixture[str]) -> None:
-    objects.write_bytes(f"{place}/build-badbadb0/shard-000000.tar", b"of a build that was killed")
-    assert main(["shards", "clean", place, "--remove", "--older", "0"]) == 0
-    assert "removed 1 objects" in capsys.readouterr().out
+    names = (
+        "build-badbadb0/shard-000000.tar",
+        "probe-0123456789abcdef",
+        ".manifest.json.0a1b2c3d.tmp",
+    )
+    for name in names:
+        objects.write_bytes(f"{place}/{name}", b"of a build that was killed")
+    assert main(["shards", "clean", f"{place}/", "--remove", "--older", "0"]) == 0
+    assert "removed 3 objects" in capsys.readouterr().out
     with pytest.raises(DataError, match=r"no data set at .*shards build"):
         load_manifest(place)
     made = build(small_records(5), place, SETTINGS)

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -332,17 +333,26 @@ def test_an_interrupted_check_goes_on(
     assert main(command) == 1
     flip(files_of(data) / TAR, 3000)
     # As it is when a crash cuts a line off.
-    state.write_bytes(state.read_bytes() + b'{"shard": "shard-0000')
-    done: list[int] = []
-    assert verify(data, lambda _w, n, _t: done.append(n), jobs=1, state=state) == []
-    assert done == [3], "two were found whole before"
-    assert verify(data, lambda _w, n, _t: done.append(n), jobs=1, state=state) == []
-    assert done == [3, 3]
+    state.write_bytes(state.read_bytes() + b'0badbadb {"shard": "shard-0000')
+    done: list[tuple[str, int]] = []
+    assert verify(data, lambda what, n, _t: done.append((what, n)), jobs=1, state=state) == []
+    assert done == [("shards found whole before", 2), ("shards verified", 3)]
+    done.clear()
+    assert verify(data, lambda what, n, _t: done.append((what, n)), jobs=1, state=state) == []
+    assert done[0] == ("shards found whole before", 3)
+    # The same place by another way, and a file of mktemp's.
+    (tmp_path / "link").symlink_to(data)
+    assert verify(tmp_path / "link", lambda what, n, _t: done.append((what, n)), state=state) == []
+    assert done == [("shards found whole before", 3), ("shards verified", 3)] * 2
+    empty = tmp_path / "empty"
+    empty.touch()
+    assert verify(data, state=empty) == [] and empty.stat().st_size == state.stat().st_size
     # What is in it is not read again, and what is no state of this data set is refused.
     copy = tmp_path / "copy"
     shutil.copytree(data, copy)
     (files_of(data) / TAR).unlink()
     assert main(command) == 0
+    assert "shards found whole before: 3 of 3" in capsys.readouterr().err
     assert main(["shards", "verify", str(copy), "--state", str(state)]) == 2
     assert "of another data set" in capsys.readouterr().err
     content = state.read_bytes()
@@ -350,6 +360,8 @@ def test_an_interrupted_check_goes_on(
         b"nothing\n",
         content.replace(b"shard-000001", b"shard-000009"),
         b"[]\n" + content,
+        *(content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :] for i in (2, 90, 300, 500)),
+        b"no line",
     ):
         state.write_bytes(wrong)
         capsys.readouterr()
@@ -384,6 +396,29 @@ def test_a_fault_of_this_machine_is_none_of_the_data(
     monkeypatch.setattr(objects, "download", full)
     with pytest.raises(NodeError, match=r"No space left on device; make room"):
         verify(url)
+
+
+_FULL = """
+import resource, signal, sys
+from cluster.cli.main import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (350, 350))
+sys.exit(main(["shards", "verify", sys.argv[1], "--jobs", "1", "--state", sys.argv[2]]))
+"""
+
+
+def test_a_state_that_cannot_be_written_is_one_error(data: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    done = subprocess.run(
+        [sys.executable, "-c", _FULL, str(data), str(state)],
+        env=subprocess_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 75, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert re.search(rf"^error: cannot write {state}: .*run it again", line)
+    assert verify(data, state=state) == []
 
 
 _LOSING = """

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from shards.errors import NodeError
 from shards.store.derived import derived_file
+from shards.store.marks import mark_of
 
 CONTENT = b"whole" * 1000
 
@@ -69,3 +71,13 @@ def test_a_whole_one_is_not_made_again(tmp_path: Path) -> None:
     for _ in range(3):
         make(tmp_path / "x", tmp_path, made)
     assert len(made) == 1
+
+
+def test_a_cache_that_is_none_any_more_is_one_error(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    make(path, tmp_path, [])
+    mark = mark_of(tmp_path, path)
+    mark.unlink()
+    mark.mkdir()
+    with pytest.raises(NodeError, match=f"cannot use .*{mark.name}: Is a directory"):
+        make(path, tmp_path, [])

@@ -73,7 +73,7 @@ def test_a_reader_keeps_few_files_open(
 
     def verified(shard: int) -> Verified:
         asked.append(shard)
-        return Verified(paths[shard], identity_of(paths[shard].stat()))
+        return Verified(paths[shard], identity_of(paths[shard].stat()), cached=locked)
 
     before = len(os.listdir("/proc/self/fd"))
     files = Reader(verified, locked)
@@ -97,7 +97,7 @@ def test_what_changes_is_verified_again(tmp_path: Path) -> None:
     def verified(shard: int) -> Verified:
         nonlocal asked
         asked += 1
-        return Verified(paths[shard], identity_of(paths[shard].stat()))
+        return Verified(paths[shard], identity_of(paths[shard].stat()), cached=False)
 
     files = Reader(verified, False)
 
