@@ -19,7 +19,7 @@ from pathlib import Path
 
 from protocol import THREADS, machine, markdown
 
-ROUNDS, IMAGES, STEPS, BATCH = 7, 1500, 150, 256
+ROUNDS, IMAGES, STEPS, BATCH = 10, 1500, 300, 256
 
 _BUILD = """
 import sys
@@ -72,8 +72,10 @@ def main() -> None:
             (folder / script).write_text(text)
         run(before, folder / "build.py", folder / "set", IMAGES, Path(__file__).parent)
         for i in range(ROUNDS + 1):
+            turns = [("before", before), ("now", now)]
             for workers in (0, 1):
-                for which, checkout in (("before", before), ("now", now)):
+                # Each is the first in half of the rounds.
+                for which, checkout in turns[:: 1 - 2 * (i % 2)]:
                     arguments = (folder / "set", folder / which, workers, STEPS, BATCH)
                     rate = float(run(checkout, folder / "read.py", *arguments))
                     if i:  # the first verifies the files and merges their tables
@@ -82,9 +84,10 @@ def main() -> None:
     for workers in (0, 1):
         old, new = (statistics.median(rates[which, workers]) for which in ("before", "now"))
         pairs = zip(rates["now", workers], rates["before", workers], strict=True)
-        ratio = statistics.median(a / b for a, b in pairs)
-        rows.append([f"{workers}", f"{old:,.0f}", f"{new:,.0f}", f"{ratio:.2f}"])
-    header = ["loader workers", "before, pairs/s", "now, pairs/s", "now / before"]
+        ratios = sorted(a / b for a, b in pairs)
+        ratio, span = statistics.median(ratios), f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+        rows.append([f"{workers}", f"{old:,.0f}", f"{new:,.0f}", f"{ratio:.2f}", span])
+    header = ["loader workers", "before, pairs/s", "now, pairs/s", "now / before", "by round"]
     text = f"# The loader before and now, {date.today()}, {machine()}\n\n{markdown(header, rows)}"
     text += (
         f"\nMedians of {ROUNDS} rounds of {STEPS} steps of {BATCH} pairs; of the ratios by round.\n"
