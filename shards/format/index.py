@@ -142,7 +142,7 @@ def _used(table_of: Callable[[int], TableFile], number: int, use: Callable[[Tabl
         problem: Exception | None = None
         try:
             out = use(file)
-        except (DataError, ValueError, IndexError) as error:
+        except (ValueError, IndexError) as error:  # as of a file that is another by now
             problem = error
         if file.verified.is_still():
             if problem:

@@ -119,10 +119,12 @@ class Future:
         """When each shard is needed next by any process of the run; IN_USE where it is in use, or
         may be by processes that are behind; infinity where it is not needed again."""
         out = np.full(len(shards), np.inf)
+        if not len(shards):
+            return out
         rates = self._sampler.rates
         in_use = np.zeros(len(shards), dtype=bool)
         few = shards.astype(np.int32)  # as streams have them: else numpy converts all of theirs
-        first, last = shards.min(initial=0), shards.max(initial=0)
+        first, last = shards.min(), shards.max()
         for i, here in enumerate(self._standing):
             stream = self._sampler.streams[i]
             if last < stream.shards[0] or stream.shards[-1] < first:

@@ -189,10 +189,10 @@ def test_a_source_without_a_name_is_refused(capsys: pytest.CaptureFixture[str]) 
     ],
 )
 def test_a_home_folder_that_the_shell_left_is_found(
-    line: str, name: str, monkeypatch: pytest.MonkeyPatch
+    line: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
-    assert str(getattr(parse(shlex.split(line)), name)) == "/home/me/p"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert str(getattr(parse(shlex.split(line)), name)) == f"{tmp_path}/p"
 
 
 def test_a_home_of_nobody_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -162,10 +162,10 @@ def test_a_place_is_checked_and_has_no_password(
 ) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(MINIMAL)
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", str(tmp_path))
     config = load_config(path, [f"{key}=~/x"])
     section, name = key.split(".")
-    assert getattr(getattr(config, section), name) == "/home/me/x"
+    assert getattr(getattr(config, section), name) == f"{tmp_path}/x"
     for value, words in (
         ("s3://me:hunter2@bucket/x", "s3://…@bucket/x.*AWS_SECRET_ACCESS_KEY"),
         ("https://h/x?token=hunter2", "https://h/x.*AWS_SECRET_ACCESS_KEY"),

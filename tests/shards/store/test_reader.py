@@ -63,9 +63,9 @@ def files_of(folder: Path, count: int) -> list[Path]:
     return paths
 
 
-@pytest.mark.parametrize("locked", [False, True])
+@pytest.mark.parametrize("evicts", [False, True])
 def test_a_reader_keeps_few_files_open(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locked: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evicts: bool
 ) -> None:
     monkeypatch.setattr(reader, "_MOST", 5)
     paths = files_of(tmp_path, 50)
@@ -73,10 +73,10 @@ def test_a_reader_keeps_few_files_open(
 
     def verified(shard: int) -> Verified:
         asked.append(shard)
-        return Verified(paths[shard], identity_of(paths[shard].stat()), cached=locked)
+        return Verified(paths[shard], identity_of(paths[shard].stat()), cached=evicts)
 
     before = len(os.listdir("/proc/self/fd"))
-    files = Reader(verified, locked)
+    files = Reader(verified, evicts)
     shards = np.random.default_rng(0).integers(0, 50, 300)
     out = np.full((300, 3), 99, dtype=np.uint8)
     at, size = np.arange(300) % 90, np.arange(300) % 4
@@ -84,7 +84,7 @@ def test_a_reader_keeps_few_files_open(
         files.read_rows(shards, [Run(at, size, out)])
         wanted = [[s] * n + [0] * (3 - n) for s, n in zip(shards, size, strict=True)]
         assert (out == np.asarray(wanted)).all()
-        assert len(os.listdir("/proc/self/fd")) - before <= 5 * (1 + locked)
+        assert len(os.listdir("/proc/self/fd")) - before <= 5 * (1 + evicts)
     assert len(asked) == len(set(shards.tolist()))  # once each, however often it is mapped
     files.keep(())
     assert len(os.listdir("/proc/self/fd")) == before
