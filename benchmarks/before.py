@@ -34,7 +34,7 @@ _READ = """
 import sys, time
 from shards.dataset import open_dataset
 from shards.order.settings import SamplerSettings
-from trainer.config import LoaderSettings
+from trainer.sections import LoaderSettings
 from trainer.data.batch import BatchSettings
 from trainer.data.loader import RankSlice, load_steps
 if __name__ == "__main__":

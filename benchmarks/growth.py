@@ -47,7 +47,7 @@ import os, resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 from shards.dataset import open_dataset
 from shards.order.settings import SamplerSettings
-from trainer.config import LoaderSettings
+from trainer.sections import LoaderSettings
 from trainer.data.batch import settings_of
 from trainer.data.loader import RankSlice, load_steps
 if __name__ == "__main__":

@@ -33,9 +33,9 @@ from shards.format.manifest import given_file
 from shards.format.tokenizer import load_tokenizer
 from shards.order.settings import SamplerSettings
 from synthetic import DIM, FEATURE_BYTES, OBJECTS, records
-from trainer.config import LoaderSettings
 from trainer.data.batch import BatchSettings
 from trainer.data.loader import RankSlice, load_steps
+from trainer.sections import LoaderSettings
 
 BATCH = 256
 ENDLESS = 10**15  # pairs: no run gets there

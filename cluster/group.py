@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.bounded import StillBusyError, bounded
 from cluster.worker import Failure, Placed, Report, Seat, Work, Worker
 from shards.store.retry import Retry
-from trainer.config import ClusterSection
+from trainer.sections import ClusterSection
 
 # Seconds between two questions to a worker, and between two looks for answers.
 _ASK_S, _LOOK_S = 0.5, 0.1

@@ -18,7 +18,7 @@ from cluster import reaper
 from cluster.errors import LaunchError, LostError
 from shards.processes import STOP_SIGNALS, sweep_homes, without_signals
 from shards.store.folders import owned_folder
-from trainer.config import ClusterSection
+from trainer.sections import ClusterSection
 
 # Ray's object store carries a configuration and log lines here: its smallest size will do.
 _OBJECT_STORE_BYTES = 80 << 20

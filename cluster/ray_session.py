@@ -20,7 +20,7 @@ from cluster.local_ray import dead_daemon, environment, local_ray
 from cluster.nodes import greet
 from cluster.stopping import Stop
 from shards.processes import STOP_SIGNALS, without_signals
-from trainer.config import ClusterSection
+from trainer.sections import ClusterSection
 
 # Seconds between two looks at the cluster's nodes; without an answer for so long its head is lost
 # (Ray itself ends the process after 60 s, with a page of text).

@@ -24,10 +24,10 @@ from shards.order.keys import VERSION
 from shards.order.lookahead import working_set
 from shards.order.sampler import Sampler
 from shards.order.settings import SamplerSettings
-from trainer.config import LoaderSettings
 from trainer.data.batch import BatchSettings
 from trainer.data.loader import RankSlice, load_steps
 from trainer.ranks import all_reduce_sum, rank_and_world
+from trainer.sections import LoaderSettings
 
 # Draws of validation are the same in every run, whatever its seed.
 VALIDATION_SEED = 2019

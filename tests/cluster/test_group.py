@@ -18,8 +18,8 @@ from cluster.group import _cause, _first_line, hang, seats
 from cluster.interfaces import interface_of
 from cluster.worker import Failure, Placed, Report
 from shards.errors import DataError, StoreError
-from trainer.config import ClusterSection
 from trainer.errors import ConfigError
+from trainer.sections import ClusterSection
 
 CLUSTER = ClusterSection(hang_timeout_s=15, process_group_timeout_s=360)
 

@@ -25,8 +25,9 @@ from cluster.worker_output import Printed
 from shards.store.folders import sweep
 from tests.conftest import subprocess_environment
 from tests.ranks import config_tree
-from trainer.config import ClusterSection, RunConfig, parse_config
+from trainer.config import RunConfig, parse_config
 from trainer.loop import Control
+from trainer.sections import ClusterSection
 
 
 def config(tmp_path: Path, **cluster: Any) -> RunConfig:

@@ -13,9 +13,10 @@ import pytest
 from pydantic import BaseModel
 
 from model.objectives import OBJECTIVES
-from trainer.config import RunConfig, load_config, parse_config, weights_section
+from trainer.config import RunConfig, load_config, parse_config
 from trainer.data.loader import bounds
 from trainer.errors import ConfigError
+from trainer.sections import weights_section
 from trainer.setup import run_length, run_url
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

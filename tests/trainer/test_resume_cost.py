@@ -12,8 +12,8 @@ from shards.order.sampler import Sampler, SamplerState
 from shards.order.settings import SamplerSettings
 from tests.conftest import small_records
 from tests.trainer.data.test_batches import drawn
-from trainer.config import LoaderSettings
 from trainer.data.loader import RankSlice, load_steps
+from trainer.sections import LoaderSettings
 
 BATCH = 4
 

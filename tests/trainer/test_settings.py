@@ -18,8 +18,9 @@ from tests.conftest import small_records
 from tests.ranks import config_tree, run_ranks
 from trainer.checkpoint.generations import find_generation
 from trainer.checkpoint.restore import check_settings, parameter_shapes, step_settings
-from trainer.config import ObjectiveSection, OptimizerSection, parse_config
+from trainer.config import parse_config
 from trainer.model import build_model
+from trainer.sections import ObjectiveSection, OptimizerSection
 
 
 @pytest.fixture(scope="module")

@@ -40,10 +40,10 @@ from trainer.checkpoint.journal import Journal
 from trainer.checkpoint.owner import Owner
 from trainer.checkpoint.schedule import Schedule, newest_is
 from trainer.checkpoint.zero_state import Fragment, list_fragments, read
-from trainer.config import CheckpointSection
 from trainer.errors import DivergedError
 from trainer.progress import some_of
 from trainer.ranks import gather_objects
+from trainer.sections import CheckpointSection
 
 log = logging.getLogger("lxscale")
 

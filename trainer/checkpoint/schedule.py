@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from trainer.checkpoint.errors import UnsavedError
-from trainer.config import CheckpointSection
+from trainer.sections import CheckpointSection
 
 log = logging.getLogger("lxscale")
 

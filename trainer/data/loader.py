@@ -27,9 +27,9 @@ from shards.order.lookahead import Future, working_set
 from shards.order.sampler import Sampler, SamplerState, Step
 from shards.processes import STOP_SIGNALS, end_with_parent, make_home, without_signals
 from shards.store.prefetch import check_limit
-from trainer.config import LoaderSettings
 from trainer.data.batch import BatchSettings, make_batch
 from trainer.data.shared_batches import Packed, SharedBatches, make_in_slot
+from trainer.sections import LoaderSettings
 
 # Seconds between two looks whether loader workers live.
 _LOOK_S = 0.5

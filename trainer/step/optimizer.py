@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.config import OptimizerSection
+from trainer.sections import OptimizerSection
 
 
 class AdamW(torch.optim.AdamW):

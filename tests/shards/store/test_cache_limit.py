@@ -34,9 +34,9 @@ from tests.conftest import subprocess_environment, upload_set
 from tests.object_store import FaultProxy, first
 from tests.ranks import config_tree, run_ranks
 from tests.trainer.data.test_batches import describe, drawn, run
-from trainer.config import LoaderSettings
 from trainer.data.loader import RankSlice, load_steps
 from trainer.evaluate import evaluation_bytes
+from trainer.sections import LoaderSettings
 
 SHARDS, PAIRS, BATCH = 10, 36, 4  # of the data set, of a shard, of a step
 SEED = 4

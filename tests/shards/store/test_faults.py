@@ -38,7 +38,7 @@ from tests.object_store import (
     storm,
 )
 from tests.trainer.data.test_batches import NATURAL, run
-from trainer.config import LoaderSettings
+from trainer.sections import LoaderSettings
 
 BAD = "shard-000001.tar"  # the one that tests damage; its neighbours stay whole
 

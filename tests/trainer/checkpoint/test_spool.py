@@ -32,8 +32,8 @@ from trainer.checkpoint.errors import StaleAttemptError
 from trainer.checkpoint.generations import Generation, generations
 from trainer.checkpoint.owner import Owner
 from trainer.checkpoint.schedule import Schedule
-from trainer.config import CheckpointSection
 from trainer.run import Run
+from trainer.sections import CheckpointSection
 
 STEPS = 12
 

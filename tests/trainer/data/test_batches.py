@@ -23,9 +23,9 @@ from shards.order.sampler import SamplerState, make_sampler
 from shards.order.settings import FamilyWeights, SamplerSettings
 from shards.order.streams import Contents, ShardRange
 from tests.conftest import files_of, small_records
-from trainer.config import LoaderSettings
 from trainer.data.batch import BatchSettings, make_batch
 from trainer.data.loader import RankSlice, largest_slice, load_steps
+from trainer.sections import LoaderSettings
 
 GLOBAL_BATCH = 13
 SEED = 4

@@ -18,8 +18,8 @@ from shards.order.settings import SamplerSettings
 from shards.processes import make_home, sweep_homes
 from tests.conftest import small_records
 from tests.trainer.data.test_batches import drawn
-from trainer.config import LoaderSettings
 from trainer.data.loader import RankSlice, load_steps
+from trainer.sections import LoaderSettings
 
 
 def _trainer(folder: Path, start: Any, queue: Any) -> None:

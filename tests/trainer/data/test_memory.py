@@ -14,8 +14,8 @@ import pytest
 from shards.dataset import open_dataset
 from tests.shards.store.test_cache_limit import BATCH, ONE, PAIRS, SEED, SHARDS, put
 from tests.trainer.data.test_batches import drawn
-from trainer.config import LoaderSettings
 from trainer.data.loader import RankSlice, load_steps
+from trainer.sections import LoaderSettings
 
 MB = 2**20
 

@@ -12,8 +12,8 @@ from shards.format.build import BuildSettings, build
 from shards.order.settings import SamplerSettings
 from tests.conftest import small_records
 from tests.trainer.data.test_batches import SEED, drawn
-from trainer.config import LoaderSettings
 from trainer.data.loader import RankSlice, load_steps
+from trainer.sections import LoaderSettings
 
 SHARDS, WINDOW = 48, 24
 LANES = SamplerSettings(window=WINDOW, lanes=24)

@@ -20,8 +20,8 @@ from tests.conftest import small_records
 from tests.ranks import config_tree, run_ranks
 from tests.trainer.data.test_batches import GLOBAL_BATCH, SEED, drawn, run, run_processes, states
 from trainer.audit import audit
-from trainer.config import LoaderSettings
 from trainer.data.batch import make_batch
+from trainer.sections import LoaderSettings
 
 MODES = {
     "natural": SamplerSettings(window=3),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.config import OptimizerSection
+from trainer.sections import OptimizerSection
 from trainer.step.optimizer import BertAdam, build_optimizer, learning_rate, parameter_groups
 
 
