@@ -157,7 +157,7 @@ def start(config: RunConfig, claimant: Claimant) -> tuple[Run, TrainState]:
         config=config,
         url=url,
         attempt=attempt,
-        part=RankSlice(rank, world, config.train.accumulation, ranks_of_node()),
+        part=RankSlice(rank, world, setup.micro_batches(config, world), ranks_of_node()),
         data=data,
         sampler=sampler,
         mixture=plan_mixture(sampler, data),
