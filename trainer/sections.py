@@ -110,20 +110,20 @@ class LoaderSettings(Section):
 
 
 # Tags of the forms of data.train; what begins so is not shown in the key of an error.
-_FORM = "form:"
+FORM = "form:"
 
 
 def _form(train: Any) -> str | None:
     """Which form data.train has, so that errors are of that one alone; None: neither."""
     if isinstance(train, str):
-        return f"{_FORM}one"
-    return f"{_FORM}list" if isinstance(train, list | tuple) else None
+        return f"{FORM}one"
+    return f"{FORM}list" if isinstance(train, list | tuple) else None
 
 
 class DataSection(LoaderSettings):
     train: Annotated[
-        Annotated[Place, Tag(f"{_FORM}one")]
-        | Annotated[tuple[DatasetSection, ...], Tag(f"{_FORM}list")],
+        Annotated[Place, Tag(f"{FORM}one")]
+        | Annotated[tuple[DatasetSection, ...], Tag(f"{FORM}list")],
         Discriminator(
             _form,
             custom_error_type="form",
