@@ -27,6 +27,7 @@ from trainer.config import RunConfig, parse_config
 from trainer.loop import TrainResult, train
 from trainer.progress import tensorboard_folder
 from trainer.setup import run_url
+from trainer.timeline import Timeline
 
 
 def launch(
@@ -44,6 +45,7 @@ def launch(
     second SIGINT aborts. Raises one of FINAL_ERRORS with the worker's message; AgainError where the
     same command goes on; LaunchError otherwise.
     """
+    began = time.time()
     config = absolute_paths(config)
     claimant = check_free(run_url(config), Claimant(take_over=take_over, driver=this_process()))
     work = Work(config.given(), loop, claimant)
@@ -52,10 +54,11 @@ def launch(
         scratch() as folder,
         stop_signals(config.cluster.stop_timeout_s) as stop,
         keep_job_lease(run_url(config), claimant.job),
+        Timeline(run_url(config), claimant.job, began) as timeline,
     ):
         while True:
             with ray_session(config.cluster, ray_address, folder, stop) as session:
-                end, budget = _groups(config, work, session, stop, budget)
+                end, budget = _groups(config, work, session, stop, budget, timeline)
                 again = end.kind == "ray lost" and session.can_start_again() and not stop.asked()
             if not again:
                 return _verdict(end, config, stop)
@@ -63,7 +66,12 @@ def launch(
 
 
 def _groups(
-    config: RunConfig, work: Work, session: RaySession, stop: Stop, budget: Budget
+    config: RunConfig,
+    work: Work,
+    session: RaySession,
+    stop: Stop,
+    budget: Budget,
+    timeline: Timeline,
 ) -> tuple[End, Budget]:
     """Groups one after the other; how the last one ended."""
     suspects: frozenset[str] = frozenset()
@@ -72,7 +80,7 @@ def _groups(
         return session.draining() | unreachable(suspects)
 
     while True:
-        end, moving = _group(config, work, session, stop, avoid)
+        end, moving = _group(config, work, session, stop, avoid, timeline)
         lost = session.lost()
         if moving and not stop.asked() and end.stopped:
             if lost:
@@ -96,6 +104,7 @@ def _group(
     session: RaySession,
     stop: Stop,
     avoid: Callable[[], frozenset[str]],
+    timeline: Timeline,
 ) -> tuple[End, str]:
     """One group: how it ended, and why it was asked to save and end if the run is to go on."""
     moving, nodes, since, said = "", frozenset[str](), 0.0, False
@@ -118,14 +127,23 @@ def _group(
         return stop.overdue() or bool(late)
 
     wishes = Wishes(wish, overdue, _show)
+    timeline.began()
     placed = place(config.cluster, _environment(), avoid, wishes)
     if isinstance(placed, End):
+        timeline.ended(placed.kind, placed.text, placed.made, placed.quiet)
+        timeline.gone()
         return placed, moving
     nodes = placed.nodes
+    timeline.placed(len(placed.workers))
     try:
-        return run(placed, work, config.cluster, wishes), moving
+        end = run(placed, work, config.cluster, wishes)
+        stopped = end.kind == "done" and end.stopped
+        kind, text = ("stopped", moving) if stopped else (end.kind, end.text)
+        timeline.ended(kind, text, end.made, end.quiet)
+        return end, moving
     finally:
         placed.close()
+        timeline.gone()
 
 
 def _verdict(end: End, config: RunConfig, stop: Stop) -> TrainResult:
