@@ -10,7 +10,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -19,6 +19,7 @@ from ray.util.placement_group import remove_placement_group
 from cluster.bounded import bounded
 from cluster.worker import Failure, Placed, Report, Seat, Work
 from shards.store.retry import Retry
+from trainer.checkpoint.lease import Made
 from trainer.sections import ClusterSection
 
 # Seconds between two questions to a worker, and between two looks for answers.
@@ -41,6 +42,10 @@ class End:
     failure: Failure | None = None
     nodes: frozenset[str] = frozenset()
     """Those of lost workers."""
+    made: Made = field(default_factory=Made)
+    """What rank 0 has done, as far as it was heard of."""
+    quiet: float = 0.0
+    """Seconds from the last sign of progress to the end that was found."""
 
     @property
     def is_loss(self) -> bool:
@@ -118,6 +123,18 @@ class _Watched:
 
 def run(group: Group, work: Work, cluster: ClusterSection, wishes: Wishes) -> End:
     """Have the group do its work, and watch it; how it ended. The group still has to be closed."""
+    now = time.monotonic()
+    watched = [_Watched(Report(), now) for _ in group.workers]
+    return _accounted(_watch(group, work, cluster, wishes, watched), watched)
+
+
+def _watch(
+    group: Group,
+    work: Work,
+    cluster: ClusterSection,
+    wishes: Wishes,
+    watched: list[_Watched],
+) -> End:
     workers, world = group.workers, len(group.workers)
     try:
         address = group.placed[0].address
@@ -126,8 +143,8 @@ def run(group: Group, work: Work, cluster: ClusterSection, wishes: Wishes) -> En
         return _lost(group, [0], first_line(error))
     parts = seats(group.placed, (address, port))
     running = {w.work.remote(work, seat): seat.rank for w, seat in zip(workers, parts, strict=True)}
-    now = time.monotonic()
-    watched = [_Watched(Report(), now) for _ in workers]
+    for w in watched:
+        w.heard = time.monotonic()
     results: dict[int, Any] = {}
     failed_at = None
     while True:
@@ -141,7 +158,7 @@ def run(group: Group, work: Work, cluster: ClusterSection, wishes: Wishes) -> En
             if rank not in results and now - w.heard > cluster.hang_timeout_s
         ]
         if lost:
-            return _lost(group, lost)
+            return _lost(group, lost, quiet=now - min(watched[rank].heard for rank in lost))
         if len(results) == world and not any(isinstance(r, Failure) for r in results.values()):
             _last_words(workers, watched, wishes)
             return End("done", result=results[0])
@@ -150,13 +167,15 @@ def run(group: Group, work: Work, cluster: ClusterSection, wishes: Wishes) -> En
             if len(results) == world or now - failed_at > _CAUSES_S:
                 _last_words(workers, watched, wishes)
                 failure = _cause([r for r in results.values() if isinstance(r, Failure)])
-                return End("failed", failure.text, failure=failure)
+                quiet = time.monotonic() - failed_at
+                return End("failed", failure.text, failure=failure, quiet=quiet)
         if silent:
-            return _lost(group, silent, f"no answer for {cluster.hang_timeout_s:g} s")
+            why = f"no answer for {cluster.hang_timeout_s:g} s"
+            return _lost(group, silent, why, now - min(watched[rank].heard for rank in silent))
         if wishes.overdue():
             return End("overdue")
         if failed_at is None and (text := hang([w.report for w in watched], cluster)):
-            return End("hung", text)
+            return End("hung", text, quiet=min(w.report.age + now - w.heard for w in watched))
 
 
 def _take_results(ended: list[Any], running: dict[Any, int], results: dict[int, Any]) -> list[int]:
@@ -198,22 +217,35 @@ def _exchange(
     return lost
 
 
-def _last_words(workers: Sequence[Any], watched: Sequence[_Watched], wishes: Wishes) -> None:
+def _last_words(workers: Sequence[Any], watched: list[_Watched], wishes: Wishes) -> None:
     """Show what the workers have not told yet, in answers under way and in new ones."""
-    questions = [w.question for w in watched if w.question is not None]
-    questions += [w.exchange.remote(False) for w in workers]
-    ready, _ = ray.wait(questions, num_returns=len(questions), timeout=2)
-    for ref in ready:
+    questions = {w.question: rank for rank, w in enumerate(watched) if w.question is not None}
+    questions |= {w.exchange.remote(False): rank for rank, w in enumerate(workers)}
+    ready, _ = ray.wait(list(questions), num_returns=len(questions), timeout=2)
+    for ref in (r for r in questions if r in ready):
         with contextlib.suppress(ray.exceptions.RayError):
-            for line in ray.get(ref).lines:
+            report = ray.get(ref)
+            watched[questions[ref]] = _Watched(report, time.monotonic())
+            for line in report.lines:
                 wishes.show(line)
 
 
-def _lost(group: Group, ranks: Sequence[int], why: str = "") -> End:
+def _accounted(end: End, watched: Sequence[_Watched]) -> End:
+    """With what rank 0 has done to the last sign of progress, what it was at then included."""
+    first = watched[0]
+    made, report = first.report.made, first.report
+    since_heard = time.monotonic() - end.quiet - first.heard
+    told = end.kind in ("done", "failed")  # by the loop itself, at its end
+    open_ = 0.0 if told else max(0.0, report.age + since_heard)
+    spent = {**made.spent, report.phase: made.spent.get(report.phase, 0.0) + open_}
+    return replace(end, made=replace(made, spent=spent))
+
+
+def _lost(group: Group, ranks: Sequence[int], why: str = "", quiet: float = 0.0) -> End:
     names = ", ".join(map(str, sorted(set(ranks))))
     why = why or "killed, crashed, out of memory or unreachable"
     nodes = frozenset(group.placed[r].node for r in ranks)
-    return End("lost", f"lost worker {names} ({why})", nodes=nodes)
+    return End("lost", f"lost worker {names} ({why})", nodes=nodes, quiet=quiet)
 
 
 def _cause(failures: Sequence[Failure]) -> Failure:

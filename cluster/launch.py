@@ -30,6 +30,7 @@ from trainer.config import RunConfig, parse_config
 from trainer.loop import TrainResult, train
 from trainer.progress import tensorboard_folder
 from trainer.setup import run_url
+from trainer.timeline import Timeline
 
 
 def launch(
@@ -48,6 +49,7 @@ def launch(
     second SIGINT aborts. Raises one of FINAL_ERRORS with the worker's message; AgainError where the
     same command goes on; LaunchError otherwise.
     """
+    began = time.time()
     config = absolute_paths(config)
     claimant = check_free(run_url(config), Claimant(take_over=take_over, driver=this_process()))
     work = Work(config.given(), loop, claimant)
@@ -56,10 +58,11 @@ def launch(
         scratch() as folder,
         stop_signals(config.cluster.stop_timeout_s) as stop,
         keep_job_lease(run_url(config), claimant.job),
+        Timeline(run_url(config), claimant.job, began) as timeline,
     ):
         while True:
             with ray_session(config.cluster, ray_address, folder, stop) as session:
-                end, budget = _groups(config, work, session, stop, budget)
+                end, budget = _groups(config, work, session, stop, budget, timeline)
                 again = end.kind == "ray lost" and session.can_start_again() and not stop.asked()
             if not again:
                 return _verdict(end, config, stop)
@@ -67,7 +70,12 @@ def launch(
 
 
 def _groups(
-    config: RunConfig, work: Work, session: RaySession, stop: Stop, budget: Budget
+    config: RunConfig,
+    work: Work,
+    session: RaySession,
+    stop: Stop,
+    budget: Budget,
+    timeline: Timeline,
 ) -> tuple[End, Budget]:
     """Groups one after the other; how the last one ended."""
     suspects: frozenset[str] = frozenset()
@@ -77,7 +85,7 @@ def _groups(
         return session.draining() | unreachable(suspects)
 
     while True:
-        seen = _group(config, work, session, stop, avoid, hope)
+        seen = _group(config, work, session, stop, avoid, hope, timeline)
         end, moving, lost = seen.end, seen.moving, session.lost()
         # Ray may not have noticed yet that their room is free again.
         there = avoid()
@@ -118,6 +126,7 @@ def _group(
     stop: Stop,
     avoid: Callable[[], frozenset[str]],
     hope: int,
+    timeline: Timeline,
 ) -> _Seen:
     """One group, from its placing to its end. hope: as `place`."""
     moving, room, since, said = "", 0, 0.0, False
@@ -152,18 +161,26 @@ def _group(
         return stop.overdue() or bool(late)
 
     wishes = Wishes(wish, overdue, _show)
+    timeline.began()
     placed = place(config, _environment(), avoid, wishes, hope)
     if isinstance(placed, End):
+        timeline.ended(placed.kind, placed.text, placed.made, placed.quiet)
+        timeline.gone()
         return _Seen(placed, moving=moving)
     group = placed
+    timeline.placed(len(group.workers))
     try:
         growth = Growth(config, len(group.workers), avoid)
         end = run(group, work, config.cluster, wishes)
+        stopped = end.kind == "done" and end.stopped
+        kind, text = ("stopped", moving) if stopped else (end.kind, end.text)
+        timeline.ended(kind, text, end.made, end.quiet)
     finally:
         # What is held for it first: the next group is to have all.
         if growth:
             growth.close()
         group.close()
+        timeline.gone()
     return _Seen(end, tuple(p.node for p in group.placed), moving, room)
 
 
