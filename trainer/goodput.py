@@ -2,8 +2,8 @@
 
 From the run's storage alone: the seconds of each step from the newest generation's journal, the
 groups of workers from the timeline (trainer/timeline.py), and of those whose driver was killed the
-leases. The wall is from the first group's begin to the last sign of the last one, in parts that sum
-to it:
+leases, which are up to two seconds older than that. The wall is from the first group's begin to the
+last sign of the last one, in parts that sum to it:
 
     kept          steps that the newest generation holds
     unsaved       steps of a group that has not ended, which no generation holds yet
@@ -61,7 +61,8 @@ class Part:
     """A group of workers, or the time before one in which there was no job."""
 
     kind: str
-    """How it ended, as the timeline says; "open" where it does not; "away"."""
+    """How it ended, as the timeline says; killed, with its driver, which wrote no end; open, where
+    none may have come yet; or away."""
     began: float
     """Seconds since 1970, as is the next."""
     ended: float
@@ -113,7 +114,7 @@ class Goodput:
 
     @property
     def faults(self) -> int:
-        return sum(p.kind in ("lost", "hung", "failed") for p in self.parts)
+        return sum(p.kind in ("lost", "hung", "failed", "killed") for p in self.parts)
 
 
 def goodput_share(run_url: str) -> float | None:
@@ -275,7 +276,7 @@ def _part(
     seconds["other"] = seconds.get("other", 0.0) + left
     again = [lines.get(s) or 0.0 for s in range(since + 1, min(bound, reached) + 1)]
     return Part(
-        kind=group.kind or "open",
+        kind=group.kind or ("open" if last else "killed"),
         began=began,
         ended=ended,
         text=group.text,
