@@ -71,7 +71,7 @@ def test_an_upload_does_not_grow_with_the_run(
 
     def counted(path: Path, url: str, *more: object) -> None:
         sent.append(path.stat().st_size)
-        upload(path, url, *more)  # type: ignore[arg-type]
+        upload(path, url, *more)
 
     monkeypatch.setattr(objects, "upload", counted)
     board, most = Curves(f"{s3}/bounded", 1, 0), []
