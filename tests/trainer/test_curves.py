@@ -9,9 +9,18 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shards.store import objects
-from tests.object_store import FaultProxy
+from tests.object_store import FaultProxy, ObjectStore
 from trainer import curves
 from trainer.curves import Curves
+
+
+@pytest.fixture
+def s3(server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A real gateway's in `make test-faults`."""
+    for key, value in server.environment.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)  # TensorBoard's, which keeps credentials
+    return server.bucket
 
 
 @pytest.fixture
