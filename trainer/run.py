@@ -156,6 +156,8 @@ def start(
             journal = Journal(urls, now, segments, state.sampler)
             progress = Progress(config, attempt, state.step, length.steps)
         saver = Saver(url, attempt, config.checkpoint, description, owner, journal, generation)
+        if progress:
+            saver.before_commit = progress.publish
     except BaseException:
         leave(owner)
         raise
@@ -412,6 +414,4 @@ def finish(run: Run, state: TrainState, stopped: bool) -> TrainState:
         log.warning("%s", _skip_report(state.sampler))
     if not stopped and state.validated != state.step:
         state = validate(run, state)
-    if run.progress:
-        run.progress.close()
     return state

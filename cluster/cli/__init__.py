@@ -6,6 +6,7 @@ shards      `shards build | verify | info | plan | easy-vqa`: data sets
 plan        what `shards plan` reports
 audit       `shards audit`: the proof of what a run consumed
 evaluate    `evaluate`: the metrics of a checkpoint
+goodput     `goodput`: where a run's time went
 export      `export`: a checkpoint for Hugging Face
 demo        `demo`: all of it on easy-VQA
 common      arguments and output that several commands share
