@@ -20,7 +20,7 @@ COMMANDS = {
     "shards": ("cluster.cli.shards", "build, verify and describe data sets"),
     "cache": ("cluster.cli.cache", "list, verify and clean a node's cache"),
     "evaluate": ("cluster.cli.evaluate", "every objective's metrics of a checkpoint"),
-    "export": ("cluster.cli.export", "write a checkpoint for Hugging Face"),
+    "checkpoint": ("cluster.cli.checkpoint", "list, verify, remove and export checkpoints"),
     "demo": ("cluster.cli.demo", "build, train and evaluate on easy-VQA"),
 }
 
