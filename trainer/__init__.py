@@ -13,5 +13,6 @@ progress.py    what a person sees of a run
 logs.py        the log's lines
 audit.py       proof of what a run consumed
 export.py      metrics and Hugging Face folders out of checkpoints
+universal.py   folders that DeepSpeed's own engines load
 ranks.py       what ranks tell each other
 """

@@ -160,7 +160,8 @@ def test_what_an_owner_removes_meanwhile_is_no_problem(
     run: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner = claim(run, Claimant())
-    real, begun = inspect.read_entry, []
+    real = inspect.read_entry
+    begun: list[Generation] = []
 
     def read_late(url: str, entry: ObjectEntry) -> bytes:
         if not begun:

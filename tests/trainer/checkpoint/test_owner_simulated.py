@@ -431,7 +431,7 @@ def test_a_removal_that_dies_at_any_operation(of: slice, kinds: tuple[str, ...])
             removing(of, 999, 999, events)
 
 
-@pytest.mark.parametrize("part", [19, pytest.param(1, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("part", [19, pytest.param(3, marks=pytest.mark.faults)])
 @pytest.mark.parametrize("of", [NEWEST, ALL_BUT_ONE], ids=["newest", "all but one"])
 def test_a_removal_beside_an_owner_that_sleeps(of: slice, part: int) -> None:
     """A is taken for dead before any of its operations, with an answer lost before that or not; it
