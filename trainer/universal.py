@@ -9,10 +9,10 @@
 
 An engine reads it with {"checkpoint": {"load_universal": true}} and `load_checkpoint(OUT)`, at ZeRO
 1 to 3 and any world size; at 0 DeepSpeed reads no universal checkpoint. It has to be built with
-torch's AdamW and as many parameter groups, in the same order: with weight decay, and without. The
-learning rate is the engine's own, and under ZeRO 3 so is weight decay. There all groups get one
-tensor as their count of updates, which the next step counts up once for each: where there are two,
-give each its own after loading,
+torch's AdamW and as many parameter groups, in the same order: with weight decay, and without. A run
+that was trained with bert_adam goes on with bias correction. The learning rate is the engine's own,
+and under ZeRO 3 so is weight decay. There all groups get one tensor as their count of updates,
+which the next step counts up once for each: where there are two, give each its own after loading,
 
     for state in engine.optimizer.optimizer.state.values():
         state["step"] = state["step"].clone()

@@ -12,10 +12,6 @@ from shards.arguments import given_place, whole
 from shards.urls import shown
 from trainer.checkpoint import inspect
 from trainer.checkpoint.inspect import Row
-from trainer.export import export_huggingface
-from trainer.universal import export_universal
-
-EXPORTS = {"huggingface": export_huggingface, "deepspeed-universal": export_universal}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,12 +84,18 @@ def _rm(args: argparse.Namespace) -> int:
 def _add_export(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", type=given_place, help=CHECKPOINT)
-    add("--to", choices=EXPORTS, default="huggingface", help="by default huggingface")
+    formats = ("huggingface", "deepspeed-universal")
+    add("--to", choices=formats, default=formats[0], help="by default huggingface")
     add("--out", type=out_place, required=True, metavar="URL", help="folder or s3://")
     parser.set_defaults(func=_export)
 
 
 def _export(args: argparse.Namespace) -> int:
-    generation = EXPORTS[args.to](args.checkpoint, args.out)
+    # With torch, which the other commands do without.
+    if args.to == "huggingface":
+        from trainer.export import export_huggingface as export
+    else:
+        from trainer.universal import export_universal as export
+    generation = export(args.checkpoint, args.out)
     print(f"{generation.url} -> {args.out}")
     return 0

@@ -44,13 +44,17 @@ def test_the_list_of_commands_imports_nothing_heavy() -> None:
 
 
 def test_commands_on_data_do_without_torch(tmp_path: Path) -> None:
-    for command in ("shards", "cache"):
+    for command in ("shards", "cache", "checkpoint"):
         code = (
             "import sys\nfrom cluster.cli.main import main\n"
             f"main([{command!r}, *sys.argv[1:]])\n"
             "print(sorted({'torch', 'ray', 'transformers', 'tensorboard'} & set(sys.modules)))"
         )
-        given = ["info", str(tmp_path)] if command == "shards" else ["ls", "--cache", str(tmp_path)]
+        given = {
+            "shards": ["info", str(tmp_path)],
+            "cache": ["ls", "--cache", str(tmp_path)],
+            "checkpoint": ["ls", str(tmp_path)],
+        }[command]
         done = subprocess.run(
             [sys.executable, "-c", code, *given],
             env=subprocess_environment(),

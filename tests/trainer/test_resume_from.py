@@ -3,13 +3,17 @@ went further, and what it has left is gone on from no more."""
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from shards.format.build import BuildSettings, build
-from tests.conftest import small_records
+from tests.conftest import small_records, subprocess_environment
 from tests.ranks import config_tree, run_ranks
 from tests.trainer.test_resume import assert_bitwise, losses
 from trainer.audit import audit
@@ -120,3 +124,38 @@ def used(run: Path) -> set[str]:
     """Segments of the first attempt after step 4, and of the second."""
     names = (p.name for p in (run / "checkpoints" / "record").iterdir())
     return {n for n in names if ("a000001" in n and "step-00000005" in n) or "a000003" in n}
+
+
+@pytest.mark.faults
+def test_workers_that_are_lost_before_the_first_save_go_back_again(
+    data: Path, tmp_path: Path
+) -> None:
+    """Within one job, on a real Ray: the second group of workers goes to the step again, the third
+    goes on from what the second has saved."""
+    from tests.cluster.faulty import FOLDER, Fault, write_plan
+
+    def train(steps: int, *overrides: str) -> str:
+        tree = config_tree(data, tmp_path, "run", checkpoint={"every": 2, "keep": 9})
+        tree["train"]["steps"] = steps
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.cluster.faulty", str(tmp_path / "run.yaml"), *overrides],
+            env=subprocess_environment(**{FOLDER: str(tmp_path / "faults")}),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    write_plan(tmp_path / "faults", [])
+    train(8)
+    faults = [Fault("first", 6, "forward", 0, "kill"), Fault("second", 8, "forward", 0, "kill")]
+    write_plan(tmp_path / "faults", faults)
+    said = train(8, "checkpoint.resume_from=4")
+    assert len(re.findall(r"resume_from=4: going back from step 8 to .*a000001-000002", said)) == 2
+    assert "resume_from=4: the run has gone on from there, and does so from step 6" in said
+    run = tmp_path / "run"
+    assert steps_of(run) == [8, 6, 8, 6, 4, 2]
+    audited(run)
+    (newest, *_) = (g for g in generations(str(run)) if isinstance(g, Generation))
+    assert [(s.first, s.last) for s in newest.manifest.journal] == [(1, 2), (3, 4), (5, 6), (7, 8)]
