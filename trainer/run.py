@@ -7,7 +7,8 @@ trainer/loop.py says in which order. Every rank calls each verb at the same step
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,6 +47,7 @@ from trainer.step.engine import build_engine, set_learning_rate
 from trainer.step.guard import diverged, skip_report
 from trainer.step.mixture import Mixture, plan_mixture
 from trainer.step.optimizer import learning_rate
+from trainer.step.strict import strict_step
 from trainer.step.sync import StepSync, Wants
 from trainer.step.train_step import dropout_seed, train_step
 
@@ -103,7 +105,9 @@ class Run:
 # --- start --------------------------------------------------------------------------------------
 
 
-def start(config: RunConfig, claimant: Claimant) -> tuple[Run, TrainState]:
+def start(
+    config: RunConfig, claimant: Claimant, enter: Callable[[str], None]
+) -> tuple[Run, TrainState]:
     """Build the run, claim it, and go to its newest whole generation, that of
     checkpoint.resume_from, or the start.
 
@@ -142,7 +146,9 @@ def start(config: RunConfig, claimant: Claimant) -> tuple[Run, TrainState]:
         attempt, all_found = from_rank_0(own)
         found = going_on_from(all_found, resume_from)
         check_goes_on(found, url, shapes, now, config.checkpoint.override_data_state)
+        enter("restore")
         generation = restore(engine, found, url, shapes)
+        enter("start")
         state = _position(generation, config, now, sampler)
         length = setup.run_length(config, data.manifest.pairs, state.step, state.consumed)
         if rank == 0:
@@ -163,7 +169,7 @@ def start(config: RunConfig, claimant: Claimant) -> tuple[Run, TrainState]:
         config=config,
         url=url,
         attempt=attempt,
-        part=RankSlice(rank, world, config.train.accumulation, ranks_of_node()),
+        part=_part(config),
         data=data,
         sampler=sampler,
         mixture=plan_mixture(sampler, data),
@@ -178,6 +184,13 @@ def start(config: RunConfig, claimant: Claimant) -> tuple[Run, TrainState]:
         progress=progress,
     )
     return run, state
+
+
+def _part(config: RunConfig) -> RankSlice:
+    """This rank's part of every step."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    parts = setup.micro_batches(config, world)
+    return RankSlice(rank, world, parts, ranks_of_node(), strict=config.train.strict > 0)
 
 
 def leave(owner: Owner | None) -> None:
@@ -268,24 +281,29 @@ def active_objectives(run: Run, step: Step) -> dict[str, float]:
 
 
 def step(
-    run: Run, state: TrainState, loaded: Loaded, active: dict[str, float], sync: StepSync
+    run: Run,
+    state: TrainState,
+    loaded: Loaded,
+    active: dict[str, float],
+    sync: StepSync,
+    began: float,
 ) -> tuple[TrainState, dict[str, float]]:
     """Make one optimizer step of what was loaded; the state after it, and what to show of it.
+    began: when it did (time.monotonic), with the wait for its data.
 
     Raises DivergedError on every rank after too many steps in a row that are not finite."""
     taken = loaded.step
     rate = learning_rate(run.config.optimizer, state.consumed, taken.count, run.length.total)
     set_learning_rate(run.engine, rate)
-    seed = dropout_seed(run.config.run.seed, state.step, run.part.rank)
-    losses = run.config.objectives.losses()
-    sums, updated = train_step(run.engine, loaded.batches, active, sync.counts, losses, seed)
+    sums, updated = _updated(run, state, loaded, active, sync)
     # The loader cannot know how many pairs earlier steps lacked.
     passed_over = state.sampler.skipped_pairs + taken.count - sync.pairs
     after = replace(taken.after, skipped_pairs=passed_over)
     state = replace(state, sampler=after, step=state.step + 1, pairs=state.pairs + taken.count)
     if run.journal:
         skipped = tuple(after.skipped_shards)
-        line = StepLine(state.step, taken.count, run.part.world, sync.digest, skipped)
+        seconds = round(time.monotonic() - began, 3)
+        line = StepLine(state.step, taken.count, run.part.world, sync.digest, skipped, seconds)
         run.journal.add(line, after)
     values = {f"loss/{name}": sums[name] / max(sync.counts[name], 1.0) for name in active}
     values["loss"] = sum(active[name] * values[f"loss/{name}"] for name in active)
@@ -296,6 +314,28 @@ def step(
         state = _without_update(run, state, values)
     values["skipped_updates"] = state.skipped_updates
     return state, values
+
+
+def _updated(
+    run: Run, state: TrainState, loaded: Loaded, active: dict[str, float], sync: StepSync
+) -> tuple[dict[str, float], bool]:
+    """The losses' sums, and whether weights and moments have moved."""
+    config, part = run.config, run.part
+    losses, seed = config.objectives.losses(), config.run.seed
+    if not part.strict:
+        seed = dropout_seed(seed, state.step, part.rank)
+        return train_step(run.engine, loaded.batches, active, sync.counts, losses, seed)
+    return strict_step(
+        run.engine,
+        loaded.batches,
+        part.rank * part.accumulation,
+        config.train.strict,
+        active,
+        sync.counts,
+        losses,
+        dropout_seed(seed, state.step),
+        config.optimizer.clip_norm,
+    )
 
 
 def _without_update(run: Run, state: TrainState, values: dict[str, float]) -> TrainState:
