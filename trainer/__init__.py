@@ -18,5 +18,6 @@ live_goodput.py  the same, while it trains
 logs.py        the log's lines
 audit.py       proof of what a run consumed
 export.py      metrics and Hugging Face folders out of checkpoints
+universal.py   folders that DeepSpeed's own engines load
 ranks.py       what ranks tell each other
 """

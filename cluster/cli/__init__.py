@@ -7,7 +7,7 @@ plan        what `shards plan` reports
 audit       `shards audit`: the proof of what a run consumed
 evaluate    `evaluate`: the metrics of a checkpoint
 goodput     `goodput`: where a run's time went
-export      `export`: a checkpoint for Hugging Face
+checkpoint  `checkpoint ls | verify | rm | export`: the generations of a run
 demo        `demo`: all of it on easy-VQA
 common      arguments and output that several commands share
 progress    bars and lines for long work

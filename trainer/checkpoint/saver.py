@@ -33,6 +33,7 @@ from trainer.checkpoint.format import (
     ObjectEntry,
     RunDescription,
     Span,
+    now_utc,
     object_name,
     sha256_of,
 )
@@ -335,6 +336,7 @@ class Saver:
                 objects=entries,
                 journal=segments,
                 skipped_updates=save.skipped_updates,
+                saved_at=now_utc(),
             )
             generation = self._owner.commit(manifest, self._settings.keep)
             self._journal.committed(segments)
