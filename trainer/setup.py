@@ -25,6 +25,9 @@ from trainer.errors import ConfigError
 
 log = logging.getLogger("lxscale")
 
+CONFIG_FILE = "config.yaml"
+"""The resolved configuration, in a run's folder."""
+
 
 def run_url(config: RunConfig) -> str:
     return objects.join(config.run.storage, config.run.name)
@@ -211,10 +214,14 @@ def announce(
 
 def write_run_files(config: RunConfig, url: str, data: Dataset) -> None:
     """Make the run's folder self-contained: resolved configuration, vocabulary, answer table."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    objects.write_bytes(objects.join(url, "config.yaml"), text.encode())
+    objects.write_bytes(objects.join(url, CONFIG_FILE), config_bytes(config))
     for info in (data.manifest.vocab, data.manifest.answers):
         objects.write_bytes(objects.join(url, info.file), data.file(info).read_bytes())
+
+
+def config_bytes(config: RunConfig) -> bytes:
+    """The resolved configuration as it is stored."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode()
 
 
 @dataclass(frozen=True)
