@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -61,7 +61,7 @@ class RunStatus:
     problem: str = ""
 
 
-def run_config(url: str, overrides: list[str] | None = None) -> RunConfig:
+def run_config(url: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration that a run has in its storage, with overrides applied. NotFoundError where
     there is none, ConfigError where it does not fit."""
     where = objects.join(url, CONFIG_FILE)
@@ -69,10 +69,9 @@ def run_config(url: str, overrides: list[str] | None = None) -> RunConfig:
         data = objects.read_bytes(where)
     except NotFoundError:
         raise NotFoundError(
-            f"{url} is no run: there is no {CONFIG_FILE} in it (`lxscale runs URL` lists those of a "
-            "storage)"
+            f"{url} is no run: it has no {CONFIG_FILE} (`lxscale runs URL` lists a storage's)"
         ) from None
-    return read_config(data, where, overrides or [])
+    return read_config(data, where, overrides)
 
 
 def run_status(url: str) -> RunStatus:

@@ -214,14 +214,19 @@ def announce(
 
 def write_run_files(config: RunConfig, url: str, data: Dataset) -> None:
     """Make the run's folder self-contained: resolved configuration, vocabulary, answer table."""
-    objects.write_bytes(objects.join(url, CONFIG_FILE), config_bytes(config))
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    objects.write_bytes(objects.join(url, CONFIG_FILE), text.encode())
     for info in (data.manifest.vocab, data.manifest.answers):
         objects.write_bytes(objects.join(url, info.file), data.file(info).read_bytes())
 
 
-def config_bytes(config: RunConfig) -> bytes:
-    """The resolved configuration as it is stored."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode()
+def note_run(config: RunConfig, retry: Retry | None = None) -> None:
+    """Write what was set of a run's configuration to its place, unless there is one: who looks
+    after the run can begin it from there, too."""
+    where = objects.join(run_url(config), CONFIG_FILE)
+    if not objects.exists(where, retry):
+        text = yaml.safe_dump(config.given(), sort_keys=False)
+        objects.write_bytes(where, text.encode(), retry)
 
 
 @dataclass(frozen=True)
