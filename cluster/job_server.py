@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 import aiohttp
 import ray
 import requests
+from ray._private.authentication import authentication_token_setup as token
+from ray._raylet import AuthenticationTokenLoader
 from ray.job_submission import JobDetails, JobSubmissionClient
 
 from cluster.errors import AwayError, LaunchError
@@ -99,8 +101,10 @@ class JobServer:
 
     def __init__(self, address: str | None = None) -> None:
         """address: of the cluster's dashboard; by default RAY_API_SERVER_ADDRESS's, or the one of
-        this machine. Ray's token (RAY_AUTH_MODE, RAY_AUTH_TOKEN) goes along."""
+        this machine. Ray's token goes along, from where Ray has it (RAY_AUTH_TOKEN,
+        RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token)."""
         self.address = _http(address or os.environ.get(_ADDRESS) or _DEFAULT)
+        _use_token()
         before = os.environ.get(_ADDRESS)
         os.environ[_ADDRESS] = self.address  # which comes before the argument
         try:
@@ -176,6 +180,14 @@ class JobServer:
             self._ask(lambda: asyncio.run(tail()))
         except aiohttp.ClientError as error:
             raise _away(self.address, str(error)) from None
+
+
+def _use_token() -> None:
+    """Have Ray's client show its token where there is one, as `ray start` does: it makes a head ask
+    for it, and its own client would then be refused."""
+    found = AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
+    if found and token.AUTH_MODE_ENV_VAR not in os.environ:
+        token._enable_token_auth()
 
 
 def _http(address: str) -> str:

@@ -43,6 +43,8 @@ class Facts:
     that says enough."""
     away: str = ""
     """What did not answer, and why."""
+    missing: bool = False
+    """The store answers, and has no such run."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ def decide(facts: Facts, max_crashes: int) -> Decision:
         return Decision("wait", f"attempt {run.attempt} is under way ({run.owner})")
     if run and run.state == "done":
         return Decision("end", f"done: step {run.step}, saved in {run.url}")
-    if jobs is None or (run is None and facts.away):
+    if facts.missing and not jobs:
+        return Decision("end", "there is no such run: begin it with `lxscale submit`", status=2)
+    if jobs is None or (run is None and not facts.missing):
         return Decision("wait", facts.away)
     last = jobs[-1] if jobs else None
     if last and last.status == "STOPPED":
@@ -76,7 +80,9 @@ def decide(facts: Facts, max_crashes: int) -> Decision:
     if last and last.status == "FAILED" and last.exit_code in _FINAL:
         return Decision("end", f"job {last.id}: {last.error}", status=2)
     if run is None:
-        return Decision("end", "there is no such run: begin it with `lxscale submit`", status=2)
+        assert last
+        text = f"job {last.id} {last.ended}, and the store has no such run: submit it again"
+        return Decision("end", text, status=2)
     if last and last.status == "SUCCEEDED" and run.total is None:
         return Decision("end", f"done: step {run.step}, saved in {run.url}")
     tries = last.tries + 1 if last and last.generation == run.generation else 1
@@ -151,7 +157,7 @@ def observe(url: str, address: str | None, known: str) -> tuple[JobServer | None
     try:
         return server, Facts(jobs, run_status(url), away)
     except NotFoundError:
-        return server, Facts(jobs, None, away)
+        return server, Facts(jobs, None, away, missing=True)
     except StoreError as error:
         return server, Facts(jobs, None, str(error))
 

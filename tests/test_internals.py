@@ -43,12 +43,19 @@ class Internal:
 
 
 SESSION, LOCAL = "cluster/ray_session.py", "cluster/local_ray.py"
+SERVER = "cluster/job_server.py"
 S3, OBJECTS, RETRY = "shards/store/s3.py", "shards/store/objects.py", "shards/store/retry.py"
 ZERO, ENGINE = "trainer/checkpoint/zero_state.py", "trainer/step/engine.py"
 
 INTERNALS = (
     Internal(SESSION, "ray._private.worker:print_to_stdstream", ("data", "ignore_prefix")),
     Internal(SESSION, "ray._private.state:state.get_draining_nodes"),
+    Internal(
+        SERVER, "ray.dashboard.modules.dashboard_sdk:SubmissionClient._do_request", ("kwargs",)
+    ),
+    Internal(SERVER, "ray._private.authentication.authentication_token_setup:_enable_token_auth"),
+    Internal(SERVER, "ray._private.authentication.authentication_token_setup:AUTH_MODE_ENV_VAR"),
+    Internal(SERVER, "ray._raylet:AuthenticationTokenLoader.has_token"),
     Internal(LOCAL, "ray._private.worker:_global_node"),
     Internal(LOCAL, "ray._private.node:Node.dead_processes"),
     Internal(
