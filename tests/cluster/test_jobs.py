@@ -243,7 +243,7 @@ def test_watches_bring_a_run_through_a_lost_driver_and_a_lost_head(
     driver.kill()
     wait_for_step(run, before + 40)
     note_cost("kill -9 of a job's driver, to 40 steps more", time.time() - moment)
-    status, said = lxscale("status", str(run), "--json", *at)
+    said = lxscale("status", str(run), "--json", *at)[1]
     assert json.loads(said)["job"]["tries"] == 1 and json.loads(said)["attempt"] == 2, said
     assert re.search(r"-a000002-1$", json.loads(said)["job"]["id"]), said
 
@@ -273,11 +273,11 @@ def test_a_run_that_gets_no_further_is_given_up(head: Head, tmp_path: Path) -> N
     assert status == 1 and said.count("submitted lxscale-large-") == 2, said
     assert re.search("^error: 2 jobs in a row .*no room for 64 workers", said, re.M), said
 
-    path = run_of(tmp_path, "wrong", model={"hidden_size": 15})
+    path = run_of(tmp_path, "wrong", data={"train": str(tmp_path / "none")})
     assert lxscale("submit", str(path), *at)[0] == 0
     status, said = lxscale("watch", str(tmp_path / "wrong"), *at)
     assert status == 2 and said.splitlines()[-1].startswith("error: job lxscale-wrong-"), said
-    assert "submitted" not in said
+    assert "none" in said and "submitted" not in said, said
 
 
 def test_a_watch_that_is_ended_goes_on_when_it_is_started_again(head: Head, tmp_path: Path) -> None:
