@@ -15,7 +15,7 @@ import aiohttp
 import ray
 import requests
 from ray._private.authentication import authentication_token_setup as token
-from ray._raylet import AuthenticationTokenLoader
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray.job_submission import JobDetails, JobSubmissionClient
 
 from cluster.errors import AwayError, LaunchError

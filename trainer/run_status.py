@@ -2,13 +2,13 @@
 
 Cost of one run: its folder's lists, its newest manifest, the manifests of its data sets where the
 run's length is in epochs, and, where its owner does not say how it ended, some seconds of looking
-whether its lease changes. It grows with the run's saves as a listing does, and not with shards.
+whether its lease changes. It grows with the run's saves as a listing does, with its goodput by a
+small request for each, and not with shards.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,12 +25,13 @@ from trainer.checkpoint.lease import Lease, parse_lease, read_lease
 from trainer.checkpoint.owner import is_owned, lease_name
 from trainer.config import RunConfig, read_config
 from trainer.errors import ConfigError
+from trainer.goodput import goodput_share
 from trainer.setup import CONFIG_FILE, run_length
 
 State = Literal["new", "running", "done", "stopped", "dead", "unreadable"]
 
 # Folders of a run, in which no other run is.
-_OWN = ("attempts", "checkpoints", "tensorboard")
+_OWN = ("attempts", "checkpoints", "tensorboard", "timeline")
 # Folders that a run's name may have above it, below the place that is listed.
 _DEEPEST = 4
 # Runs and folders that are read at once.
@@ -57,7 +58,7 @@ class RunStatus:
     owner: str = ""
     """Who began that attempt."""
     goodput: float | None = None
-    """Kept step time of all time, 0 to 1; None where that is not known."""
+    """Kept step time of all time, 0 to 1; None where that is not known, or was not asked for."""
     problem: str = ""
 
 
@@ -74,9 +75,12 @@ def run_config(url: str, overrides: Sequence[str] = ()) -> RunConfig:
     return read_config(data, where, overrides)
 
 
-def run_status(url: str) -> RunStatus:
-    """How the run stands. Raises NotFoundError where there is no run, DataError where its storage
-    cannot be reached, CheckpointError or ConfigError where it cannot be read."""
+def run_status(url: str, goodput: bool = False) -> RunStatus:
+    """How the run stands; goodput: with that, at a small request for each save.
+
+    Raises NotFoundError where there is no run, DataError where its storage cannot be reached,
+    CheckpointError or ConfigError where it cannot be read.
+    """
     traces = read_traces(url)
     try:
         config = run_config(url)
@@ -94,12 +98,19 @@ def run_status(url: str) -> RunStatus:
         step,
         total,
         newest.name.removesuffix(".json") if newest else "",
-        objects.look_up(newest.url).modified if newest else None,
+        _modified(newest.url) if newest else None,
         traces.attempt,
         mark.who if mark else "",
-        _goodput(url) if newest else None,
+        goodput_share(url) if newest and goodput else None,
         problem,
     )
+
+
+def _modified(url: str) -> float | None:
+    try:
+        return objects.look_up(url).modified
+    except NotFoundError:
+        return None  # its owner has pruned it since
 
 
 def _newest(url: str) -> tuple[Generation | None, str]:
@@ -148,14 +159,6 @@ def _state(traces: Traces, config: RunConfig | None, step: int, total: int | Non
     return "dead"
 
 
-def _goodput(url: str) -> float | None:
-    """Kept step time of all time, where trainer/goodput.py is there to say so."""
-    if importlib.util.find_spec("trainer.goodput") is None:
-        return None
-    found: float | None = importlib.import_module("trainer.goodput").goodput_of(url)
-    return found
-
-
 # --- all runs of a storage ------------------------------------------------------------------------
 
 
@@ -168,7 +171,7 @@ def run_statuses(storage: str) -> Iterator[RunStatus]:
 
 def _status_or_problem(url: str) -> RunStatus:
     try:
-        return run_status(url)
+        return run_status(url, goodput=True)
     except (DataError, CheckpointError, ConfigError) as error:
         return RunStatus(url, "unreadable", problem=str(error))
 

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    found = run_status(_absolute(arguments.run))
+    found = run_status(_absolute(arguments.run), goodput=True)
     job = None
     if arguments.ray_address:
         from cluster.job_server import JobServer  # with Ray, which takes seconds

@@ -166,7 +166,8 @@ def test_two_watches_submit_each_job_once(
     is lost with all that it knew."""
     config, server = configured(tmp_path), Server()
     url = run_url(config)
-    state, told = [replace(RUN, url=url)], []
+    state = [replace(RUN, url=url)]
+    told: list[str] = []
     monkeypatch.setattr(watch, "JobServer", server)
     monkeypatch.setattr(watch, "run_status", lambda _: state[0])
 
