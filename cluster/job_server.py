@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import time
@@ -16,6 +17,8 @@ import ray
 import requests
 from ray._private.authentication import authentication_token_setup as token
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+from ray.dashboard.modules import dashboard_sdk
+from ray.dashboard.modules.job import sdk
 from ray.job_submission import JobDetails, JobSubmissionClient
 
 from cluster.errors import AwayError, LaunchError
@@ -33,6 +36,10 @@ STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 # Beyond that, for Ray to say that it has ended.
 _SAY_S = 15
 _LOOK_S = 0.5
+
+# What they do is told by the commands, and errors by exceptions.
+for _module in (dashboard_sdk, sdk):
+    _module.logger.setLevel(logging.WARNING)
 
 
 @dataclass(frozen=True)
@@ -70,11 +77,8 @@ class Job:
         if self.status != "FAILED":
             return self.status.lower()
         if self.exit_code is None:
-            return (
-                f"failed ({self.message.strip().splitlines()[0]:.120})"
-                if self.message
-                else "failed"
-            )
+            first = self.message.strip().partition("\n")[0]
+            return f"failed ({first:.120})"
         by = f"by signal {-self.exit_code}" if self.exit_code < 0 else f"with {self.exit_code}"
         return f"ended {by}"
 

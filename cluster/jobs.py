@@ -104,7 +104,7 @@ class How:
 def submit(server: JobServer, config: RunConfig, how: How) -> Job:
     """Submit a run, of a portable configuration. OwnedError where a job of it is there and has not
     ended, unless how.take_over."""
-    url = run_url(config)
+    url = canonical(run_url(config))
     live = [job for job in server.jobs() if job.run == url and job.live]
     if live and not how.take_over:
         raise OwnedError(
@@ -119,7 +119,8 @@ def submit_as(
     server: JobServer, id_: str, config: RunConfig, how: How, tries: int = 0, generation: str = ""
 ) -> Job:
     """Submit a run as a job of this id, of which there can be one. config: portable."""
-    job = Job(id_, run_url(config), config.run.name, "PENDING", tries=tries, generation=generation)
+    url, name = canonical(run_url(config)), config.run.name
+    job = Job(id_, url, name, "PENDING", tries=tries, generation=generation)
     server.submit(id_, entrypoint(config, how), job_environment(config, how.credentials), job)
     return job
 

@@ -10,6 +10,7 @@ step/          what one optimizer step is made of
 checkpoint/    state onto the store, and back
 evaluate.py    metrics over a data set
 progress.py    what a person sees of a run
+run_status.py  how a run stands, from its storage alone
 logs.py        the log's lines
 audit.py       proof of what a run consumed
 export.py      metrics and Hugging Face folders out of checkpoints

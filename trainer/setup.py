@@ -15,7 +15,7 @@ from model.objectives import OBJECTIVES, objectives_of
 from shards.dataset import Dataset, open_dataset
 from shards.order.keys import VERSION, VERSIONS
 from shards.order.modes import MODES
-from shards.store import objects
+from shards.store import create, objects
 from shards.store.retry import Retry
 from trainer.checkpoint.format import RunDescription
 from trainer.checkpoint.generations import Generation
@@ -230,9 +230,8 @@ def note_run(config: RunConfig, retry: Retry | None = None) -> None:
     """Write what was set of a run's configuration to its place, unless there is one: who looks
     after the run can begin it from there, too."""
     where = objects.join(run_url(config), CONFIG_FILE)
-    if not objects.exists(where, retry):
-        text = yaml.safe_dump(config.given(), sort_keys=False)
-        objects.write_bytes(where, text.encode(), retry)
+    text = yaml.safe_dump(config.given(), sort_keys=False)
+    create.create_bytes(where, text.encode(), retry)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from trainer.run_status import run_status
 
 pytestmark = pytest.mark.faults
 
-STEPS = 900
+STEPS = 600
 _MARK = "LXSCALE_TEST_HEAD"
 
 
