@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from cluster.job_server import _ADDRESS, STOP_WAIT
 from tests.conftest import subprocess_environment
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +54,8 @@ INTERNALS = (
     Internal(
         SERVER, "ray.dashboard.modules.dashboard_sdk:SubmissionClient._do_request", ("kwargs",)
     ),
+    Internal(SERVER, "ray.dashboard.modules.dashboard_sdk:logger.setLevel"),
+    Internal(SERVER, "ray.dashboard.modules.job.sdk:logger.setLevel"),
     Internal(SERVER, "ray._private.authentication.authentication_token_setup:_enable_token_auth"),
     Internal(SERVER, "ray._private.authentication.authentication_token_setup:AUTH_MODE_ENV_VAR"),
     Internal(SERVER, "ray._raylet:AuthenticationTokenLoader.has_token"),
@@ -163,6 +166,9 @@ def test_ray_knows_the_variables_that_are_set() -> None:
     name = "RAY_USAGE_STATS_ENABLED"
     assert name in text, f"{name} is not set any more: take this test away"
     assert name in known, sentence(SESSION, name, "is no variable that is read", "ray")
+    job = inspect.getsource(importlib.import_module("ray.dashboard.modules.job.job_supervisor"))
+    assert STOP_WAIT in job, sentence(SERVER, STOP_WAIT, "is no variable that is read", "ray")
+    assert _ADDRESS in vars(importlib.import_module("ray._private.ray_constants")).values()
 
 
 def test_the_op_that_is_switched_off_is_the_one_that_would_be_built() -> None:

@@ -322,7 +322,7 @@ def test_an_address_without_a_job_server_is_one_line_at_once(
     for command in (["logs", "x"], ["stop", "x"], ["resubmit", url], ["status", url]):
         began = time.monotonic()
         assert main([*command, "--ray-address", address]) == 2
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and address.strip("/") in line and "elsewhere" not in line
         assert "dashboard" in line
