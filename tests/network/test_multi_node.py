@@ -7,6 +7,7 @@ Run by `make test-cluster`.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import subprocess
 import sys
@@ -78,7 +79,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     for reason in (why_no_namespaces(), why_no_radosgw()):
         if reason:
             pytest.skip(reason)
-    for key, value in ENVIRONMENT.items():
+    # As after `. .venv/bin/activate`: jobs run the `python` of the head's environment.
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for key, value in {**ENVIRONMENT, "PATH": path}.items():
         monkeypatch.setenv(key, value)
     dashboard = ("--include-dashboard=true", "--dashboard-host=10.77.0.1", "--num-cpus=0")
     with contextlib.ExitStack() as stack:
