@@ -12,6 +12,9 @@ interfaces      network interfaces by address
 ray_session     Ray for one command, joined or started; whether it lives
 local_ray       a Ray of this machine alone
 reaper          ends what a killed driver leaves behind
+job_server      a cluster's job server, and the jobs of runs that it tells of
+jobs            a run as a job: its command, its environment, its id
+watch           a run brought to its end, job after job
 bounded         calls that may never return
 errors          which errors end a command with one line, and with which status
 """

@@ -91,6 +91,16 @@ def check_free(run_url: str, claimant: Claimant) -> Claimant:
     return _check_free(read_traces(run_url), claimant)
 
 
+def is_owned(traces: Traces) -> bool:
+    """Whether the owner of the newest attempt lives, which takes some seconds to see where it does
+    not say so itself."""
+    try:
+        _check_free(traces, Claimant())
+    except OwnedError:
+        return True
+    return False
+
+
 def claim(run_url: str, claimant: Claimant) -> Owner:
     """Own the run from now on. Raises OwnedError when a live owner has it, or has just taken it."""
     while True:
