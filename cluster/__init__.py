@@ -10,6 +10,7 @@ stopping        signals, and the time within which a stop is granted
 nodes           nodes that a run should not use
 interfaces      network interfaces by address
 ray_session     Ray for one command, joined or started; whether it lives
+head            whether the head of a cluster can be joined, and why not
 local_ray       a Ray of this machine alone
 reaper          ends what a killed driver leaves behind
 bounded         calls that may never return
