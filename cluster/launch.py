@@ -7,12 +7,12 @@ with which error, is in `_verdict`.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from cluster.budget import Budget, newest_generation
+from cluster.environment import passed_on
 from cluster.errors import FINAL_ERRORS, AgainError, LaunchError, LostError
 from cluster.group import End, Wishes, place, run
 from cluster.local_ray import scratch
@@ -118,7 +118,7 @@ def _group(
         return stop.overdue() or bool(late)
 
     wishes = Wishes(wish, overdue, _show)
-    placed = place(config.cluster, _environment(), avoid, wishes)
+    placed = place(config.cluster, passed_on(), avoid, wishes)
     if isinstance(placed, End):
         return placed, moving
     nodes = placed.nodes
@@ -154,11 +154,6 @@ def _verdict(end: End, config: RunConfig, stop: Stop) -> TrainResult:
         f"{end.text}: more than cluster.max_failures={cluster.max_failures} times without a new "
         f"checkpoint; {goes_on}"
     )
-
-
-def _environment() -> dict[str, str]:
-    """What workers on other nodes have to know of the driver's environment."""
-    return {k: v for k, v in os.environ.items() if k.startswith("LXSCALE_")}
 
 
 def _show(line: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,10 @@ _ENVIRONMENT = {
     ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
     # By default workers run at nice 15 and starve beside anything else on the machine.
     "RAY_worker_niceness": "0",
+    # Ray asks for a token, which it would make in the user's home: there it has every later
+    # `ray start --head` ask for it, too, and nodes that do not have it stay out.
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
     # Workers for tasks, of which there are none.
     "RAY_prestart_worker_first_driver": "0",
 }

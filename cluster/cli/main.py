@@ -21,6 +21,7 @@ COMMANDS = {
     "cache": ("cluster.cli.cache", "list, verify and clean a node's cache"),
     "evaluate": ("cluster.cli.evaluate", "every objective's metrics of a checkpoint"),
     "export": ("cluster.cli.export", "write a checkpoint for Hugging Face"),
+    "doctor": ("cluster.cli.doctor", "check this machine, or a cluster's nodes, before a run"),
     "demo": ("cluster.cli.demo", "build, train and evaluate on easy-VQA"),
 }
 

@@ -36,11 +36,11 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     bin_folder = folder / "bin"
     bin_folder.mkdir()
     # What the script takes from PATH: of this environment, and this checkout.
-    for name, module in (("lxscale", "cluster.cli"), ("ray", "ray.scripts.scripts")):
+    commands = {"lxscale": " -m cluster.cli", "ray": " -m ray.scripts.scripts", "python": ""}
+    for name, module in commands.items():
         command = bin_folder / name
-        command.write_text(f'#!/bin/sh\nexec {sys.executable} -m {module} "$@"\n')
+        command.write_text(f'#!/bin/sh\nexec {sys.executable}{module} "$@"\n')
         command.chmod(0o755)
-    (bin_folder / "python").symlink_to(sys.executable)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{bin_folder}:{os.environ['PATH']}")
         patch.setenv("RAY_worker_niceness", "0")
@@ -84,7 +84,7 @@ class Job:
     def wait(self, what: Callable[[], bool], seconds: float = 240) -> None:
         deadline = time.monotonic() + seconds
         while not what():
-            assert time.monotonic() < deadline, (
+            assert time.monotonic() < deadline and (self.state() != "FAILED" or what()), (
                 self.machine.job(self.number),
                 self.text(),
                 *(p.read_text() for p in self.folder.glob("lxscale-ray-*.log")),
@@ -147,4 +147,5 @@ def test_a_run_that_cannot_go_on_is_not_put_back(machine: Slurm, tmp_path: Path)
     machine.call("scontrol", "release", str(job.number))
     job.wait(lambda: job.state() == "FAILED", 120)
     assert machine.job(job.number)["ExitCode"] == "2:0", job.text()
+    assert job.text().splitlines()[-1].startswith("error: "), job.text()
     assert machine.job(job.number)["Restarts"] == "0"
