@@ -116,11 +116,19 @@ def test_a_stop_ends_the_wait() -> None:
         reach(refused(), lambda: True)
 
 
-# --- by the command, in its whole time -----------------------------------------------------------
+# --- by the command, in all of its time ---------------------------------------------------------
 
 
 def joins(tmp_path: Path, address: str, *within: str, **environment: str) -> tuple[str, float]:
-    """What `lxscale train` says, and the seconds that it takes. It ends with 2."""
+    """What `lxscale train` says, and the seconds that it takes for it beside its own start, which
+    depends on what else the machine does."""
+    _, start = command(tmp_path, "local", *within, **environment)
+    said, whole = command(tmp_path, address, *within, **environment)
+    return said, whole - start
+
+
+def command(tmp_path: Path, address: str, *within: str, **environment: str) -> tuple[str, float]:
+    """Ends with 2."""
     config = tmp_path / "run.yaml"
     place = tmp_path / "runs"
     config.write_text(
@@ -141,11 +149,11 @@ def joins(tmp_path: Path, address: str, *within: str, **environment: str) -> tup
 
 @pytest.mark.faults
 @pytest.mark.parametrize("place", PLACES)
-def test_the_command_says_so_within_30_s(place: str, tmp_path: Path) -> None:
+def test_the_command_says_so_in_time(place: str, tmp_path: Path) -> None:
     make, says = PLACES[place]
     with ExitStack() as stack:
         said, seconds = joins(tmp_path, make(stack))
-    assert says in said and seconds < 30, (said, seconds)
+    assert says in said and seconds < 25, (said, seconds)
 
 
 @pytest.fixture
@@ -161,11 +169,11 @@ def silent_resolver(tmp_path: Path) -> Iterator[list[str]]:
 
 
 @pytest.mark.faults
-def test_a_resolver_that_hangs_is_one_line_within_30_s(
+def test_a_resolver_that_hangs_is_one_line_in_time(
     silent_resolver: list[str], tmp_path: Path
 ) -> None:
     said, seconds = joins(tmp_path, "head.example:6379", *silent_resolver)
-    assert "head.example is not resolved" in said and seconds < 30, (said, seconds)
+    assert "head.example is not resolved" in said and seconds < 25, (said, seconds)
 
 
 @pytest.mark.faults
@@ -175,4 +183,4 @@ def test_auto_without_a_cluster_is_one_line(tmp_path: Path) -> None:
         pytest.skip("needs root, for a process namespace")
     within = ("unshare", "--pid", "--fork", "--mount-proc")
     said, seconds = joins(tmp_path, "auto", *within, RAY_TMPDIR=str(tmp_path))
-    assert "no Ray runs on this machine" in said and seconds < 30, (said, seconds)
+    assert "no Ray runs on this machine" in said and seconds < 25, (said, seconds)

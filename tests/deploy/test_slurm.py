@@ -95,9 +95,10 @@ class Job:
         return self.machine.job(self.number)["JobState"]
 
     def wait_until_put_back(self, times: int) -> None:
-        """And have it start at once: Slurm lets two minutes pass."""
+        """And have it start soon: Slurm lets two minutes pass, as nodes have to have ended it."""
         self.wait(lambda: self.machine.job(self.number)["Restarts"] == str(times), 120)
         self.wait(lambda: self.state() == "PENDING", 60)
+        time.sleep(5)
         self.machine.call("scontrol", "update", f"jobid={self.number}", "StartTime=now")
 
 
