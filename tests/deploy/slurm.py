@@ -13,7 +13,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,11 +149,11 @@ def _end_jobs(made: Slurm) -> None:
     _wait(lambda: not made.call("squeue", "-h", "-o", "%A").split(), made)
 
 
-def _wait(done: object, made: Slurm, seconds: float = 60) -> None:
+def _wait(done: Callable[[], bool], made: Slurm, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while True:
         with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
-            if done():  # type: ignore[operator]
+            if done():
                 return
         assert time.monotonic() < deadline, made.logs()
         time.sleep(0.2)
