@@ -15,10 +15,12 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import ray
 
 from cluster.errors import AgainError, LaunchError
 from cluster.head import host_and_port, reach
 from tests.conftest import subprocess_environment
+from tests.object_store import free_port
 
 
 @pytest.mark.parametrize(
@@ -45,9 +47,7 @@ def test_an_address_of_another_form_says_which_it_has_to_have(address: str, says
     assert host_and_port("head.example:6379") == ("head.example", 6379)
 
 
-def refused() -> str:
-    with closing(socket.create_server(("127.0.0.1", 0))) as s:
-        return f"127.0.0.1:{s.getsockname()[1]}"
+REFUSED = "127.0.0.1:1"
 
 
 def no_answer(stack: ExitStack) -> str:
@@ -90,7 +90,7 @@ def other_grpc(stack: ExitStack) -> str:
 
 
 PLACES: dict[str, tuple[Callable[[ExitStack], str], str]] = {
-    "refused": (lambda _: refused(), "Connection refused"),
+    "refused": (lambda _: REFUSED, "Connection refused"),
     "silent": (no_answer, "timed out"),
     "black hole": (black_hole, "timed out"),
     "web": (web, "another kind of server"),
@@ -113,7 +113,7 @@ def test_what_is_no_head_is_one_line(place: str, monkeypatch: pytest.MonkeyPatch
 
 def test_a_stop_ends_the_wait() -> None:
     with pytest.raises(AgainError):
-        reach(refused(), lambda: True)
+        reach(REFUSED, lambda: True)
 
 
 # --- by the command, in all of its time ---------------------------------------------------------
@@ -184,3 +184,59 @@ def test_auto_without_a_cluster_is_one_line(tmp_path: Path) -> None:
     within = ("unshare", "--pid", "--fork", "--mount-proc")
     said, seconds = joins(tmp_path, "auto", *within, RAY_TMPDIR=str(tmp_path))
     assert "no Ray runs on this machine" in said and seconds < 25, (said, seconds)
+
+
+# --- a token ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[str]:
+    """The address of a Ray that asks for a token."""
+    port, log = free_port(), tmp_path / "ray.log"
+    address = f"{ray.util.get_node_ip_address()}:{port}"
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+    options = [f"--port={port}", "--num-cpus=0", "--include-dashboard=false"]
+    options += [f"--ray-client-server-port={free_port()}", "--disable-usage-stats"]
+    options += [f"--object-store-memory={80 << 20}"]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            start + options,
+            stdout=output,
+            stderr=output,
+            env=subprocess_environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="right" * 8),
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 90
+        while "Ray runtime started" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.mark.faults
+def test_a_token_that_is_not_here_is_one_line_with_the_remedy(
+    guarded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    home = {"HOME": str(tmp_path / "home")}
+    (tmp_path / "home" / ".ray").mkdir(parents=True)
+    wrong = {**home, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "wrong" * 8}
+    for environment in (home, wrong, {**home, "RAY_AUTH_MODE": "token"}):
+        said, seconds = joins(tmp_path, guarded, **environment)
+        assert "token" in said and "RAY_AUTH_TOKEN" in said and seconds < 25, (said, seconds)
+        assert "right" not in said and "wrong" not in said
+    # Ray itself takes a token that is in the home for `auto` alone.
+    (tmp_path / "home" / ".ray" / "auth_token").write_text("right" * 8)
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster.cli", "doctor", "--ray-address", guarded],
+        env=subprocess_environment(**home),
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0 and "asked for, and right" in done.stdout, done
