@@ -70,6 +70,8 @@ INTERNALS = (
     Internal(HEAD, f"{_TOKENS}:AUTH_MODE_ENV_VAR"),
     Internal(HEAD, f"{_TOKENS}:AuthenticationTokenLoader.instance"),
     Internal(HEAD, f"{_TOKENS}:_enable_token_auth"),
+    Internal(LOCAL, f"{_TOKENS}:enable_token_auth_by_default"),
+    Internal(LOCAL, f"{_TOKENS}:Config.initialize"),
     Internal(S3, "s3fs:S3FileSystem._call_s3", ("self", "method")),
     Internal(S3, "s3fs:S3FileSystem.set_session"),
     Internal(S3, "s3fs:S3FileSystem.retries"),
