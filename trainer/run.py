@@ -46,6 +46,7 @@ from trainer.step.engine import build_engine, set_learning_rate
 from trainer.step.guard import diverged, skip_report
 from trainer.step.mixture import Mixture, plan_mixture
 from trainer.step.optimizer import learning_rate
+from trainer.step.strict import strict_step
 from trainer.step.sync import StepSync, Wants
 from trainer.step.train_step import dropout_seed, train_step
 
@@ -162,7 +163,7 @@ def start(
         config=config,
         url=url,
         attempt=attempt,
-        part=RankSlice(rank, world, setup.micro_batches(config, world), ranks_of_node()),
+        part=_part(config),
         data=data,
         sampler=sampler,
         mixture=plan_mixture(sampler, data),
@@ -177,6 +178,13 @@ def start(
         progress=progress,
     )
     return run, state
+
+
+def _part(config: RunConfig) -> RankSlice:
+    """This rank's part of every step."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    parts = setup.micro_batches(config, world)
+    return RankSlice(rank, world, parts, ranks_of_node(), strict=config.train.strict > 0)
 
 
 def leave(owner: Owner | None) -> None:
@@ -281,9 +289,7 @@ def step(
     taken = loaded.step
     rate = learning_rate(run.config.optimizer, state.consumed, taken.count, run.length.total)
     set_learning_rate(run.engine, rate)
-    seed = dropout_seed(run.config.run.seed, state.step, run.part.rank)
-    losses = run.config.objectives.losses()
-    sums, updated = train_step(run.engine, loaded.batches, active, sync.counts, losses, seed)
+    sums, updated = _updated(run, state, loaded, active, sync)
     # The loader cannot know how many pairs earlier steps lacked.
     passed_over = state.sampler.skipped_pairs + taken.count - sync.pairs
     after = replace(taken.after, skipped_pairs=passed_over)
@@ -302,6 +308,28 @@ def step(
         state = _without_update(run, state, values)
     values["skipped_updates"] = state.skipped_updates
     return state, values
+
+
+def _updated(
+    run: Run, state: TrainState, loaded: Loaded, active: dict[str, float], sync: StepSync
+) -> tuple[dict[str, float], bool]:
+    """The losses' sums, and whether weights and moments have moved."""
+    config, part = run.config, run.part
+    losses, seed = config.objectives.losses(), config.run.seed
+    if not part.strict:
+        seed = dropout_seed(seed, state.step, part.rank)
+        return train_step(run.engine, loaded.batches, active, sync.counts, losses, seed)
+    return strict_step(
+        run.engine,
+        loaded.batches,
+        part.rank * part.accumulation,
+        config.train.strict,
+        active,
+        sync.counts,
+        losses,
+        dropout_seed(seed, state.step),
+        config.optimizer.clip_norm,
+    )
 
 
 def _without_update(run: Run, state: TrainState, values: dict[str, float]) -> TrainState:

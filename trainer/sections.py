@@ -229,9 +229,9 @@ class TrainSection(Section):
     """Micro-batches per step and worker. Where cluster.workers is a range: with the most of them;
     fewer make more, none of them larger."""
     strict: int = Field(0, ge=0, lt=_MANY)
-    """V > 0: bitwise the same training at every number of workers that divides V. A step is V
-    micro-batches, whatever the number of workers, and their gradients are summed exactly; replaces
-    `accumulation`."""
+    """V > 0: bitwise the same training at every number of workers that divides V, on machines of
+    one kind with the same cluster.cpus_per_worker. A step is V micro-batches, whatever the number
+    of workers, and their gradients are summed exactly. In place of `accumulation`; ZeRO 0 to 2."""
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 1
     max_skipped_updates: int = Field(5, ge=0, lt=_MANY)
@@ -255,6 +255,17 @@ class TrainSection(Section):
     def _one_length(self) -> TrainSection:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of train.epochs and train.steps")
+        return self
+
+    @model_validator(mode="after")
+    def _strict_alone(self) -> TrainSection:
+        if self.strict and self.zero_stage == 3:
+            raise ValueError("train.strict goes with train.zero_stage 0, 1 and 2")
+        if self.strict and self.accumulation > 1:
+            raise ValueError(
+                f"train.strict={self.strict} says how many micro-batches a step has: leave "
+                "train.accumulation out"
+            )
         return self
 
     @model_validator(mode="after")

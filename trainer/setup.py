@@ -44,6 +44,8 @@ def check_timeouts(config: RunConfig) -> None:
 def micro_batches(config: RunConfig, world: int) -> int:
     """Of a step, for each worker. With fewer workers than there may be each has more, so that none
     is larger than with all of them: memory that suffices for them suffices for fewer."""
+    if config.train.strict:
+        return config.train.strict // world
     return -(-config.train.accumulation * config.cluster.most // world)
 
 

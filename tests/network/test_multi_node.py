@@ -7,6 +7,7 @@ Run by `make test-cluster`.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import subprocess
 import sys

@@ -28,6 +28,7 @@ log = logging.getLogger("lxscale")
 _OF_A_STEP = {
     "model": ("num_heads", "dropout", "attention_dropout"),
     "objectives": ("label_scope", "feature_loss", "qa_from_epoch"),
+    "train": ("strict",),
 }
 
 # What a data state of an earlier version says by not saying it.

@@ -24,7 +24,7 @@ from model.batch import Batch
 from shards.dataset import Dataset
 from shards.errors import DataError, NodeError, ShardError, StoreError
 from shards.order.lookahead import Future, working_set
-from shards.order.sampler import Sampler, SamplerState, Step
+from shards.order.sampler import Plan, Sampler, SamplerState, Step
 from shards.processes import STOP_SIGNALS, end_with_parent, make_home, without_signals
 from shards.store.prefetch import check_limit
 from trainer.data.batch import BatchSettings, make_batch
@@ -44,6 +44,9 @@ class RankSlice:
     accumulation: int
     local: int | None = None
     """Ranks on this rank's node; None: all."""
+    strict: bool = False
+    """Micro-batches are what each of world * accumulation ranks would train on, the same at every
+    world size."""
 
 
 @dataclass(frozen=True)
@@ -97,15 +100,13 @@ class _StepBatches(TorchDataset[_Made]):
     _future: Future | None = field(default=None, repr=False)
 
     def __getitem__(self, step: Step) -> _Made:
-        own = self.sampler.slice(step, self.part.rank, self.part.world)
         skipped = step.before.skipped_shards
         worker = get_worker_info()
         group = worker.id if worker else 0
         made: list[Packed | Batch] = []
         try:
             self._look_ahead(step.before)
-            for i in range(self.part.accumulation):
-                micro = own.take(slice(*bounds(len(own), i, self.part.accumulation)))
+            for micro in self._micro_batches(step):
                 make = partial(
                     make_batch,
                     self.data,
@@ -124,6 +125,16 @@ class _StepBatches(TorchDataset[_Made]):
             kind = next(k for k in (NodeError, StoreError, DataError) if isinstance(error, k))
             return _Made(step, [], fault=(kind, str(error)))
         return _Made(step, made)
+
+    def _micro_batches(self, step: Step) -> Iterator[Plan]:
+        rank, world, parts = self.part.rank, self.part.world, self.part.accumulation
+        if self.part.strict:
+            for number in range(rank * parts, (rank + 1) * parts):
+                yield self.sampler.slice(step, number, world * parts)
+            return
+        own = self.sampler.slice(step, rank, world)
+        for i in range(parts):
+            yield own.take(slice(*bounds(len(own), i, parts)))
 
     def _look_ahead(self, state: SamplerState) -> None:
         """Tell the shards what comes, whenever a stream enters another window."""
@@ -168,7 +179,10 @@ def load_steps(
 
     # Ready, being made, and in the reader's hands: of each worker, for each micro-batch.
     ready = (prefetch if workers else 0) + 2
-    largest = -(-largest_slice(sampler, global_batch, part.world) // part.accumulation)
+    if part.strict:
+        largest = largest_slice(sampler, global_batch, part.world * part.accumulation)
+    else:
+        largest = -(-largest_slice(sampler, global_batch, part.world) // part.accumulation)
     shared = SharedBatches(
         max(workers, 1),
         ready * part.accumulation,

@@ -60,6 +60,10 @@ def engine_settings(config: RunConfig, world: int) -> dict[str, Any]:
 
 def build_engine(model: nn.Module, config: RunConfig) -> Any:
     """Wrap a model (fp32, on the CPU) in a DeepSpeed engine; torch.distributed must be up."""
+    if config.train.strict:
+        # On GPUs, some operations have a quicker way whose sums come in any order.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     optimizer = build_optimizer(model, config.optimizer)
     engine, *_ = import_deepspeed().initialize(
         model=model,

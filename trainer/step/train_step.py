@@ -81,6 +81,7 @@ def _unchecked_square(engine: Any) -> torch.Tensor:
     return norms.square().sum().reshape(1) * share
 
 
-def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """Dropout is drawn anew at each step and on each rank, and the same again after a restart."""
-    return fold(seed, Purpose.DROPOUT, step, rank)
+def dropout_seed(seed: int, step: int, *rank: int) -> int:
+    """Dropout is drawn anew at each step, on each rank where it is given, and the same again after
+    a restart."""
+    return fold(seed, Purpose.DROPOUT, step, *rank)
