@@ -11,9 +11,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import grpc
 import ray
 import ray._private.services as services
 from ray._private.authentication import authentication_token_setup as tokens
+from ray._private.grpc_utils import init_grpc_channel
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from cluster.bounded import StillBusyError, bounded
 from cluster.errors import AgainError, LaunchError
@@ -45,8 +48,7 @@ def reach(address: str, asked: Callable[[], bool]) -> str:
     until = time.monotonic() + _REACH_S
     while True:
         try:
-            _check(host, port)
-            return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            return _checked(host, port)
         except _NotYetError as error:
             if asked():
                 raise AgainError("stopped while Ray was starting") from None
@@ -90,8 +92,8 @@ def _of_this_machine() -> str:
     return str(found)
 
 
-def _check(host: str, port: int) -> None:
-    """Raises _NotYetError, or LaunchError for what no waiting mends."""
+def _checked(host: str, port: int) -> str:
+    """host:port. Raises _NotYetError, or LaunchError for what no waiting mends."""
     try:
         addresses = bounded(lambda: _resolve(host, port), _RESOLVE_S)
     except StillBusyError:
@@ -104,12 +106,14 @@ def _check(host: str, port: int) -> None:
     except (OSError, OverflowError) as error:
         why = getattr(error, "strerror", None) or error
         raise _NotYetError(f"{why}; is this the address of its head?") from None
-    _ask(host, port)
-    if not services.find_node_ids():
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    _ask(where)
+    if not _is_node(where):
         raise _NotYetError(
-            "no node of it is on this machine: begin with "
-            f"`ray start --address={host}:{port}` here, or run the command on one of its nodes"
+            f"no node of it is on this machine: begin with `ray start --address={where}` here, or "
+            "run the command on one of its nodes"
         )
+    return where
 
 
 def _resolve(host: str, port: int) -> list[str]:
@@ -120,29 +124,24 @@ def _tls() -> bool:
     return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
 
 
-def _ask(host: str, port: int) -> None:
+def _ask(where: str) -> None:
     """Ask the head whether it lives: what answers may be another service, of another version, or
     one that wants a token. Where one is at hand it is used, as Ray does for `auto` alone."""
-    import grpc
-
-    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        reply = _alive(where)
+        reply = _call(where, "CheckAlive", _message("CheckAliveRequest"))
     except grpc.RpcError as error:
-        code = error.code()
-        if code == grpc.StatusCode.UNAUTHENTICATED:
+        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
             loader = tokens.AuthenticationTokenLoader.instance()
-            if tokens.AUTH_MODE_ENV_VAR not in os.environ and loader.has_token(
-                ignore_auth_mode=True
-            ):
+            given = tokens.AUTH_MODE_ENV_VAR in os.environ
+            if not given and loader.has_token(ignore_auth_mode=True):
                 tokens._enable_token_auth()
-                return _ask(host, port)
+                return _ask(where)
             raise _cannot(where, f"it asks for a token that is not here; {TOKEN_REMEDY}") from None
-        if code == grpc.StatusCode.UNIMPLEMENTED:
+        if error.code() == grpc.StatusCode.UNIMPLEMENTED:
             raise _NotYetError(
                 "another kind of server answers there; is this the address of its head?"
             ) from None
-        raise _NotYetError(f"no answer of its head ({code.name.lower()})") from None
+        raise _NotYetError(f"no answer of its head ({error.code().name.lower()})") from None
     except ray.exceptions.AuthenticationError:
         raise _cannot(where, f"RAY_AUTH_MODE=token, and no token is here; {TOKEN_REMEDY}") from None
     if reply.ray_version and reply.ray_version != ray.__version__:
@@ -153,15 +152,32 @@ def _ask(host: str, port: int) -> None:
         )
 
 
-def _alive(where: str) -> Any:
-    from ray._private.grpc_utils import init_grpc_channel
-    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+def _is_node(where: str) -> bool:
+    """Whether one of this machine's Rays, of which there may be several, is of this cluster: Ray
+    would wait a minute for it."""
+    here = services.find_node_ids()
+    if not here:
+        return False
+    question = _message("GetAllNodeInfoRequest")
+    for node in here:
+        question.node_selectors.add().node_id = bytes.fromhex(node)
+    try:
+        found = _call(where, "GetAllNodeInfo", question).node_info_list
+    except grpc.RpcError as error:
+        raise _NotYetError(f"no answer of its head ({error.code().name.lower()})") from None
+    return any(node.state == 0 for node in found)  # ALIVE of GcsNodeInfo's states
 
-    question = vars(gcs_service_pb2)["CheckAliveRequest"]()
+
+def _message(name: str) -> Any:
+    return vars(gcs_service_pb2)[name]()
+
+
+def _call(where: str, method: str, question: Any) -> Any:
+    """The head's answer. Raises grpc.RpcError, AuthenticationError without a token."""
     channel = init_grpc_channel(where, options=[("grpc.enable_http_proxy", 0)])
     try:
         stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
-        return stub.CheckAlive(question, timeout=_ANSWER_S)
+        return getattr(stub, method)(question, timeout=_ANSWER_S)
     finally:
         channel.close()
 

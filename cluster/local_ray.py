@@ -124,7 +124,8 @@ def _own_token() -> Iterator[None]:
         try:
             yield
         finally:
-            if not given and os.environ.pop(mode, None):
+            if not given and mode in os.environ:
+                del os.environ[mode]
                 tokens.Config.initialize("")
 
 
