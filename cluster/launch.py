@@ -7,13 +7,13 @@ with which error, is in `_verdict`.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.budget import Budget, newest_generation
+from cluster.environment import passed_on
 from cluster.errors import FINAL_ERRORS, AgainError, LaunchError, LostError
 from cluster.group import End, Group, Wishes, run
 from cluster.growth import Growth
@@ -161,7 +161,7 @@ def _group(
 
     wishes = Wishes(wish, overdue, _show)
     timeline.began()
-    placed = place(config, _environment(), avoid, wishes, hope)
+    placed = place(config, passed_on(), avoid, wishes, hope)
     if isinstance(placed, End):
         timeline.ended(placed.kind, placed.text, placed.made, placed.quiet)
         timeline.gone()
@@ -209,11 +209,6 @@ def _verdict(end: End, config: RunConfig, stop: Stop) -> TrainResult:
         f"{end.text}: more than cluster.max_failures={cluster.max_failures} times without a new "
         f"checkpoint; {goes_on}"
     )
-
-
-def _environment() -> dict[str, str]:
-    """What workers on other nodes have to know of the driver's environment."""
-    return {k: v for k, v in os.environ.items() if k.startswith("LXSCALE_")}
 
 
 def _show(line: str) -> None:

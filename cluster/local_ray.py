@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 import ray
 import ray._private.ray_constants as ray_constants
 import torch
+from ray._private.authentication import authentication_token_setup as tokens
 
 from cluster import reaper
 from cluster.errors import LaunchError, LostError
@@ -29,6 +31,11 @@ _RAY = "ray"
 # Below this folder Ray makes sockets, whose whole paths may have 107 bytes.
 _LONGEST_ROOT = 20
 _FAILED, _KEEP_FAILED_S = "-failed", 7 * 86400
+
+# Ray asks for a token, which it would make in the user's home otherwise: there it has every later
+# `ray start --head` ask for it, too, and nodes that do not have it stay out. One for this process,
+# as Ray reads it once.
+_TOKEN = secrets.token_hex(32)
 
 _ENVIRONMENT = {
     # ray.init turns 127.0.0.1 into the address of a network card unless this says that there are
@@ -73,7 +80,7 @@ def local_ray(
     session = str(folder)
     with without_signals(*STOP_SIGNALS):
         watch = reaper.start(folder)
-    with environment({**_ENVIRONMENT, reaper.MARK: session}), _one_node():
+    with environment({**_ENVIRONMENT, reaper.MARK: session}), _one_node(), _own_token():
         try:
             with started(
                 address="local",
@@ -106,6 +113,20 @@ def dead_daemon() -> str | None:
     dead: list[str] = [name for name, _ in node.dead_processes()] if node else []
     needed = (ray_constants.PROCESS_TYPE_GCS_SERVER, ray_constants.PROCESS_TYPE_RAYLET)
     return next((name for name in needed if name in dead), None)
+
+
+@contextlib.contextmanager
+def _own_token() -> Iterator[None]:
+    """ray.init leaves its mode behind, with which a cluster that is joined next would be asked."""
+    mode = tokens.AUTH_MODE_ENV_VAR
+    given = mode in os.environ
+    with environment({"RAY_AUTH_TOKEN": _TOKEN}):
+        try:
+            yield
+        finally:
+            if not given and mode in os.environ:
+                del os.environ[mode]
+                tokens.Config.initialize("")
 
 
 @contextlib.contextmanager

@@ -16,8 +16,8 @@ import ray._private.worker
 
 from cluster.bounded import StillBusyError, held
 from cluster.errors import AgainError, LaunchError, LostError
+from cluster.head import reach
 from cluster.local_ray import dead_daemon, environment, local_ray
-from cluster.nodes import greet
 from cluster.stopping import Stop
 from shards.processes import STOP_SIGNALS, without_signals
 from trainer.sections import ClusterSection
@@ -27,8 +27,6 @@ from trainer.sections import ClusterSection
 _LOOK_S, _LOST_S = 2.0, 20.0
 # Seconds that leaving a Ray may take that is lost.
 _LEAVE_S = 5.0
-# Seconds for a cluster's head to take a connection.
-_REACH_S = 10.0
 
 
 class RaySession:
@@ -112,7 +110,7 @@ def ray_session(
 
     with environment(settings), contextlib.ExitStack() as stack:
         if address:
-            _reach(address, stop)
+            address = reach(address, stop.asked)
         try:
             stack.enter_context(
                 started(address=address) if address else local_ray(cluster, folder, started)
@@ -129,24 +127,3 @@ def ray_session(
         session = RaySession(local=not address)
         stack.callback(session.close)
         yield session
-
-
-def _reach(address: str, stop: Stop) -> None:
-    """LaunchError where nothing at host:port speaks as Ray's head does: Ray itself would try for a
-    minute and print a page."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or "://" in address:
-        return
-    until = time.monotonic() + _REACH_S
-    while True:
-        try:
-            greet(host.strip("[]"), int(port))
-            return
-        except (OSError, OverflowError) as error:
-            if stop.asked():
-                raise AgainError("stopped while Ray was starting") from None
-            if time.monotonic() > until:
-                raise LaunchError(
-                    f"cannot join Ray at {address}: {error}; is this the address of its head?"
-                ) from None
-        time.sleep(0.2)

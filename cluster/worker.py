@@ -23,6 +23,7 @@ import ray
 import torch
 import torch.distributed as dist
 
+from cluster.environment import take
 from cluster.errors import AGAIN_ERRORS, FINAL_ERRORS
 from cluster.interfaces import interface_of
 from cluster.worker_output import Lines, collected
@@ -118,8 +119,7 @@ class Worker:
     is nothing to clean up in it."""
 
     def __init__(self, environment: dict[str, str]) -> None:
-        for key, value in environment.items():
-            os.environ.setdefault(key, value)
+        take(environment)
         self._lines = Lines()
         self._stop = threading.Event()
         self._phase, self._since = "start", time.monotonic()

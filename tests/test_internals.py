@@ -43,8 +43,9 @@ class Internal:
         return self.name.partition(".")[0].partition(":")[0]
 
 
-SESSION, LOCAL = "cluster/ray_session.py", "cluster/local_ray.py"
 SERVER = "cluster/job_server.py"
+SESSION, LOCAL, HEAD = "cluster/ray_session.py", "cluster/local_ray.py", "cluster/head.py"
+_TOKENS = "ray._private.authentication.authentication_token_setup"
 S3, OBJECTS, RETRY = "shards/store/s3.py", "shards/store/objects.py", "shards/store/retry.py"
 ZERO, ENGINE = "trainer/checkpoint/zero_state.py", "trainer/step/engine.py"
 
@@ -71,6 +72,16 @@ INTERNALS = (
     Internal(LOCAL, "ray:init", ("_temp_dir",)),
     Internal(LOCAL, "ray._private.ray_constants:ENABLE_RAY_CLUSTERS_ENV_VAR"),
     Internal(LOCAL, "ray._private.ray_constants:ENABLE_RAY_CLUSTER"),
+    Internal(HEAD, "ray._private.services:canonicalize_bootstrap_address", ("addr",)),
+    Internal(HEAD, "ray._private.services:find_node_ids"),
+    Internal(HEAD, "ray._private.grpc_utils:init_grpc_channel", ("address", "options")),
+    Internal(HEAD, "ray.core.generated.gcs_service_pb2:CheckAliveRequest"),
+    Internal(HEAD, "ray.core.generated.gcs_service_pb2:GetAllNodeInfoRequest"),
+    Internal(HEAD, "ray.core.generated.gcs_service_pb2_grpc:NodeInfoGcsServiceStub"),
+    Internal(HEAD, f"{_TOKENS}:AUTH_MODE_ENV_VAR"),
+    Internal(HEAD, f"{_TOKENS}:AuthenticationTokenLoader.instance"),
+    Internal(HEAD, f"{_TOKENS}:_enable_token_auth"),
+    Internal(LOCAL, f"{_TOKENS}:Config.initialize"),
     Internal(S3, "s3fs:S3FileSystem._call_s3", ("self", "method")),
     Internal(S3, "s3fs:S3FileSystem.set_session"),
     Internal(S3, "s3fs:S3FileSystem.retries"),

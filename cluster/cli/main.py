@@ -29,6 +29,7 @@ COMMANDS = {
     "evaluate": ("cluster.cli.evaluate", "every objective's metrics of a checkpoint"),
     "checkpoint": ("cluster.cli.checkpoint", "list, verify, remove and export checkpoints"),
     "goodput": ("cluster.cli.goodput", "what part of a run's time is in steps that are kept"),
+    "doctor": ("cluster.cli.doctor", "check this machine, or a cluster's nodes, before a run"),
     "demo": ("cluster.cli.demo", "build, train and evaluate on easy-VQA"),
 }
 

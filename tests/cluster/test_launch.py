@@ -88,13 +88,15 @@ print(os.listdir(tempfile.tempdir))
 """
         done = subprocess.run(
             [sys.executable, "-c", script],
-            env=subprocess_environment(),
+            env=subprocess_environment(HOME=place),
             capture_output=True,
             text=True,
             timeout=120,
         )
         longest, mode, left = done.stdout.split()
         assert int(longest) <= 107 and (mode, left) == ("0o700", "[]"), done
+        # A token there would have every cluster that this user starts ask for it.
+        assert not Path(place, ".ray").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")
