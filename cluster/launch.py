@@ -182,6 +182,7 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         ("run", ("storage",)),
         ("data", ("validation", "cache")),
         ("train", ("init_from",)),
+        ("checkpoint", ("fast_folder",)),
     ):
         for key in keys:
             value = absolute(getattr(getattr(config, section), key))

@@ -103,9 +103,9 @@ def _train(run: Run, state: TrainState, control: Control) -> TrainResult:
             if run.progress:
                 run.progress.mixture(run.mixture.planned, sync.mixture, count)
                 run.progress.step(state.step, values, count, seconds, waited)
-            if sync.save:
+            if sync.save or sync.snapshot:
                 control.enter("save")
-                save(run, state)
+                save(run, state, sync)
             if validate_every and state.step % validate_every == 0:
                 control.enter("validation")
                 state = validate(run, state)

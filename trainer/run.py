@@ -19,21 +19,16 @@ from shards.errors import DataError
 from shards.order.sampler import Sampler, SamplerState, Step
 from shards.store.create import check_create_only
 from trainer import setup
+from trainer.checkpoint.compare import check_data_state, check_settings, whole_data_state
 from trainer.checkpoint.errors import StaleAttemptError
 from trainer.checkpoint.evidence import check_never_committed
-from trainer.checkpoint.generations import Generation, generations
+from trainer.checkpoint.fast import Snapshots, open_tier
+from trainer.checkpoint.generations import Generation, generations, newest_whole
 from trainer.checkpoint.journal import Journal, StepLine, verify_behind
 from trainer.checkpoint.owner import Claimant, Owner, check_free, claim
-from trainer.checkpoint.restore import (
-    check_data_state,
-    check_goes_on,
-    check_settings,
-    parameter_shapes,
-    restore,
-    set_masters,
-    whole_data_state,
-)
-from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.restore import check_goes_on, parameter_shapes, restore, set_masters
+from trainer.checkpoint.saver import Saver, own_snapshot
+from trainer.checkpoint.tiers import snapshots
 from trainer.config import RunConfig
 from trainer.data.batch import BatchSettings
 from trainer.data.loader import Loaded, MissingShard, RankSlice, load_steps
@@ -93,6 +88,7 @@ class Run:
     engine: Any
     length: setup.Length
     saver: Saver
+    memory: Snapshots
     owner: Owner | None
     """Rank 0's, as are the next."""
     journal: Journal | None
@@ -138,7 +134,9 @@ def start(config: RunConfig, claimant: Claimant) -> tuple[Run, TrainState]:
         # Rank 0's list: all must try the same generations. They may be others than before.
         attempt, found = from_rank_0(own)
         check_goes_on(found, url, shapes, now, config.checkpoint.override_data_state)
-        generation = restore(engine, found, url, shapes)
+        tier = open_tier(config, url)
+        newer = snapshots(tier, found, description, attempt, url) if tier else []
+        generation, fast = restore(engine, found, url, shapes, config.data.cache, tier, newer)
         state = _position(generation, config, now, sampler)
         length = setup.run_length(config, data.manifest.pairs, state.step, state.consumed)
         if rank == 0:
@@ -148,8 +146,13 @@ def start(config: RunConfig, claimant: Claimant) -> tuple[Run, TrainState]:
             segments = generation.manifest.journal if generation else ()
             verify_behind(url, segments)
             journal = Journal(urls, now, segments, state.sampler)
+            if fast:
+                journal.go_on(fast.journal)
             progress = Progress(config, attempt, state.step, length.steps)
-        saver = Saver(url, attempt, config.checkpoint, description, owner, journal, generation)
+        stored = newest_whole(found) if fast else generation
+        saver = Saver(url, attempt, config.checkpoint, description, owner, journal, stored)
+        fast_every = config.checkpoint.fast_every
+        memory = Snapshots(tier, fast_every, attempt, description, owner, journal)
     except BaseException:
         leave(owner)
         raise
@@ -167,6 +170,7 @@ def start(config: RunConfig, claimant: Claimant) -> tuple[Run, TrainState]:
         engine=engine,
         length=length,
         saver=saver,
+        memory=memory,
         owner=owner,
         journal=journal,
         progress=progress,
@@ -247,7 +251,8 @@ def wants(run: Run, state: TrainState, stop: bool) -> Wants:
     error = run.saver.problem(state.step)
     if run.owner and (other := run.owner.lost()):
         error = StaleAttemptError(other)
-    return Wants(stop, run.saver.due(state.step + 1), run.saver.full(), error)
+    due, snapshot = run.saver.due(state.step + 1), run.memory.due(state.step + 1)
+    return Wants(stop, due, run.saver.full(), error, snapshot, run.memory.busy())
 
 
 def active_objectives(run: Run, step: Step) -> dict[str, float]:
@@ -335,13 +340,19 @@ def _skip_report(state: SamplerState) -> str:
 # --- saving, validation, the end ----------------------------------------------------------------
 
 
-def save(run: Run, state: TrainState) -> None:
-    """Write a generation of this step behind the training. The ranks have agreed that there is
-    room for it. None while updates are skipped: the newest one stays one before these steps."""
+def save(run: Run, state: TrainState, sync: StepSync) -> None:
+    """Write a generation of this step behind the training, to the store, to the nodes' memory, or
+    to both: the ranks have agreed which are due and can be. None while updates are skipped: the
+    newest one stays one before these steps."""
     if state.not_finite:
-        run.saver.withhold()
-    else:
-        run.saver.save(run.engine, state.step, state.sampler, state.skipped_updates)
+        if sync.save:
+            run.saver.withhold()
+        return
+    snap = own_snapshot(run.engine)
+    if sync.save:
+        run.saver.save(snap, state.step, state.sampler, state.skipped_updates)
+    if sync.snapshot:
+        run.memory.make(snap, state.step, state.sampler, state.skipped_updates)
 
 
 def validate(run: Run, state: TrainState) -> TrainState:
@@ -364,10 +375,11 @@ def validate(run: Run, state: TrainState) -> TrainState:
 
 def finish(run: Run, state: TrainState, stopped: bool) -> TrainState:
     """Save, wait until all is committed, and validate unless the run was stopped early."""
-    if stopped and state.not_finite:  # a next start makes these steps again
-        run.saver.wait()
-    else:
+    if committed := not (stopped and state.not_finite):
         run.saver.finish(run.engine, state.step, state.sampler, state.skipped_updates, stopped)
+    else:  # a next start makes these steps again
+        run.saver.wait()
+    run.memory.close(committed)
     if run.part.rank == 0 and state.sampler.skipped:
         log.warning("%s", _skip_report(state.sampler))
     if not stopped and state.validated != state.step:

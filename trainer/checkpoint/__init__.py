@@ -13,7 +13,13 @@ In the order data passes:
     owner.py        claim a run, commit to it, prune it; or learn that another does
     generations.py  committed checkpoints: list, find, read
     evidence.py     whether a run without a generation ever had one
-    restore.py      the newest whole generation back into an engine
+    fast_format.py  what a snapshot in nodes' memory is
+    fast_folder.py  where a node keeps them
+    fast.py         makes them, and copies on other nodes
+    transfer.py     files from ranks to ranks of other nodes
+    tiers.py        what a restore reads from where: snapshots and generations, once per node
+    compare.py      whether the run, as it is now, can go on from them
+    restore.py      the newest whole one back into an engine
     errors.py       what may be wrong with all of this
 
 A generation exists when its manifest does and the manifest's own hash is right. All else that is
