@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.ready-bench
 
-.PHONY: demo demo-full test test-faults lint bench clean
+.PHONY: demo demo-full test test-faults test-cluster lint bench clean
 
 demo: $(READY)
 	$(BIN)/lxscale demo
@@ -19,7 +19,10 @@ test: lint
 test-faults: $(READY)
 	$(BIN)/python -m pytest -m faults tests/cluster
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m faults \
-		--ignore tests/cluster
+		--ignore tests/cluster --ignore tests/network
+
+test-cluster: $(READY)
+	$(BIN)/python -m pytest -m faults tests/network
 
 lint: $(READY)
 	$(BIN)/ruff check .

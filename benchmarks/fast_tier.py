@@ -70,8 +70,8 @@ def watch(out: Path, kill_at: int, rank: int) -> None:
         say("landed", time.monotonic() - began)
 
     fast.open_folder = open_folder
-    loop.step, loop.save = step, save
-    fast.Snapshots._work = work  # type: ignore[method-assign]
+    loop.step, loop.save = step, save  # type: ignore[assignment]
+    fast.Snapshots._work = work  # type: ignore[assignment, method-assign]
 
 
 def numbers(path: Path, kind: str) -> list[list[float]]:

@@ -1,4 +1,4 @@
-"""A group of workers: placed together, watched while they train, ended together.
+"""A group of workers: watched while they train, ended together. How one comes to be: placing.py.
 
 How one ends is plain data (`End`); what follows from that is launch.py's. The driver asks every
 worker how it is twice a second: messages grow with workers, and not with anything else.
@@ -7,30 +7,25 @@ worker how it is twice a second: messages grow with workers, and not with anythi
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.placement_group import remove_placement_group
 
-from cluster.bounded import StillBusyError, bounded
-from cluster.worker import Failure, Placed, Report, Seat, Work, Worker
+from cluster.bounded import bounded
+from cluster.worker import Failure, Placed, Report, Seat, Work
 from shards.store.retry import Retry
+from trainer.checkpoint.lease import Made
 from trainer.sections import ClusterSection
 
 # Seconds between two questions to a worker, and between two looks for answers.
 _ASK_S, _LOOK_S = 0.5, 0.1
 # Seconds to wait, after a worker's failure, for those of others that may be its cause.
 _CAUSES_S = 2.0
-# Seconds between two looks at which nodes to avoid, while there is no room.
-_ROOM_S = 3.0
-# Seconds for an answer of Ray's head, which never comes where it is gone.
-_ANSWER_S = 20.0
 # Seconds to give room back: for ever, where Ray's head is gone.
 _CLOSE_S = 3.0
 
@@ -47,6 +42,10 @@ class End:
     failure: Failure | None = None
     nodes: frozenset[str] = frozenset()
     """Those of lost workers."""
+    made: Made = field(default_factory=Made)
+    """What rank 0 has done, as far as it was heard of."""
+    quiet: float = 0.0
+    """Seconds from the last sign of progress to the end that was found."""
 
     @property
     def is_loss(self) -> bool:
@@ -76,7 +75,8 @@ class Wishes:
 class Group:
     """Workers that are placed. `close` ends them."""
 
-    def __init__(self, room: PlacementGroup, workers: list[Any], placed: list[Placed]) -> None:
+    def __init__(self, room: Any, workers: list[Any], placed: list[Placed]) -> None:
+        """room: Ray's placement group."""
         self._room, self.workers, self.placed = room, workers, placed
 
     @property
@@ -84,10 +84,11 @@ class Group:
         return frozenset(p.node for p in self.placed)
 
     def close(self) -> None:
-        _close(self._room, self.workers)
+        close(self._room, self.workers)
 
 
-def _close(room: PlacementGroup, workers: Sequence[Any]) -> None:
+def close(room: Any, workers: Sequence[Any] = ()) -> None:
+    """End workers and give their room back."""
     # Ray kills them at once, and those that are stopped (SIGSTOP) after five seconds.
     for worker in workers:
         with contextlib.suppress(Exception):
@@ -96,102 +97,7 @@ def _close(room: PlacementGroup, workers: Sequence[Any]) -> None:
         bounded(lambda: remove_placement_group(room), _CLOSE_S)
 
 
-# --- placing ------------------------------------------------------------------------------------
-
-
-def place(
-    cluster: ClusterSection,
-    environment: dict[str, str],
-    avoid: Callable[[], frozenset[str]],
-    wishes: Wishes,
-) -> Group | End:
-    """Room for all workers or for none, and the workers in it, ready to train.
-
-    avoid: nodes that are not to be used, asked for again while there is no room. Waits for
-    cluster.start_timeout_s.
-    """
-    room: PlacementGroup | None = None
-    workers: list[Any] = []
-    try:
-        room = _room(cluster, avoid, wishes)
-        options = {
-            "num_cpus": cluster.cpus_per_worker,
-            "num_gpus": cluster.gpus_per_worker,
-            "max_concurrency": 2,
-        }
-        for i in range(cluster.workers):
-            strategy = PlacementGroupSchedulingStrategy(room, placement_group_bundle_index=i)
-            actor = ray.remote(Worker).options(scheduling_strategy=strategy, **options)
-            workers.append(actor.remote(environment))
-        placed = _all([w.prepare.remote() for w in workers], cluster.start_timeout_s, wishes)
-    except BaseException as error:
-        if room:
-            _close(room, workers)
-        if isinstance(error, _NotPlacedError):
-            return End(str(error), f"within cluster.start_timeout_s={cluster.start_timeout_s:g}")
-        if isinstance(error, StillBusyError):
-            return End("lost", "Ray's head does not answer")
-        if isinstance(error, ray.exceptions.RayError):
-            return End("lost", f"a worker could not be started: {_first_line(error)}")
-        raise
-    # Ranks of a node are neighbours.
-    order = sorted(range(len(workers)), key=lambda i: (placed[i].node, i))
-    return Group(room, [workers[i] for i in order], [placed[i] for i in order])
-
-
-def _room(
-    cluster: ClusterSection, avoid: Callable[[], frozenset[str]], wishes: Wishes
-) -> PlacementGroup:
-    """Room for all workers that is there. It is asked for anew when what is to be avoided has
-    changed, as a link may have come back."""
-    deadline = time.monotonic() + cluster.start_timeout_s
-    avoided = avoid()
-    room = _ask_for_room(cluster, avoided)
-    look = time.monotonic() + _ROOM_S
-    try:
-        while not bounded(functools.partial(room.wait, _LOOK_S), _ANSWER_S):
-            if wishes.stop():
-                raise _NotPlacedError("stopped")
-            if time.monotonic() > deadline:
-                raise _NotPlacedError("no room")
-            if time.monotonic() > look:
-                if (now := avoid()) != avoided:
-                    avoided = now
-                    _close(room, [])
-                    room = _ask_for_room(cluster, avoided)
-                look = time.monotonic() + _ROOM_S
-    except BaseException:
-        _close(room, [])
-        raise
-    return room
-
-
-def _ask_for_room(cluster: ClusterSection, avoided: frozenset[str]) -> PlacementGroup:
-    resources = {"CPU": cluster.cpus_per_worker}
-    if cluster.gpus_per_worker:
-        resources["GPU"] = cluster.gpus_per_worker
-    selector = {"ray.io/node-id": f"!in({','.join(sorted(avoided))})"} if avoided else {}
-    n = cluster.workers
-    ask = functools.partial(placement_group, [resources] * n, bundle_label_selector=[selector] * n)
-    room: PlacementGroup = bounded(ask, _ANSWER_S)
-    return room
-
-
-class _NotPlacedError(Exception):
-    """Its text is an End's kind."""
-
-
-def _all(refs: list[Any], seconds: float, wishes: Wishes) -> list[Any]:
-    """The results of all, unless time or patience ends."""
-    deadline = time.monotonic() + seconds
-    waiting = list(refs)
-    while waiting:
-        _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=_LOOK_S)
-        if wishes.stop():
-            raise _NotPlacedError("stopped")
-        if time.monotonic() > deadline:
-            raise _NotPlacedError("no room")
-    return list(ray.get(refs))
+# --- watching -----------------------------------------------------------------------------------
 
 
 def seats(placed: Sequence[Placed], master: tuple[str, int]) -> list[Seat]:
@@ -202,9 +108,6 @@ def seats(placed: Sequence[Placed], master: tuple[str, int]) -> list[Seat]:
         found.append(Seat(rank, len(placed), local, worker.gpu, master))
         before[worker.node] += 1
     return found
-
-
-# --- watching -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -220,16 +123,28 @@ class _Watched:
 
 def run(group: Group, work: Work, cluster: ClusterSection, wishes: Wishes) -> End:
     """Have the group do its work, and watch it; how it ended. The group still has to be closed."""
+    now = time.monotonic()
+    watched = [_Watched(Report(), now) for _ in group.workers]
+    return _accounted(_watch(group, work, cluster, wishes, watched), watched)
+
+
+def _watch(
+    group: Group,
+    work: Work,
+    cluster: ClusterSection,
+    wishes: Wishes,
+    watched: list[_Watched],
+) -> End:
     workers, world = group.workers, len(group.workers)
     try:
         address = group.placed[0].address
         port = ray.get(workers[0].listen.remote(address), timeout=cluster.hang_timeout_s)
     except (ray.exceptions.RayError, TimeoutError) as error:
-        return _lost(group, [0], _first_line(error))
+        return _lost(group, [0], first_line(error))
     parts = seats(group.placed, (address, port))
     running = {w.work.remote(work, seat): seat.rank for w, seat in zip(workers, parts, strict=True)}
-    now = time.monotonic()
-    watched = [_Watched(Report(), now) for _ in workers]
+    for w in watched:
+        w.heard = time.monotonic()
     results: dict[int, Any] = {}
     failed_at = None
     while True:
@@ -243,7 +158,7 @@ def run(group: Group, work: Work, cluster: ClusterSection, wishes: Wishes) -> En
             if rank not in results and now - w.heard > cluster.hang_timeout_s
         ]
         if lost:
-            return _lost(group, lost)
+            return _lost(group, lost, quiet=now - min(watched[rank].heard for rank in lost))
         if len(results) == world and not any(isinstance(r, Failure) for r in results.values()):
             _last_words(workers, watched, wishes)
             return End("done", result=results[0])
@@ -252,13 +167,15 @@ def run(group: Group, work: Work, cluster: ClusterSection, wishes: Wishes) -> En
             if len(results) == world or now - failed_at > _CAUSES_S:
                 _last_words(workers, watched, wishes)
                 failure = _cause([r for r in results.values() if isinstance(r, Failure)])
-                return End("failed", failure.text, failure=failure)
+                quiet = time.monotonic() - failed_at
+                return End("failed", failure.text, failure=failure, quiet=quiet)
         if silent:
-            return _lost(group, silent, f"no answer for {cluster.hang_timeout_s:g} s")
+            why = f"no answer for {cluster.hang_timeout_s:g} s"
+            return _lost(group, silent, why, now - min(watched[rank].heard for rank in silent))
         if wishes.overdue():
             return End("overdue")
         if failed_at is None and (text := hang([w.report for w in watched], cluster)):
-            return End("hung", text)
+            return End("hung", text, quiet=min(w.report.age + now - w.heard for w in watched))
 
 
 def _take_results(ended: list[Any], running: dict[Any, int], results: dict[int, Any]) -> list[int]:
@@ -300,22 +217,35 @@ def _exchange(
     return lost
 
 
-def _last_words(workers: Sequence[Any], watched: Sequence[_Watched], wishes: Wishes) -> None:
+def _last_words(workers: Sequence[Any], watched: list[_Watched], wishes: Wishes) -> None:
     """Show what the workers have not told yet, in answers under way and in new ones."""
-    questions = [w.question for w in watched if w.question is not None]
-    questions += [w.exchange.remote(False) for w in workers]
-    ready, _ = ray.wait(questions, num_returns=len(questions), timeout=2)
-    for ref in ready:
+    questions = {w.question: rank for rank, w in enumerate(watched) if w.question is not None}
+    questions |= {w.exchange.remote(False): rank for rank, w in enumerate(workers)}
+    ready, _ = ray.wait(list(questions), num_returns=len(questions), timeout=2)
+    for ref in (r for r in questions if r in ready):
         with contextlib.suppress(ray.exceptions.RayError):
-            for line in ray.get(ref).lines:
+            report = ray.get(ref)
+            watched[questions[ref]] = _Watched(report, time.monotonic())
+            for line in report.lines:
                 wishes.show(line)
 
 
-def _lost(group: Group, ranks: Sequence[int], why: str = "") -> End:
+def _accounted(end: End, watched: Sequence[_Watched]) -> End:
+    """With what rank 0 has done to the last sign of progress, what it was at then included."""
+    first = watched[0]
+    made, report = first.report.made, first.report
+    since_heard = time.monotonic() - end.quiet - first.heard
+    told = end.kind in ("done", "failed")  # by the loop itself, at its end
+    open_ = 0.0 if told else max(0.0, report.age + since_heard)
+    spent = {**made.spent, report.phase: made.spent.get(report.phase, 0.0) + open_}
+    return replace(end, made=replace(made, spent=spent))
+
+
+def _lost(group: Group, ranks: Sequence[int], why: str = "", quiet: float = 0.0) -> End:
     names = ", ".join(map(str, sorted(set(ranks))))
     why = why or "killed, crashed, out of memory or unreachable"
     nodes = frozenset(group.placed[r].node for r in ranks)
-    return End("lost", f"lost worker {names} ({why})", nodes=nodes)
+    return End("lost", f"lost worker {names} ({why})", nodes=nodes, quiet=quiet)
 
 
 def _cause(failures: Sequence[Failure]) -> Failure:
@@ -324,10 +254,10 @@ def _cause(failures: Sequence[Failure]) -> Failure:
     return min(failures, key=lambda f: order.index(f.kind))
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     if isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
         cause = error.cause  # before it, Ray's text has where it was raised
-        return f"{type(cause).__name__}: {_first_line(cause)}"
+        return f"{type(cause).__name__}: {first_line(cause)}"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

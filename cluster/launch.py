@@ -10,13 +10,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.budget import Budget, newest_generation
 from cluster.errors import FINAL_ERRORS, AgainError, LaunchError, LostError
-from cluster.group import End, Wishes, place, run
+from cluster.group import End, Group, Wishes, run
+from cluster.growth import Growth
 from cluster.local_ray import scratch
 from cluster.nodes import unreachable
+from cluster.placing import place
 from cluster.ray_session import RaySession, ray_session
 from cluster.stopping import Stop, stop_signals
 from cluster.worker import Loop, Work
@@ -27,6 +30,7 @@ from trainer.config import RunConfig, parse_config
 from trainer.loop import TrainResult, train
 from trainer.progress import tensorboard_folder
 from trainer.setup import run_url
+from trainer.timeline import Timeline
 
 
 def launch(
@@ -36,7 +40,8 @@ def launch(
     loop: Loop = train,
     take_over: bool = False,
 ) -> TrainResult:
-    """Run `loop` in config.cluster.workers workers; returns its result on rank 0.
+    """Run `loop` in as many of config.cluster.workers workers as there is room for; returns its
+    result on rank 0.
 
     ray_address: a Ray cluster to join; None starts a local one and ends it. take_over: the run from
     a job that is alive.
@@ -44,6 +49,7 @@ def launch(
     second SIGINT aborts. Raises one of FINAL_ERRORS with the worker's message; AgainError where the
     same command goes on; LaunchError otherwise.
     """
+    began = time.time()
     config = absolute_paths(config)
     claimant = check_free(run_url(config), Claimant(take_over=take_over, driver=this_process()))
     work = Work(config.given(), loop, claimant)
@@ -52,10 +58,11 @@ def launch(
         scratch() as folder,
         stop_signals(config.cluster.stop_timeout_s) as stop,
         keep_job_lease(run_url(config), claimant.job),
+        Timeline(run_url(config), claimant.job, began) as timeline,
     ):
         while True:
             with ray_session(config.cluster, ray_address, folder, stop) as session:
-                end, budget = _groups(config, work, session, stop, budget)
+                end, budget = _groups(config, work, session, stop, budget, timeline)
                 again = end.kind == "ray lost" and session.can_start_again() and not stop.asked()
             if not again:
                 return _verdict(end, config, stop)
@@ -63,21 +70,30 @@ def launch(
 
 
 def _groups(
-    config: RunConfig, work: Work, session: RaySession, stop: Stop, budget: Budget
+    config: RunConfig,
+    work: Work,
+    session: RaySession,
+    stop: Stop,
+    budget: Budget,
+    timeline: Timeline,
 ) -> tuple[End, Budget]:
     """Groups one after the other; how the last one ended."""
     suspects: frozenset[str] = frozenset()
+    hope = 0
 
     def avoid() -> frozenset[str]:
         return session.draining() | unreachable(suspects)
 
     while True:
-        end, moving = _group(config, work, session, stop, avoid)
-        lost = session.lost()
+        seen = _group(config, work, session, stop, avoid, hope, timeline)
+        end, moving, lost = seen.end, seen.moving, session.lost()
+        # Ray may not have noticed yet that their room is free again.
+        there = avoid()
+        hope = seen.room or sum(node not in there for node in seen.nodes)
         if moving and not stop.asked() and end.stopped:
             if lost:
                 return End("ray lost", lost), budget
-            _show(f"{moving}; starting again elsewhere")
+            _show(f"{moving}; starting again {'with more' if seen.room else 'elsewhere'}")
             continue
         if not end.is_loss:
             return end, budget
@@ -90,42 +106,82 @@ def _groups(
         _show(f"{end.text}; starting again")
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What a group was."""
+
+    end: End
+    nodes: tuple[str, ...] = ()
+    """Of each worker."""
+    moving: str = ""
+    """Why it was asked to save and end, if the run is to go on."""
+    room: int = 0
+    """For so many workers, if that is why."""
+
+
 def _group(
     config: RunConfig,
     work: Work,
     session: RaySession,
     stop: Stop,
     avoid: Callable[[], frozenset[str]],
-) -> tuple[End, str]:
-    """One group: how it ended, and why it was asked to save and end if the run is to go on."""
-    moving, nodes, since, said = "", frozenset[str](), 0.0, False
+    hope: int,
+    timeline: Timeline,
+) -> _Seen:
+    """One group, from its placing to its end. hope: as `place`."""
+    moving, room, since, said = "", 0, 0.0, False
+    group: Group | None = None
+    growth: Growth | None = None
 
     def wish() -> bool:
-        nonlocal moving, since, said
+        nonlocal moving, room, since, said
         if stop.asked() and not said:
             said = True
             _show("stopping: the workers save a checkpoint; Ctrl-C once more to abort")
-        if not moving:
-            leaving = nodes & session.draining()
-            moving = session.lost() or (f"{len(leaving)} nodes are drained" if leaving else "")
-            if moving:
-                since = time.monotonic()
-                _show(f"{moving}: the workers save a checkpoint")
+        leaving = group.nodes & session.draining() if group else frozenset()
+        forced = session.lost() or (f"{len(leaving)} nodes are drained" if leaving else "")
+        if forced and (not moving or room):
+            moving, room, since = forced, 0, time.monotonic()
+        elif not moving and growth and (room := growth.due()):
+            # While the store is away, they could not save and would have to wait for it.
+            if newest_generation(run_url(config)) is None:
+                room = 0
+            else:
+                moving = f"there is room for {room} workers"
+        else:
+            return stop.asked() or bool(moving)
+        if moving:
+            _show(f"{moving}: the workers save a checkpoint")
         return stop.asked() or bool(moving)
 
     def overdue() -> bool:
-        late = moving and time.monotonic() - since > config.cluster.stop_timeout_s
+        # For more room nothing is given up: the workers save for as long as it takes.
+        forced = moving and not room
+        late = forced and time.monotonic() - since > config.cluster.stop_timeout_s
         return stop.overdue() or bool(late)
 
     wishes = Wishes(wish, overdue, _show)
-    placed = place(config.cluster, _environment(), avoid, wishes)
+    timeline.began()
+    placed = place(config, _environment(), avoid, wishes, hope)
     if isinstance(placed, End):
-        return placed, moving
-    nodes = placed.nodes
+        timeline.ended(placed.kind, placed.text, placed.made, placed.quiet)
+        timeline.gone()
+        return _Seen(placed, moving=moving)
+    group = placed
+    timeline.placed(len(group.workers))
     try:
-        return run(placed, work, config.cluster, wishes), moving
+        growth = Growth(config, len(group.workers), avoid)
+        end = run(group, work, config.cluster, wishes)
+        stopped = end.kind == "done" and end.stopped
+        kind, text = ("stopped", moving) if stopped else (end.kind, end.text)
+        timeline.ended(kind, text, end.made, end.quiet)
     finally:
-        placed.close()
+        # What is held for it first: the next group is to have all.
+        if growth:
+            growth.close()
+        group.close()
+        timeline.gone()
+    return _Seen(end, tuple(p.node for p in group.placed), moving, room)
 
 
 def _verdict(end: End, config: RunConfig, stop: Stop) -> TrainResult:
@@ -145,8 +201,8 @@ def _verdict(end: End, config: RunConfig, stop: Stop) -> TrainResult:
         )
     if end.kind == "no room":
         raise AgainError(
-            f"no room for {cluster.workers} workers {end.text}: wait for other jobs or nodes, or "
-            "ask for less"
+            f"no room for {config.world_sizes[0]} workers {end.text}: wait for other jobs or "
+            "nodes, or ask for less"
         )
     if stop.asked() or end.kind == "ray lost":
         raise LostError(f"{end.text}; {goes_on}")

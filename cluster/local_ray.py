@@ -57,19 +57,19 @@ def environment(values: dict[str, str]) -> Iterator[None]:
 def local_ray(
     cluster: ClusterSection, folder: Path, started: Callable[..., AbstractContextManager[None]]
 ) -> Iterator[None]:
-    """Have Ray `started` for cluster.workers workers and end it. Cores may be over-subscribed,
-    GPUs not.
+    """Have Ray `started` for cluster.workers workers, the fewest of a range at least, and end it.
+    Cores may be over-subscribed, GPUs not.
 
     folder: of `scratch`; all that belongs to this Ray is in it.
     """
     gpus = torch.cuda.device_count() if cluster.gpus_per_worker else 0
-    if cluster.workers * cluster.gpus_per_worker > gpus:
+    if cluster.fewest * cluster.gpus_per_worker > gpus:
         raise LaunchError(
             f"cluster.workers={cluster.workers} with cluster.gpus_per_worker="
             f"{cluster.gpus_per_worker:g} need more than the {gpus} GPUs of this machine: lower "
             "them, or join a cluster with --ray-address"
         )
-    cores = int(cluster.workers * cluster.cpus_per_worker + 0.999)
+    cores = int(cluster.fewest * cluster.cpus_per_worker + 0.999)
     session = str(folder)
     with without_signals(*STOP_SIGNALS):
         watch = reaper.start(folder)

@@ -15,7 +15,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -26,6 +26,7 @@ import torch.distributed as dist
 from cluster.errors import AGAIN_ERRORS, FINAL_ERRORS
 from cluster.interfaces import interface_of
 from cluster.worker_output import Lines, collected
+from trainer.checkpoint.lease import Made
 from trainer.checkpoint.owner import Claimant
 from trainer.config import RunConfig, parse_config
 from trainer.loop import Control, TrainResult
@@ -96,6 +97,8 @@ class Report:
     """Seconds for which it has been at this."""
     median: float | None = None
     """Seconds of a step, where enough have been made."""
+    made: Made = field(default_factory=Made)
+    """What it has done, without what it is at."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ class Worker:
         self._stop = threading.Event()
         self._phase, self._since = "start", time.monotonic()
         self._steps: deque[float] = deque(maxlen=_LATEST_STEPS)
+        self._made = Made()
         self._listener: socket.socket | None = None
 
     def prepare(self) -> Placed:
@@ -145,7 +149,7 @@ class Worker:
             try:
                 config = parse_config(work.config, "the configuration")
                 self._join(config, seat)
-                control = Control(self._stop.is_set, self._enter, work.claimant)
+                control = Control(self._stop.is_set, self._enter, work.claimant, self._tell)
                 return work.loop(config, control)
             except (KeyboardInterrupt, SystemExit):
                 raise
@@ -158,7 +162,7 @@ class Worker:
             self._stop.set()
         median = statistics.median(self._steps) if len(self._steps) >= _ENOUGH_STEPS else None
         age = time.monotonic() - self._since
-        return Report(tuple(self._lines.take()), self._phase, age, median)
+        return Report(tuple(self._lines.take()), self._phase, age, median, self._made)
 
     def _enter(self, phase: str) -> None:
         """The loop's next phase."""
@@ -166,6 +170,10 @@ class Worker:
         if self._phase == "step":
             self._steps.append(now - self._since)
         self._phase, self._since = phase, now
+
+    def _tell(self, made: Made) -> None:
+        """What the loop has done."""
+        self._made = made
 
     def _join(self, config: RunConfig, seat: Seat) -> None:
         """Form the process group."""

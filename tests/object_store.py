@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -81,20 +81,32 @@ def why_no_radosgw() -> str | None:
 
 
 @contextlib.contextmanager
-def radosgw(folder: Path) -> Iterator[ObjectStore]:
-    """Ceph's S3 gateway on a one-machine cluster that keeps its objects in memory."""
+def radosgw(
+    folder: Path, within: Sequence[str] = (), address: str = "127.0.0.1"
+) -> Iterator[ObjectStore]:
+    """Ceph's S3 gateway on a one-machine cluster that keeps its objects in memory.
+
+    within: a command that runs it, as in a network namespace; address: its there.
+    """
     # Others on this machine may run it, too: its monitor's fixed port is replaced.
     script, state, port = folder / "rgw-up", folder / "ceph", free_port()
-    script.write_text(_RGW_UP.read_text().replace("16789", str(free_port())))
+    text = _RGW_UP.read_text().replace("16789", str(free_port()))
+    if within:
+        text = text.replace("endpoint=127.0.0.1", "endpoint=0.0.0.0")
+    script.write_text(text)
     try:
         with open(folder / "rgw-up.log", "w") as log:  # a pipe would stay open in the daemons
             done = subprocess.run(
-                ["bash", str(script), str(state), str(port)], stdout=log, stderr=log, timeout=180
+                [*within, "bash", str(script), str(state), str(port)],
+                stdout=log,
+                stderr=log,
+                timeout=180,
             )
         said = (folder / "rgw-up.log").read_text()
         assert done.returncode == 0, f"rgw-up failed: {said}"
         words = said.split()
-        yield _with_bucket(port, words[words.index("key") + 1], words[words.index("secret") + 1])
+        key, secret = (words[words.index(name) + 1] for name in ("key", "secret"))
+        yield _with_bucket(port, key, secret, within, address)
     finally:
         _stop([int(p.read_text()) for p in state.glob("run/*.pid") if p.read_text().strip()])
 
@@ -117,27 +129,23 @@ def _stop(pids: list[int]) -> None:
             time.sleep(0.1)
 
 
-def _with_bucket(port: int, key: str, secret: str) -> ObjectStore:
-    import s3fs
-
-    url = f"http://127.0.0.1:{port}"
-    fs = s3fs.S3FileSystem(
-        skip_instance_cache=True,
-        key=key,
-        secret=secret,
-        endpoint_url=url,
-        client_kwargs={"region_name": "us-east-1"},
-    )
-    fs.call_s3("create_bucket", Bucket=_BUCKET)
-    return ObjectStore(
+def _with_bucket(
+    port: int, key: str, secret: str, within: Sequence[str] = (), address: str = "127.0.0.1"
+) -> ObjectStore:
+    store = ObjectStore(
         f"s3://{_BUCKET}",
         {
-            "AWS_ENDPOINT_URL": url,
+            "AWS_ENDPOINT_URL": f"http://{address}:{port}",
             "AWS_ACCESS_KEY_ID": key,
             "AWS_SECRET_ACCESS_KEY": secret,
             "AWS_DEFAULT_REGION": "us-east-1",
         },
     )
+    make = f"import s3fs; s3fs.S3FileSystem().call_s3('create_bucket', Bucket={_BUCKET!r})"
+    subprocess.run(
+        [*within, sys.executable, "-c", make], env={**os.environ, **store.environment}, check=True
+    )
+    return store
 
 
 # --- faults -------------------------------------------------------------------------------------

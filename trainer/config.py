@@ -7,11 +7,12 @@ tree is stored with the run and in every checkpoint. What the keys are: trainer/
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from model.config import ModelConfig
@@ -40,6 +41,24 @@ class RunConfig(Section):
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
     cluster: ClusterSection = ClusterSection()
+
+    @property
+    def world_sizes(self) -> Sequence[int]:
+        """How many workers the run may have, ascending: those of cluster.workers that divide
+        train.strict."""
+        fewest, most, parts = self.cluster.fewest, self.cluster.most, self.train.strict
+        if not parts:
+            return range(fewest, most + 1)
+        return [n for n in range(fewest, min(most, parts) + 1) if parts % n == 0]
+
+    @model_validator(mode="after")
+    def _some_world_size(self) -> RunConfig:
+        if not self.world_sizes:
+            raise ValueError(
+                f"train.strict={self.train.strict} is divided by none of "
+                f"cluster.workers={self.cluster.workers}: give a number that is"
+            )
+        return self
 
     def given(self) -> dict[str, Any]:
         """What was set, as plain data: parse_config gives an equal tree that still knows it."""

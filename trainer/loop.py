@@ -12,9 +12,11 @@ from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
 
+from trainer.checkpoint.lease import Made
 from trainer.checkpoint.owner import Claimant
 from trainer.config import RunConfig
 from trainer.logs import setup_logging
+from trainer.phases import Phases
 from trainer.run import (
     Run,
     TrainState,
@@ -40,10 +42,12 @@ class Control:
     """Polled each step on every rank, never blocks; all ranks then stop at one step, save and
     return."""
     enter: Callable[[str], None] = lambda phase: None
-    """Told what the rank is at: "start", "data", "step", "save", "validation", "end". Who watches
-    it knows by this how long that may take."""
+    """Told what the rank is at: "start", "restore", "data", "step", "save", "validation", "end".
+    Who watches it knows by this how long that may take."""
     claimant: Claimant = field(default_factory=Claimant)
     """Who wants to own the run; rank 0's counts."""
+    made: Callable[[Made], None] = lambda made: None
+    """Told what the attempt has done, each time before `enter` and after each step."""
 
 
 @dataclass(frozen=True)
@@ -66,24 +70,27 @@ def train(config: RunConfig, control: Control) -> TrainResult:
     Raises OwnedError when another job owns the run, StaleAttemptError when one takes it over.
     """
     setup_logging(dist.get_rank())
-    run, state = start(config, control.claimant)
+    phases = Phases(control.enter, control.made)
+    run, state = start(config, control.claimant, phases.enter)
+    phases.owned(run.attempt, state.step, run.owner)
     try:
-        return _train(run, state, control)
+        return _train(run, state, control, phases)
     finally:
+        phases.done()
         leave(run.owner)
 
 
-def _train(run: Run, state: TrainState, control: Control) -> TrainResult:
+def _train(run: Run, state: TrainState, control: Control, phases: Phases) -> TrainResult:
     config = run.config
     steps, stopped = load(run, state), False
     validate_every = config.train.validate_every
     try:
         while state.consumed < run.length.total:
-            control.enter("data")
+            phases.enter("data")
             began = time.monotonic()
             loaded = next(steps)
             waited = time.monotonic() - began
-            control.enter("step")
+            phases.enter("step")
             active = active_objectives(run, loaded.step)
             wanted = wants(run, state, control.should_stop())
             sync = sync_step(loaded, [*active], config.objectives.losses(), run.mixture, wanted)
@@ -96,20 +103,21 @@ def _train(run: Run, state: TrainState, control: Control) -> TrainResult:
                 stopped = True
                 break
             count = loaded.step.count
-            state, values = step(run, state, loaded, active, sync)
+            state, values = step(run, state, loaded, active, sync, began)
             del loaded  # the next is made in its memory
             seconds = time.monotonic() - began
             state = replace(state, seconds=state.seconds + seconds)
+            phases.done(state.step)
             if run.progress:
                 run.progress.mixture(run.mixture.planned, sync.mixture, count)
                 run.progress.step(state.step, values, count, seconds, waited)
             if sync.save or sync.snapshot:
-                control.enter("save")
+                phases.enter("save")
                 save(run, state, sync)
             if validate_every and state.step % validate_every == 0:
-                control.enter("validation")
+                phases.enter("validation")
                 state = validate(run, state)
-        control.enter("end")
+        phases.enter("end")
     finally:
         steps.close()
     state = finish(run, state, stopped)

@@ -7,7 +7,8 @@ trainer/loop.py says in which order. Every rank calls each verb at the same step
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -98,7 +99,9 @@ class Run:
 # --- start --------------------------------------------------------------------------------------
 
 
-def start(config: RunConfig, claimant: Claimant) -> tuple[Run, TrainState]:
+def start(
+    config: RunConfig, claimant: Claimant, enter: Callable[[str], None]
+) -> tuple[Run, TrainState]:
     """Build the run, claim it, and go to its newest whole generation, or to the start.
 
     The claim ends the attempt before, so it comes when all that may be wrong with this one's
@@ -134,25 +137,25 @@ def start(config: RunConfig, claimant: Claimant) -> tuple[Run, TrainState]:
         # Rank 0's list: all must try the same generations. They may be others than before.
         attempt, found = from_rank_0(own)
         check_goes_on(found, url, shapes, now, config.checkpoint.override_data_state)
+        enter("restore")
         tier = open_tier(config, url)
         newer = snapshots(tier, found, description, attempt, url) if tier else []
         generation, fast = restore(engine, found, url, shapes, config.data.cache, tier, newer)
+        enter("start")
         state = _position(generation, config, now, sampler)
         length = setup.run_length(config, data.manifest.pairs, state.step, state.consumed)
         if rank == 0:
             setup.announce(config, url, attempt, world, state.step, length, data)
             setup.write_run_files(config, url, data)
-            urls = tuple(s.url for s in data.specs)
             segments = generation.manifest.journal if generation else ()
             verify_behind(url, segments)
-            journal = Journal(urls, now, segments, state.sampler)
+            journal = Journal(tuple(s.url for s in data.specs), now, segments, state.sampler)
             if fast:
                 journal.go_on(fast.journal)
             progress = Progress(config, attempt, state.step, length.steps)
         stored = newest_whole(found) if fast else generation
         saver = Saver(url, attempt, config.checkpoint, description, owner, journal, stored)
-        fast_every = config.checkpoint.fast_every
-        memory = Snapshots(tier, fast_every, attempt, description, owner, journal)
+        memory = Snapshots(tier, config.checkpoint, attempt, description, owner, journal)
     except BaseException:
         leave(owner)
         raise
@@ -160,7 +163,7 @@ def start(config: RunConfig, claimant: Claimant) -> tuple[Run, TrainState]:
         config=config,
         url=url,
         attempt=attempt,
-        part=RankSlice(rank, world, config.train.accumulation, ranks_of_node()),
+        part=RankSlice(rank, world, setup.micro_batches(config, world), ranks_of_node()),
         data=data,
         sampler=sampler,
         mixture=plan_mixture(sampler, data),
@@ -267,9 +270,15 @@ def active_objectives(run: Run, step: Step) -> dict[str, float]:
 
 
 def step(
-    run: Run, state: TrainState, loaded: Loaded, active: dict[str, float], sync: StepSync
+    run: Run,
+    state: TrainState,
+    loaded: Loaded,
+    active: dict[str, float],
+    sync: StepSync,
+    began: float,
 ) -> tuple[TrainState, dict[str, float]]:
     """Make one optimizer step of what was loaded; the state after it, and what to show of it.
+    began: when it did (time.monotonic), with the wait for its data.
 
     Raises DivergedError on every rank after too many steps in a row that are not finite."""
     taken = loaded.step
@@ -284,7 +293,8 @@ def step(
     state = replace(state, sampler=after, step=state.step + 1, pairs=state.pairs + taken.count)
     if run.journal:
         skipped = tuple(after.skipped_shards)
-        line = StepLine(state.step, taken.count, run.part.world, sync.digest, skipped)
+        seconds = round(time.monotonic() - began, 3)
+        line = StepLine(state.step, taken.count, run.part.world, sync.digest, skipped, seconds)
         run.journal.add(line, after)
     values = {f"loss/{name}": sums[name] / max(sync.counts[name], 1.0) for name in active}
     values["loss"] = sum(active[name] * values[f"loss/{name}"] for name in active)

@@ -15,6 +15,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PlainValidator,
     Tag,
     create_model,
     field_validator,
@@ -225,7 +226,8 @@ class TrainSection(Section):
     global_batch: int = Field(256, ge=1, lt=_MANY)
     """Pairs per optimizer step over all workers, whatever their number."""
     accumulation: int = Field(1, ge=1, lt=_MANY)
-    """Micro-batches per step and worker."""
+    """Micro-batches per step and worker. Where cluster.workers is a range: with the most of them;
+    fewer make more, none of them larger."""
     strict: int = Field(0, ge=0, lt=_MANY)
     """V > 0: bitwise the same training at every number of workers that divides V. A step is V
     micro-batches, whatever the number of workers, and their gradients are summed exactly; replaces
@@ -292,21 +294,18 @@ class CheckpointSection(Section):
     """Resume although the optimizer, the objectives, dropout or the number of heads differ."""
 
 
-def _workers(given: int | str) -> int | str:
+def _workers(given: Any) -> int | str:
     """A number of workers, or a range of them."""
-    if isinstance(given, int) and not isinstance(given, bool):
-        fewest = most = given
-    else:
-        ends = re.fullmatch(r"(\d{1,10})\.\.(\d{1,10})", str(given))
-        if ends is None:
-            raise ValueError(f"{json.dumps(given)} is no number of workers, and no range as 1..4")
-        fewest, most = int(ends[1]), int(ends[2])
+    ends = re.fullmatch(r"(\d{1,10})(?:\.\.(\d{1,10}))?", str(given))
+    if ends is None:
+        raise ValueError(f"{json.dumps(given):.80} is no number of workers, and no range as 1..4")
+    fewest, most = int(ends[1]), int(ends[2] or ends[1])
     if not 1 <= fewest <= most < _MANY:
         raise ValueError(f"{json.dumps(given)}: give at least 1 worker, and the fewest first")
-    return given
+    return str(given) if ends[2] else fewest
 
 
-Workers = Annotated[int | str, AfterValidator(_workers)]
+Workers = Annotated[int | str, PlainValidator(_workers)]
 
 
 class ClusterSection(Section):
@@ -315,8 +314,8 @@ class ClusterSection(Section):
     with the cluster and shrinks with it. On a Ray of its own a number may be more than there are
     cores, which are shared then; a range takes what the machine has."""
     grow_after_s: float = Field(30, ge=0, le=_LONG)
-    """Room for more workers of the range has to last so long, and the workers that there are to
-    have trained so long, before the run saves and takes it."""
+    """Room for more workers of the range has to last so long, and the last start to be so long
+    ago, before the run saves and takes it."""
     cpus_per_worker: float = Field(1, gt=0, lt=_MANY)
     """Cores that Ray reserves for a worker, and its threads."""
     gpus_per_worker: float = Field(0, ge=0, lt=_MANY)

@@ -41,6 +41,12 @@ def check_timeouts(config: RunConfig) -> None:
         )
 
 
+def micro_batches(config: RunConfig, world: int) -> int:
+    """Of a step, for each worker. With fewer workers than there may be each has more, so that none
+    is larger than with all of them: memory that suffices for them suffices for fewer."""
+    return -(-config.train.accumulation * config.cluster.most // world)
+
+
 def resolve_model(config: RunConfig, data: Dataset) -> ModelConfig:
     """The model's sizes with those that the data set fixes; ConfigError where both are given and
     differ."""

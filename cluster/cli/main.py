@@ -20,6 +20,7 @@ COMMANDS = {
     "shards": ("cluster.cli.shards", "build, verify and describe data sets"),
     "cache": ("cluster.cli.cache", "list, verify and clean a node's cache"),
     "evaluate": ("cluster.cli.evaluate", "every objective's metrics of a checkpoint"),
+    "goodput": ("cluster.cli.goodput", "what part of a run's time is in steps that are kept"),
     "export": ("cluster.cli.export", "write a checkpoint for Hugging Face"),
     "demo": ("cluster.cli.demo", "build, train and evaluate on easy-VQA"),
 }

@@ -17,6 +17,7 @@ from tests.conftest import subprocess_environment
 
 _RAY = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
 _PORT = 6379
+HUB, HUB_IP = -1, "10.77.0.254"
 # Of Ray's nodes and of jobs. Ray's head asks for a token where its user happens to have one.
 ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled"}
 
@@ -42,22 +43,33 @@ def _ip(*arguments: str) -> str:
 
 
 class Network:
-    """Machine 0 has Ray's head and no room for workers; `add` makes others. `close` ends all."""
+    """Machine 0 has Ray's head and no room for workers; `add` makes others. `close` ends all.
 
-    def __init__(self, folder: Path) -> None:
+    Besides them there is a machine that no link leads away from, `on(HUB)` with the address HUB_IP,
+    for a store that all can reach.
+    """
+
+    def __init__(self, folder: Path, *head: str) -> None:
+        """head: more arguments for its Ray."""
+        self.head = head or ("--include-dashboard=false", "--num-cpus=0")
         self._folder, self._name = folder, f"lxs-{secrets.token_hex(3)}"
         self._count = 0
         self._rays: dict[int, subprocess.Popen[bytes]] = {}
         self._hub = f"{self._name}-hub"
         _ip("netns", "add", self._hub)
         _ip("-n", self._hub, "link", "add", "name", "hub", "type", "bridge")
-        _ip("-n", self._hub, "address", "add", "10.77.0.254/24", "dev", "hub")
+        _ip("-n", self._hub, "address", "add", f"{HUB_IP}/24", "dev", "hub")
         _ip("-n", self._hub, "link", "set", "hub", "up")
-        self._machine()
-        self.ray(0, "--head", f"--port={_PORT}", "--include-dashboard=false", "--num-cpus=0")
+        _ip("-n", self._hub, "link", "set", "lo", "up")
+        self.machine()
         self.address = f"{self.address_of(0)}:{_PORT}"
+        self.start_head()
 
-    def _machine(self) -> int:
+    def start_head(self) -> None:
+        self.ray(0, "--head", f"--port={_PORT}", *self.head)
+
+    def machine(self) -> int:
+        """A machine without Ray; its number."""
         number = self._count
         self._count += 1
         name = self._namespace(number)
@@ -68,18 +80,23 @@ class Network:
         _ip("-n", name, "link", "set", "lo", "up")
         _ip("-n", name, "address", "add", f"{self.address_of(number)}/24", "dev", "eth0")
         _ip("-n", name, "link", "set", "eth0", "up")
-        _ip("-n", name, "route", "add", "default", "via", "10.77.0.254")
+        _ip("-n", name, "route", "add", "default", "via", HUB_IP)
         return number
 
     def add(self, cpus: int = 1) -> int:
         """A machine with a Ray node; its number."""
-        number = self._machine()
+        number = self.machine()
         self.join(number, cpus)
         return number
 
     def join(self, number: int, cpus: int = 1) -> None:
         """Start the Ray node of a machine."""
         self.ray(number, f"--address={self.address}", f"--num-cpus={cpus}")
+
+    def leave(self, number: int) -> None:
+        """-9 of a machine's processes, and no trace of them."""
+        self.kill(number)
+        self._rays.pop(number).wait()
 
     def ray(self, number: int, *arguments: str) -> None:
         log = self._folder / f"ray-{self._name}-{number}.log"
@@ -104,7 +121,7 @@ class Network:
             self.join(number)
 
     def _namespace(self, number: int) -> str:
-        return f"{self._name}-{number}"
+        return self._hub if number == HUB else f"{self._name}-{number}"
 
     def address_of(self, number: int) -> str:
         return f"10.77.0.{number + 1}"
@@ -141,4 +158,5 @@ class Network:
         for number in range(self._count):
             self.kill(number)
             _ip("netns", "delete", self._namespace(number))
+        self.kill(HUB)
         _ip("netns", "delete", self._hub)

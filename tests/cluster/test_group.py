@@ -14,7 +14,7 @@ from cluster import nodes
 from cluster.bounded import StillBusyError, bounded, held
 from cluster.budget import Budget
 from cluster.errors import AgainError, LaunchError, LostError, exit_status
-from cluster.group import _cause, _first_line, hang, seats
+from cluster.group import _cause, first_line, hang, seats
 from cluster.interfaces import interface_of
 from cluster.worker import Failure, Placed, Report
 from shards.errors import DataError, StoreError
@@ -143,4 +143,4 @@ def test_one_thread_enters_lives_and_leaves() -> None:
 
 def test_a_workers_own_error_is_what_is_told() -> None:
     error = ray.exceptions.RayTaskError("prepare", "where it was raised", TypeError("a bug\nmore"))
-    assert _first_line(error) == "TypeError: a bug"
+    assert first_line(error) == "TypeError: a bug"

@@ -277,3 +277,42 @@ def test_slices_cover_everything_and_differ_by_one(count: int, parts: int) -> No
     assert all(a[1] == b[0] for a, b in pairwise(cuts))
     sizes = [e - b for b, e in cuts]
     assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(
+    ("given", "strict", "sizes"),
+    [
+        ("2", 0, [2]),
+        ("1..4", 0, [1, 2, 3, 4]),
+        ("1..4", 12, [1, 2, 3, 4]),
+        ("2..6", 8, [2, 4]),
+        ("3..3", 0, [3]),
+    ],
+)
+def test_a_run_may_have_these_numbers_of_workers(
+    tmp_path: Path, given: str, strict: int, sizes: list[int]
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    config = load_config(path, [f"cluster.workers={given}", f"train.strict={strict}"])
+    assert list(config.world_sizes) == sizes
+    assert parse_config(config.given(), "again") == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["cluster.workers=4..1"], "fewest first"),
+        (["cluster.workers=0..3"], "at least 1 worker"),
+        (["cluster.workers=1..x"], "no range as 1..4"),
+        (["cluster.workers=5", "train.strict=12"], "train.strict=12 is divided by none of"),
+        (["cluster.workers=7..11", "train.strict=12"], "cluster.workers=7..11"),
+    ],
+)
+def test_a_wrong_number_of_workers_is_named(
+    tmp_path: Path, overrides: list[str], said: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    with pytest.raises(ConfigError, match=said):
+        load_config(path, overrides)

@@ -47,6 +47,7 @@ from trainer.checkpoint.saver import Snapshot, not_finite, write_object
 from trainer.checkpoint.transfer import Move, exchange
 from trainer.config import RunConfig
 from trainer.ranks import gather_objects, ranks_by_node
+from trainer.sections import CheckpointSection
 
 log = logging.getLogger("lxscale")
 
@@ -131,14 +132,14 @@ class Snapshots:
     def __init__(
         self,
         tier: Tier | None,
-        every: int,
+        settings: CheckpointSection,
         attempt: int,
         description: RunDescription,
         owner: Owner | None,
         journal: Journal | None,
     ) -> None:
-        """tier: None makes none. every: steps. owner, journal: rank 0's. Collective."""
-        self._every, self._attempt = every, attempt
+        """tier: None makes none. owner, journal: rank 0's. Collective."""
+        self._every, self._attempt = settings.fast_every, attempt
         self._description, self._owner, self._journal = description, owner, journal
         self._rank = dist.get_rank()
         self._thread: threading.Thread | None = None

@@ -85,6 +85,8 @@ class StepLine:
     """Of the pairs that were really there."""
     skipped: tuple[int, ...] = ()
     """Shards that were passed over, under data.on_error=skip. Not written when there are none."""
+    seconds: float | None = None
+    """That the step took on rank 0, the wait for its data included; None in older journals."""
 
 
 _HEAD: TypeAdapter[SegmentHead] = TypeAdapter(SegmentHead)

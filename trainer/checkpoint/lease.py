@@ -47,6 +47,22 @@ _POLL_S = 0.5
 
 
 @dataclass(frozen=True)
+class Made:
+    """What an attempt has done so far."""
+
+    attempt: int = 0
+    """0 while it has not claimed the run yet."""
+    since: int = 0
+    """The step that it went on from."""
+    step: int = 0
+    """Steps of the run that are done."""
+    begun: float = 0.0
+    """When its loop began, in seconds since 1970."""
+    spent: dict[str, float] = field(default_factory=dict)
+    """Seconds, by what the loop was at (trainer/loop.py: Control.enter)."""
+
+
+@dataclass(frozen=True)
 class Lease:
     attempt: int
     job: str
@@ -58,6 +74,10 @@ class Lease:
     committed: int | None
     """Step of the attempt's last commit."""
     state: Literal["running", "ended"]
+    made: Made | None = None
+    """None in older leases, as is the next."""
+    at: float | None = None
+    """When this was written, in seconds since 1970: a killed attempt's is its last sign of life."""
 
     @property
     def who(self) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -47,6 +48,7 @@ from trainer.checkpoint.lease import (
     ONE_TRY,
     Heart,
     Lease,
+    Made,
     begin_job_lease,
     lease_bytes,
     parse_lease,
@@ -174,6 +176,8 @@ class Owner:
         self._next = Link(mark.attempt, 1)
         self._tried: dict[bytes, CheckpointManifest] = {}
         self._step: int | None = None
+        self.made: Made | None = None
+        """What its leases say that it has done."""
         self._beats = 0
         self._lost: str | None = None
         self._swept = False
@@ -307,6 +311,8 @@ class Owner:
             self._beats,
             self._step,
             "ended" if ended else "running",
+            self.made,
+            time.time(),
         )
         url = lease_url(self.run_url, lease_name(self._mark))
         with contextlib.suppress(DataError):

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from trainer.config import RunConfig
+from trainer.setup import micro_batches
 from trainer.step.optimizer import build_optimizer
 
 
@@ -42,10 +43,11 @@ def engine_settings(config: RunConfig, world: int) -> dict[str, Any]:
     loss is normalised by global counts before DeepSpeed sees it."""
     bf16 = config.train.precision == "bf16"
     stage = config.train.zero_stage
+    accumulation = micro_batches(config, world)
     return {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": config.train.accumulation,
-        "train_batch_size": world * config.train.accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": world * accumulation,
         "gradient_clipping": config.optimizer.clip_norm,
         "bf16": {"enabled": bf16},
         # Stages 0 and 1 accept only their own type here in the layout that zero_state.py reads.
