@@ -27,6 +27,7 @@ import trainer.checkpoint.fast as fast
 import trainer.checkpoint.fast_folder as fast_folder
 import trainer.loop as loop
 import trainer.ranks as ranks
+import trainer.run as run
 from shards.errors import NodeError
 from shards.format.build import BuildSettings, build
 from tests.conftest import small_records
@@ -345,6 +346,41 @@ def test_killed_at_every_point_of_a_snapshot(
         assert any(f"snapshot of step {s} (" in said for s in (8, 10)), (function, after, said)
         assert_same_run(whole, tree)
         assert not [p for p in in_memory(place, "*") if p.is_file()], function
+
+
+def slow(log: Path, rank: int) -> None:
+    """Rank 1 is at the snapshot of step 2 until step 9 is done."""
+    nodes([0, 1], log, rank)
+    real_step, real_exchange, done = loop.step, fast.exchange, threading.Event()
+    loop.save = run.save  # which does not wait for it
+
+    def step(*arguments: Any) -> Any:
+        state, values = real_step(*arguments)
+        if state.step == 9:
+            done.set()
+        while state.step == 9 and arguments[0].memory._thread.is_alive():
+            time.sleep(0.005)
+        return state, values
+
+    def exchange(*arguments: Any) -> str:
+        if rank == 1:
+            assert done.wait(60), "training waits for a snapshot"
+        return real_exchange(*arguments)
+
+    loop.step, fast.exchange = step, exchange  # type: ignore[assignment]
+
+
+@pytest.mark.faults
+def test_a_slow_snapshot_holds_up_no_step(
+    data: Path, memory: Path, tmp_path: Path, whole: tuple[Path, dict[str, Any]]
+) -> None:
+    """Those that are due meanwhile are left out on all ranks."""
+    tree, log = tree_of(data, tmp_path, memory), tmp_path / "log"
+    assert run_ranks(2, [(tree, 11, True)], prepare=partial(slow, log))
+    steps = {int(p.stem.partition("-s")[2]) for p in in_memory(memory, "a*.json")}
+    assert 2 in steps and steps <= {2, 10}
+    goes_on(tree, log)
+    assert_same_run(whole, tree)
 
 
 def kill_after(seconds: float, rank: int) -> None:
