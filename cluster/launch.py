@@ -231,6 +231,7 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         ("run", ("storage", "tensorboard")),
         ("data", ("validation", "cache")),
         ("train", ("init_from",)),
+        ("checkpoint", ("fast_folder",)),
     ):
         for key in keys:
             value = absolute(getattr(getattr(config, section), key))

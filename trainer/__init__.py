@@ -1,10 +1,12 @@
 """Training: what a run is made of, and its loop.
 
 config.py      the configuration tree
+sections.py    its sections, and what every key means
 setup.py       what follows from configuration and data: objectives, lengths, the data state
 model.py       the model: random, from other weights, from a checkpoint
 loop.py        training, told once
-run.py         its verbs: start, load, step, save, validate, skip, finish
+start.py       how an attempt begins: the run is built, claimed, restored
+run.py         its verbs: load, step, save, validate, skip, finish
 data/          plans to batches, ahead of the step
 step/          what one optimizer step is made of
 checkpoint/    state onto the store, and back

@@ -26,11 +26,11 @@ from trainer.run import (
     load,
     save,
     skip,
-    start,
     step,
     validate,
     wants,
 )
+from trainer.start import start
 from trainer.step.sync import sync_step
 
 
@@ -113,9 +113,9 @@ def _train(run: Run, state: TrainState, control: Control, phases: Phases) -> Tra
             if run.progress:
                 run.progress.mixture(run.mixture.planned, sync.mixture, count)
                 run.progress.step(state.step, values, count, seconds, waited)
-            if sync.save:
+            if sync.save or sync.snapshot:
                 phases.enter("save")
-                save(run, state)
+                save(run, state, sync)
             if validate_every and state.step % validate_every == 0:
                 phases.enter("validation")
                 state = validate(run, state)

@@ -20,10 +20,22 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
+def this_node() -> str:
+    """A name of this rank's machine, the same in all ranks there."""
+    return f"{boot_id()} {socket.gethostname()}"
+
+
+def ranks_by_node() -> list[list[int]]:
+    """The ranks of each machine; machines in the order of their first ranks."""
+    nodes: dict[str, list[int]] = {}
+    for rank, name in enumerate(gather_objects(this_node()) if dist.is_initialized() else [""]):
+        nodes.setdefault(name, []).append(rank)
+    return list(nodes.values())
+
+
 def ranks_of_node() -> int:
     """How many of the ranks are on this rank's machine."""
-    here = f"{boot_id()} {socket.gethostname()}"
-    return gather_objects(here).count(here) if dist.is_initialized() else 1
+    return len(next(ranks for ranks in ranks_by_node() if rank_and_world()[0] in ranks))
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
@@ -33,10 +45,10 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def gather_objects(value: T) -> list[T]:
-    """Every rank's value, on every rank."""
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's value, on every rank. group: of all ranks, for a thread of its own."""
     told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, value)
+    dist.all_gather_object(told, value, group=group)
     return told
 
 

@@ -1,51 +1,35 @@
-"""A run and its verbs: start (with restore), load, wants, step, save, validate, skip, finish and
-leave.
+"""A run and its verbs: load, wants, step, save, validate, skip, finish and leave.
 
-trainer/loop.py says in which order. Every rank calls each verb at the same steps.
+trainer/loop.py says in which order, trainer/start.py how it begins. Every rank calls each verb at
+the same steps.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from typing import Any
-
-import torch.distributed as dist
 
 from model.objectives import objectives_of
 from shards.dataset import Dataset
 from shards.errors import DataError
 from shards.order.sampler import Sampler, SamplerState, Step
-from shards.store.create import check_create_only
 from trainer import setup
 from trainer.checkpoint.errors import StaleAttemptError
-from trainer.checkpoint.evidence import check_never_committed
-from trainer.checkpoint.generations import Generation, generations
-from trainer.checkpoint.journal import Journal, StepLine, verify_behind
-from trainer.checkpoint.line import going_on_from, say_where
-from trainer.checkpoint.owner import Claimant, Owner, check_free, claim
-from trainer.checkpoint.restore import (
-    check_data_state,
-    check_goes_on,
-    check_settings,
-    parameter_shapes,
-    restore,
-    set_masters,
-    whole_data_state,
-)
-from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.fast import Snapshots
+from trainer.checkpoint.journal import Journal, StepLine
+from trainer.checkpoint.owner import Owner
+from trainer.checkpoint.saver import Saver, own_snapshot
 from trainer.config import RunConfig
 from trainer.data.batch import BatchSettings
 from trainer.data.loader import Loaded, MissingShard, RankSlice, load_steps
 from trainer.evaluate import Evaluation, evaluate, evaluation_bytes, without_gradient
-from trainer.model import build_model
 from trainer.progress import Progress
-from trainer.ranks import from_rank_0, ranks_of_node
-from trainer.step.engine import build_engine, set_learning_rate
+from trainer.step.engine import set_learning_rate
 from trainer.step.guard import diverged, skip_report
-from trainer.step.mixture import Mixture, plan_mixture
+from trainer.step.mixture import Mixture
 from trainer.step.optimizer import learning_rate
 from trainer.step.strict import strict_step
 from trainer.step.sync import StepSync, Wants
@@ -96,152 +80,11 @@ class Run:
     engine: Any
     length: setup.Length
     saver: Saver
+    memory: Snapshots
     owner: Owner | None
     """Rank 0's, as are the next."""
     journal: Journal | None
     progress: Progress | None
-
-
-# --- start --------------------------------------------------------------------------------------
-
-
-def start(
-    config: RunConfig, claimant: Claimant, enter: Callable[[str], None]
-) -> tuple[Run, TrainState]:
-    """Build the run, claim it, and go to its newest whole generation, that of
-    checkpoint.resume_from, or the start.
-
-    The claim ends the attempt before, so it comes when all that may be wrong with this one's
-    configuration, data and model has been looked at.
-    """
-    setup.check_timeouts(config)
-    url = setup.run_url(config)
-    free = from_rank_0(lambda: check_free(url, claimant))
-    data = setup.open_training_data(config)
-    resume_from = config.checkpoint.resume_from
-    before = going_on_from(from_rank_0(lambda: _generations(url)), resume_from)
-    order = setup.order_version(before)
-    sampler = data.sampler(config.sampler, config.run.seed, order)
-    objectives = setup.resolve_objectives(config, data)
-    validation = setup.open_validation_data(config, data)
-    batch = setup.batch_settings(config, data, order)
-    config = config.model_copy(update={"model": setup.resolve_model(config, data)})
-    check_settings(before, config, objectives)
-    engine, shapes = _engine(config, new=not before)
-    description = setup.describe(config, data, objectives, shapes, order)
-    now = description.data_state
-    check_goes_on(before, url, shapes, now, config.checkpoint.override_data_state)
-
-    rank, world = dist.get_rank(), dist.get_world_size()
-    owner, journal, progress = None, None, None
-
-    def own() -> tuple[int, list[Generation | str]]:
-        nonlocal owner
-        check_create_only(url)
-        owner = claim(url, free)
-        return owner.attempt, owner.found
-
-    try:
-        # Rank 0's list: all must try the same generations. They may be others than before.
-        attempt, all_found = from_rank_0(own)
-        found = going_on_from(all_found, resume_from)
-        check_goes_on(found, url, shapes, now, config.checkpoint.override_data_state)
-        enter("restore")
-        generation = restore(engine, found, url, shapes)
-        enter("start")
-        state = _position(generation, config, now, sampler)
-        length = setup.run_length(config, data.manifest.pairs, state.step, state.consumed)
-        if rank == 0:
-            setup.announce(config, url, attempt, world, state.step, length, data)
-            if generation:
-                say_where(all_found, generation, resume_from)
-            setup.write_run_files(config, url, data)
-            urls = tuple(s.url for s in data.specs)
-            segments = generation.manifest.journal if generation else ()
-            verify_behind(url, segments)
-            journal = Journal(urls, now, segments, state.sampler)
-            progress = Progress(config, attempt, state.step, length.steps)
-        saver = Saver(url, attempt, config.checkpoint, description, owner, journal, generation)
-        if progress:
-            saver.before_commit = progress.publish
-    except BaseException:
-        leave(owner)
-        raise
-    run = Run(
-        config=config,
-        url=url,
-        attempt=attempt,
-        part=_part(config),
-        data=data,
-        sampler=sampler,
-        mixture=plan_mixture(sampler, data),
-        batch=batch,
-        objectives=objectives,
-        validation=validation,
-        engine=engine,
-        length=length,
-        saver=saver,
-        owner=owner,
-        journal=journal,
-        progress=progress,
-    )
-    return run, state
-
-
-def _part(config: RunConfig) -> RankSlice:
-    """This rank's part of every step."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    parts = setup.micro_batches(config, world)
-    return RankSlice(rank, world, parts, ranks_of_node(), strict=config.train.strict > 0)
-
-
-def leave(owner: Owner | None) -> None:
-    """The end of an attempt, however it comes, as far as it can be said."""
-    if owner:
-        owner.close()
-
-
-def _generations(url: str) -> list[Generation | str]:
-    """Those of the run, newest first; none only where there never was one."""
-    found = list(generations(url))
-    if not found:
-        check_never_committed(url)
-    return found
-
-
-def _engine(config: RunConfig, new: bool) -> tuple[Any, dict[str, list[int]]]:
-    """The engine with the initial weights, and the parameters' shapes. new: the run has no
-    checkpoint; one that has needs no initial weights, which may be gone by then."""
-    train = config.train
-    source = (train.init_from, train.init_fresh) if new else (None, ())
-    model = build_model(config.model, config.run.seed, *source)
-    bf16 = config.train.precision == "bf16"
-    first = {n: p.detach().clone() for n, p in model.named_parameters()} if bf16 else {}
-    shapes = parameter_shapes(model)
-    engine = build_engine(model, config)
-    if bf16:
-        set_masters(engine, first)
-    return engine, shapes
-
-
-def _position(
-    generation: Generation | None, config: RunConfig, now: dict[str, Any], sampler: Sampler
-) -> TrainState:
-    """Where in the data the run stands, and how many steps it has done. now: its data state."""
-    fresh = sampler.start()
-    if generation is None:
-        return TrainState(fresh, 0)
-    saved = whole_data_state(generation.manifest.data_state)
-    check_data_state(saved, now, config.checkpoint.override_data_state)
-    state, skipped = generation.manifest.sampler, generation.manifest.skipped_updates
-    if any(saved.get(k) != v for k, v in now.items() if k.startswith(("sampler.", "data."))):
-        # Overridden: as if the run had used this sampler from its start.
-        for step in sampler.steps_ahead(fresh, config.train.global_batch, state.consumed):
-            fresh = step.after
-        return TrainState(fresh, generation.step, skipped)
-    if state.skipped and dist.get_rank() == 0:
-        log.warning("%s", _skip_report(state))
-    return TrainState(state, generation.step, skipped)
 
 
 # --- steps --------------------------------------------------------------------------------------
@@ -268,7 +111,8 @@ def wants(run: Run, state: TrainState, stop: bool) -> Wants:
     error = run.saver.problem(state.step)
     if run.owner and (other := run.owner.lost()):
         error = StaleAttemptError(other)
-    return Wants(stop, run.saver.due(state.step + 1), run.saver.full(), error)
+    due, snapshot = run.saver.due(state.step + 1), run.memory.due(state.step + 1)
+    return Wants(stop, due, run.saver.full(), error, snapshot, run.memory.busy())
 
 
 def active_objectives(run: Run, step: Step) -> dict[str, float]:
@@ -373,7 +217,7 @@ def skip(run: Run, state: TrainState, missing: list[MissingShard]) -> TrainState
     return replace(state, sampler=replace(state.sampler, skipped=skipped))
 
 
-def _skip_report(state: SamplerState) -> str:
+def skipped_report(state: SamplerState) -> str:
     return (
         f"data.on_error=skip: {len(state.skipped)} shards are passed over, "
         f"{state.skipped_pairs} pairs so far"
@@ -383,13 +227,19 @@ def _skip_report(state: SamplerState) -> str:
 # --- saving, validation, the end ----------------------------------------------------------------
 
 
-def save(run: Run, state: TrainState) -> None:
-    """Write a generation of this step behind the training. The ranks have agreed that there is
-    room for it. None while updates are skipped: the newest one stays one before these steps."""
+def save(run: Run, state: TrainState, sync: StepSync) -> None:
+    """Write a generation of this step behind the training, to the store, to the nodes' memory, or
+    to both: the ranks have agreed which are due and can be. None while updates are skipped: the
+    newest one stays one before these steps."""
     if state.not_finite:
-        run.saver.withhold()
-    else:
-        run.saver.save(run.engine, state.step, state.sampler, state.skipped_updates)
+        if sync.save:
+            run.saver.withhold()
+        return
+    snap = own_snapshot(run.engine)
+    if sync.save:
+        run.saver.save(snap, state.step, state.sampler, state.skipped_updates)
+    if sync.snapshot:
+        run.memory.make(snap, state.step, state.sampler, state.skipped_updates)
 
 
 def validate(run: Run, state: TrainState) -> TrainState:
@@ -412,12 +262,19 @@ def validate(run: Run, state: TrainState) -> TrainState:
 
 def finish(run: Run, state: TrainState, stopped: bool) -> TrainState:
     """Save, wait until all is committed, and validate unless the run was stopped early."""
-    if stopped and state.not_finite:  # a next start makes these steps again
-        run.saver.wait()
-    else:
+    if committed := not (stopped and state.not_finite):
         run.saver.finish(run.engine, state.step, state.sampler, state.skipped_updates, stopped)
+    else:  # a next start makes these steps again
+        run.saver.wait()
+    run.memory.close(committed)
     if run.part.rank == 0 and state.sampler.skipped:
-        log.warning("%s", _skip_report(state.sampler))
+        log.warning("%s", skipped_report(state.sampler))
     if not stopped and state.validated != state.step:
         state = validate(run, state)
     return state
+
+
+def leave(owner: Owner | None) -> None:
+    """The end of an attempt, however it comes, as far as it can be said."""
+    if owner:
+        owner.close()

@@ -16,8 +16,9 @@ from shards.dataset import open_dataset
 from shards.format.build import BuildSettings, build
 from tests.conftest import small_records
 from tests.ranks import config_tree, run_ranks
+from trainer.checkpoint.compare import check_settings, step_settings
 from trainer.checkpoint.generations import find_generation
-from trainer.checkpoint.restore import check_settings, parameter_shapes, step_settings
+from trainer.checkpoint.restore import parameter_shapes
 from trainer.config import parse_config
 from trainer.model import build_model
 from trainer.sections import ObjectiveSection, OptimizerSection

@@ -117,7 +117,7 @@ def go_on(rank: int, root: Path, tree: dict[str, Any], cases: list[Case], told: 
         model = build_model(config.model, config.run.seed)
         shapes = parameter_shapes(model)
         ours = build_engine(model, config)
-        restore(ours, [generation], str(root / "run"), shapes)
+        restore(ours, [generation], str(root / "run"), shapes, None)
         set_learning_rate(ours, RATE)
         theirs = their_engine(build_model(config.model, 77), config, stage, precision)
         path, client = theirs.load_checkpoint(str(root / "universal"))

@@ -14,8 +14,14 @@ In the order data passes:
     generations.py  committed checkpoints: list, find, read
     line.py         which of them lead to the newest, and which one a run goes on from
     evidence.py     whether a run without a generation ever had one
-    restore.py      the newest whole generation back into an engine
     inspect.py      for people: list, verify and remove generations
+    fast_format.py  what a snapshot in nodes' memory is
+    fast_folder.py  where a node keeps them
+    fast.py         makes them, and copies on other nodes
+    transfer.py     files from ranks to ranks of other nodes
+    tiers.py        what a restore reads from where: snapshots and generations, once per node
+    compare.py      whether the run, as it is now, can go on from them
+    restore.py      the newest whole one back into an engine
     errors.py       what may be wrong with all of this
 
 A generation exists when its manifest does and the manifest's own hash is right. All else that is

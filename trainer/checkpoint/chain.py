@@ -108,6 +108,15 @@ def read_link(run_url: str, name: str) -> Claim | CheckpointManifest:
     return parse_link(objects.read_bytes(url), url)
 
 
+def token_of(run_url: str, attempt: int) -> str | None:
+    """The token of an attempt's claim; None where it has none, or a damaged one."""
+    last = max(
+        (link for link in list_links(run_url)[0] if link.attempt == attempt - 1), default=None
+    )
+    claim = _read(run_url, last) if last else None
+    return claim.token if isinstance(claim, Claim) and claim.attempt == attempt else None
+
+
 def list_links(run_url: str) -> tuple[list[Link], list[str]]:
     """The chain, in order, and the names of manifests that are no links, as they come."""
     names = objects.list_names(checkpoint_url(run_url))

@@ -62,6 +62,9 @@ class Entry:
     def url(self, run_url: str) -> str:
         return checkpoint_url(run_url, self.folder, self.name)
 
+    def is_whole(self, data: bytes) -> bool:
+        return len(data) == self.size and sha256_of(data) == self.sha256
+
 
 @dataclass(frozen=True)
 class ObjectEntry(Entry):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +19,9 @@ from trainer.checkpoint.format import (
     MANIFEST_PATTERN,
     CheckpointManifest,
     Entry,
+    ObjectEntry,
     Span,
     checkpoint_url,
-    sha256_of,
 )
 
 F32 = NDArray[np.float32]
@@ -144,6 +144,11 @@ def _read_generation(run_url: str, name: str) -> Generation | None:
     return Generation(run_url, name, link) if isinstance(link, CheckpointManifest) else None
 
 
+def newest_whole(found: Sequence[Generation | str]) -> Generation | None:
+    """The first of `generations` whose manifest is whole."""
+    return next((g for g in found if isinstance(g, Generation)), None)
+
+
 # --- reading ------------------------------------------------------------------------------------
 
 
@@ -155,18 +160,37 @@ def read_entry(run_url: str, entry: Entry) -> bytes:
         data = objects.read_bytes(url)
     except NotFoundError as error:
         raise CheckpointError(str(error)) from None
-    if len(data) != entry.size or sha256_of(data) != entry.sha256:
+    if not entry.is_whole(data):
         raise CheckpointError(f"{url} is damaged: size or sha256 differ from the manifest's")
     return data
 
 
+def objects_of(generation: Generation, wanted: Sequence[Span]) -> list[int]:
+    """Which of a generation's objects hold an element of `wanted`."""
+    by_name: dict[str, list[Span]] = {}
+    for span in wanted:
+        by_name.setdefault(span.name, []).append(span)
+    return [
+        i
+        for i, entry in enumerate(generation.manifest.objects)
+        if any(
+            start < w.start + w.length and w.start < start + length
+            for name, start, length in entry.fragments
+            for w in by_name.get(name, ())
+        )
+    ]
+
+
 def read_fragments(
-    generation: Generation, wanted: Sequence[Span]
+    generation: Generation,
+    wanted: Sequence[Span],
+    read: Callable[[str, ObjectEntry], bytes] = read_entry,
 ) -> Iterator[tuple[int, int, dict[str, F32]]]:
     """Yield (which of `wanted`, start within it, {kind: values}) until all of it is covered.
 
     A span may come in several pieces, in any order. Only objects that hold a wanted element are
     read, one at a time. Raises CheckpointError when an object is damaged or an element is missing.
+    read: as `read_entry`, from wherever the objects are at hand.
     """
     by_name: dict[str, list[int]] = {}
     for i, span in enumerate(wanted):
@@ -181,7 +205,7 @@ def read_fragments(
                 end = min(start + length, wanted[i].start + wanted[i].length)
                 if begin < end:
                     if arrays is None:
-                        arrays = safetensors.numpy.load(read_entry(generation.run_url, entry))
+                        arrays = safetensors.numpy.load(read(generation.run_url, entry))
                     source = slice(offset + begin - start, offset + end - start)
                     yield i, begin - wanted[i].start, {k: arrays[k][source] for k in KINDS}
                     covered[i] += end - begin

@@ -25,11 +25,12 @@ from trainer.checkpoint.generations import (
     Generation,
     find_generation,
     named_generations,
+    newest_whole,
     no_checkpoint,
     read_entry,
     run_and_manifest,
 )
-from trainer.checkpoint.line import Named, newest_of
+from trainer.checkpoint.line import Named
 from trainer.checkpoint.owner import Claimant, check_free, claim
 
 _LIVE = "stop that job first, or wait for its end"
@@ -59,7 +60,7 @@ class Row:
 def listing(run_url: str) -> list[Row]:
     """The generations of a run, newest first. CheckpointError where there is none."""
     known = _known(run_url)
-    newest = newest_of([found for _, found in known])
+    newest = newest_whole([found for _, found in known])
     return [
         Row(name, problem=found) if isinstance(found, str) else _row(found, found == newest)
         for name, found in known

@@ -151,6 +151,18 @@ def _parse_segment(data: bytes, url: str) -> tuple[SegmentHead, list[StepLine]]:
 # --- writing ------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class JournalPart:
+    """The account of a run up to some step."""
+
+    segments: tuple[SegmentEntry, ...]
+    """On the store."""
+    start: SamplerState
+    """After the last step of the segments."""
+    lines: tuple[StepLine, ...]
+    """The steps since."""
+
+
 @dataclass
 class Journal:
     """Rank 0's account of the run: the segments so far, and the steps since."""
@@ -164,10 +176,23 @@ class Journal:
     """After the last step of the segments."""
     _since: list[tuple[StepLine, SamplerState]] = field(default_factory=list, init=False)
     """Steps that no generation holds yet, each with the state after it."""
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+    """Saves take note of theirs in a thread."""
 
     def add(self, line: StepLine, after: SamplerState) -> None:
         """Note a step that was done, and the sampler state after it."""
         self._since.append((line, after))
+
+    def part(self) -> JournalPart:
+        """The account up to the last step that was added."""
+        with self._lock:
+            return JournalPart(self.segments, self.start, tuple(line for line, _ in self._since))
+
+    def go_on(self, part: JournalPart) -> None:
+        """Take up the account of a snapshot, whose steps no generation holds yet."""
+        after, self.segments, self.start = self.start, part.segments, part.start
+        # The next segment has all of them: of no step but the last one is the state needed.
+        self._since = [(line, after) for line in part.lines]
 
     def write(self, run_url: str, attempt: int, step: int) -> tuple[SegmentEntry, ...]:
         """Write the steps up to `step` as a segment; the segments that a manifest is to name."""
@@ -183,6 +208,7 @@ class Journal:
 
     def committed(self, segments: tuple[SegmentEntry, ...]) -> None:
         """A generation names these segments now: their steps need not be kept."""
-        while segments and self._since and self._since[0][0].step <= segments[-1].last:
-            _, self.start = self._since.pop(0)
-        self.segments = segments
+        with self._lock:
+            while segments and self._since and self._since[0][0].step <= segments[-1].last:
+                _, self.start = self._since.pop(0)
+            self.segments = segments

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.format import CheckpointManifest
-from trainer.checkpoint.generations import Generation
+from trainer.checkpoint.generations import Generation, newest_whole
 
 log = logging.getLogger("lxscale")
 
@@ -28,7 +28,7 @@ def descends(newer: CheckpointManifest, older: CheckpointManifest) -> bool:
 def line_first(known: Sequence[Named]) -> list[Named]:
     """Generations, newest first, with those last that do not lead to the newest. What a damaged
     manifest was is not known: it keeps its place among those that do."""
-    newest = newest_of([found for _, found in known])
+    newest = newest_whole([found for _, found in known])
     return sorted(known, key=lambda named: newest is not None and not _leads(named[1], newest))
 
 
@@ -39,7 +39,7 @@ def going_on_from(found: Sequence[Generation | str], step: int | None) -> list[G
     one came to be with the same wish, that one and those that lead to it: the run has gone on from
     the step already. CheckpointError names the steps there are where that one is not.
     """
-    newest = newest_of(found)
+    newest = newest_whole(found)
     if step is None or (newest and _wished(newest) == step):
         ordered = [f for _, f in line_first([("", f) for f in found])]
         return ordered if step is None else [f for f in ordered if newest and _leads(f, newest)]
@@ -56,7 +56,7 @@ def going_on_from(found: Sequence[Generation | str], step: int | None) -> list[G
 
 def say_where(found: Sequence[Generation | str], generation: Generation, step: int | None) -> None:
     """Log what checkpoint.resume_from has come to. generation: that the run goes on from."""
-    newest = newest_of(found)
+    newest = newest_whole(found)
     if step is None or newest is None:
         return
     if _wished(newest) == step:
@@ -73,11 +73,6 @@ def say_where(found: Sequence[Generation | str], generation: Generation, step: i
             newest.step,
             generation.url,
         )
-
-
-def newest_of(found: Sequence[Generation | str]) -> Generation | None:
-    """The newest whose manifest is whole."""
-    return next((g for g in found if isinstance(g, Generation)), None)
 
 
 def _leads(found: Generation | str, newest: Generation) -> bool:

@@ -212,6 +212,11 @@ class Owner:
         """The run's generations, newest first, as `generations` gives them."""
         return [found for _, found in self._known]
 
+    @property
+    def token(self) -> str:
+        """Of its claim: no other attempt, of whatever life of the run, has it."""
+        return self._mark.token
+
     def lost(self) -> str | None:
         """Who has taken the run over, as a message; None as long as that is not known. Does not
         block: the store is asked at every beat of the lease."""

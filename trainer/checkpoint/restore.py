@@ -1,64 +1,85 @@
 """Bringing a run's newest whole generation back into an engine, at any world size and stage.
 
-What must agree for that is checked here, too: the model's shapes, the data state, and the settings
-that say how a step trains.
+What must agree for that: compare.py.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.objectives import OBJECTIVES
-from shards.errors import DataError, StoreError
+from shards.errors import DataError, NodeError, StoreError
+from shards.store.cache import cache_folder
+from trainer.checkpoint.compare import check_data_state, check_same_model
 from trainer.checkpoint.errors import CheckpointError
-from trainer.checkpoint.generations import Generation, read_fragments
+from trainer.checkpoint.fast import Tier
+from trainer.checkpoint.fast_format import FastManifest
+from trainer.checkpoint.generations import Generation, newest_whole, read_entry, read_fragments
+from trainer.checkpoint.tiers import Read, bring, generation_of, once_per_node
 from trainer.checkpoint.zero_state import list_fragments, refresh_weights, write
-from trainer.config import RunConfig
-from trainer.errors import ConfigError
 from trainer.ranks import gather_objects
 
 log = logging.getLogger("lxscale")
 
-_OF_A_STEP = {
-    "model": ("num_heads", "dropout", "attention_dropout"),
-    "objectives": ("label_scope", "feature_loss", "qa_from_epoch"),
-    "train": ("strict",),
-}
-
-# What a data state of an earlier version says by not saying it.
-_BEFORE = {"data.text": "all", "sampler.lanes": 1}
-
 
 def restore(
-    engine: Any, found: Sequence[Generation | str], run_url: str, shapes: dict[str, list[int]]
-) -> Generation | None:
-    """Load the first whole generation into the engine; None when the run has none yet.
+    engine: Any,
+    found: Sequence[Generation | str],
+    run_url: str,
+    shapes: dict[str, list[int]],
+    cache: str | None,
+    tier: Tier | None = None,
+    snapshots: Sequence[FastManifest] = (),
+) -> tuple[Generation | None, FastManifest | None]:
+    """Load the newest whole generation into the engine, and say which; with its snapshot where it
+    comes from the fast tier. None when the run has none yet.
 
-    found: as `going_on_from` (line.py) orders them, the same on every rank. A damaged one is passed
-    over with a warning. Raises CheckpointError when there are some but none is whole, or when they
-    belong to another model.
+    found: as `going_on_from` (line.py) orders them; snapshots: of `tier`, newer, newest first; both
+    the same on every rank. A damaged one is passed over with a warning. cache: data.cache, for what
+    ranks of a node share meanwhile. Raises CheckpointError when there are generations but none is
+    whole, or when they belong to another model.
     """
-    problems = []
+    wanted = [f.span for f in list_fragments(engine)]
+    problems: list[str] = []
+
+    def loaded(problem: str, more: bool) -> bool:
+        if not problem:
+            refresh_weights(engine)
+            return True
+        if more and dist.get_rank() == 0:
+            log.warning("%s; falling back to the generation before", problem)
+        return False
+
+    for fast in snapshots:
+        assert tier
+        generation = generation_of(tier, fast)
+        problem = bring(tier, fast, wanted)
+        if not problem and (problem := _load(engine, generation, read_entry)) and not found:
+            # There is nothing that would replace what was loaded of it.
+            raise NodeError(f"{problem}; the same command starts anew")
+        if loaded(problem, True):
+            if dist.get_rank() == 0:
+                log.info("%s in memory is %d steps newer than the store", fast, len(fast.lines))
+            return generation, fast
     for left, candidate in zip(range(len(found) - 1, -1, -1), found, strict=True):
         if isinstance(candidate, Generation):
-            problem = _load(engine, candidate, shapes)
-            if not problem:
-                refresh_weights(engine)
-                return candidate
+            check_same_model(candidate, shapes)
+            with once_per_node(candidate, wanted, cache_folder(cache)) as (fetch, read):
+                problem = _on_every_rank(fetch) or _load(engine, candidate, read)
         else:
             problem = candidate
+        if loaded(problem, left > 0):
+            assert isinstance(candidate, Generation)
+            return candidate, None
         problems.append(problem)
-        if left and dist.get_rank() == 0:
-            log.warning("%s; falling back to the generation before", problem)
     if problems:
         raise _none_is_whole(run_url, problems[0])
-    return None
+    return None, None
 
 
 def check_goes_on(
@@ -70,7 +91,7 @@ def check_goes_on(
 ) -> None:
     """Raise what restoring the newest of these generations would, as far as its manifest says: a
     run that cannot go on so need not be claimed."""
-    newest = next((g for g in found if isinstance(g, Generation)), None)
+    newest = newest_whole(found)
     if newest:
         check_same_model(newest, shapes)
         if not override:
@@ -87,18 +108,26 @@ def _none_is_whole(run_url: str, problem: str) -> CheckpointError:
     )
 
 
-def _load(engine: Any, generation: Generation, shapes: dict[str, list[int]]) -> str:
-    """Load one generation on every rank; what is wrong with it on any of them, or "". StoreError on
-    all of them when a rank cannot reach the store: that is no reason to go back further."""
-    check_same_model(generation, shapes)
+def _load(engine: Any, generation: Generation, read: Read) -> str:
+    """Load one generation on every rank; what is wrong with it on any of them, or ""."""
     fragments = list_fragments(engine)
     updates = generation.step - generation.manifest.skipped_updates
-    problem, fault = "", ""
-    try:
+
+    def load() -> None:
         # A fragment may come piece by piece, from objects of another world size.
-        for i, start, values in read_fragments(generation, [f.span for f in fragments]):
+        for i, start, values in read_fragments(generation, [f.span for f in fragments], read):
             for kind, part in values.items():
                 write(engine, fragments[i], kind, torch.from_numpy(part), updates, start)
+
+    return _on_every_rank(load)
+
+
+def _on_every_rank(action: Callable[[], None]) -> str:
+    """What is wrong with a generation on any rank, or "". StoreError on all of them when a rank
+    cannot reach the store: that is no reason to go back further."""
+    problem, fault = "", ""
+    try:
+        action()
     except CheckpointError as error:
         problem = str(error)
     except DataError as error:
@@ -107,18 +136,6 @@ def _load(engine: Any, generation: Generation, shapes: dict[str, list[int]]) -> 
     if faults := [f for _, f in told if f]:
         raise StoreError(faults[0])
     return next((p for p, _ in told if p), "")
-
-
-def check_same_model(generation: Generation, shapes: dict[str, list[int]]) -> None:
-    """Raise CheckpointError naming the first parameter that differs."""
-    saved = generation.manifest.parameters
-    for name in sorted(saved.keys() | shapes.keys()):
-        if saved.get(name) != shapes.get(name):
-            raise CheckpointError(
-                f"{generation.url} is a checkpoint of another model: {name} has shape "
-                f"{saved.get(name, 'none')} there and {shapes.get(name, 'none')} here; use the "
-                "model settings of that run, or another run.name"
-            )
 
 
 def set_masters(engine: Any, weights: dict[str, Tensor]) -> None:
@@ -131,74 +148,3 @@ def set_masters(engine: Any, weights: dict[str, Tensor]) -> None:
 
 def parameter_shapes(model: nn.Module) -> dict[str, list[int]]:
     return {name: list(p.shape) for name, p in model.named_parameters()}
-
-
-def whole_data_state(saved: dict[str, Any]) -> dict[str, Any]:
-    """A saved data state with what versions before this one did not write, as they had one way."""
-    return _BEFORE | saved
-
-
-def check_data_state(saved: dict[str, Any], now: dict[str, Any], override: bool) -> None:
-    """Refuse to go on with another data set or order, and show what differs."""
-    differing = _differing(whole_data_state(saved), now)
-    if not differing:
-        return
-    text = f"the data state of the checkpoint is another one: {differing}"
-    if not override:
-        raise ConfigError(
-            f"{text}. Restore these settings, or set checkpoint.override_data_state=true to go on "
-            "with samples possibly lost or repeated"
-        )
-    if dist.get_rank() == 0:
-        log.warning("%s; going on as checkpoint.override_data_state is set", text)
-
-
-def check_settings(
-    found: Sequence[Generation | str], config: RunConfig, objectives: dict[str, float]
-) -> None:
-    """Refuse to train otherwise than the newest of the run's generations was trained, and show what
-    differs; with checkpoint.override_settings, and of what may change freely, say it only.
-
-    found, objectives: as for `restore` and in a manifest.
-    """
-    newest = next((g.manifest for g in found if isinstance(g, Generation)), None)
-    if newest is None:
-        return
-    now = config.model_dump(mode="json")
-    # Neither pairs nor what is learned of them depend on these, but the learning rate and rounding.
-    free = ("steps", "epochs", "global_batch", "precision")
-    told = _differing(*({f"train.{k}": c["train"][k] for k in free} for c in (newest.config, now)))
-    if told and dist.get_rank() == 0:
-        log.info("changed since the checkpoint: %s", told)
-    before = step_settings(newest.config, newest.objectives)
-    after = step_settings(now, objectives)
-    both = before.keys() & after.keys()  # an older version may not have had all of them
-    differing = _differing({k: before[k] for k in both}, {k: after[k] for k in both})
-    if not differing:
-        return
-    text = f"the checkpoint was trained with other settings: {differing}"
-    if not config.checkpoint.override_settings:
-        raise ConfigError(
-            f"{text}. Restore them, set checkpoint.override_settings=true to go on with the new "
-            "ones, or give the run another run.name"
-        )
-    if dist.get_rank() == 0:
-        log.warning("%s; going on as checkpoint.override_settings is set", text)
-
-
-def step_settings(config: dict[str, Any], objectives: dict[str, float]) -> dict[str, Any]:
-    """The settings of a resolved configuration that decide what a step makes of its pairs, by their
-    keys. Sizes of the model are `check_same_model`'s, masks are part of the data state."""
-    out = {f"optimizer.{key}": value for key, value in config["optimizer"].items()}
-    for section, keys in _OF_A_STEP.items():
-        out |= {f"{section}.{key}": config[section][key] for key in keys if key in config[section]}
-    return out | {f"objectives.{name}": objectives.get(name, 0.0) for name in OBJECTIVES}
-
-
-def _differing(saved: dict[str, Any], now: dict[str, Any]) -> str:
-    """Every key with another value, with both values; "" where there is none."""
-    return "; ".join(
-        f"{k}: checkpoint {saved.get(k)!r}, now {now.get(k)!r}"
-        for k in sorted(saved.keys() | now.keys())
-        if saved.get(k) != now.get(k)
-    )

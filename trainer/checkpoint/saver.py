@@ -57,10 +57,22 @@ class Snapshot:
     spans: tuple[Span, ...]
     arrays: dict[str, NDArray[np.float32]]
     """For each of KINDS the values of all spans, end to end."""
+    seconds: float = 0.0
+    """For which training stalled."""
+
+
+def own_snapshot(engine: Any) -> Snapshot:
+    """What this rank is to save, copied into host memory now: the stall of a save."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    # What every rank holds is written once, its fragments dealt out.
+    fragments = list_fragments(engine)
+    own = [f for i, f in enumerate(fragments) if not f.replicated or i % world == rank]
+    return snapshot(engine, own)
 
 
 def snapshot(engine: Any, fragments: list[Fragment]) -> Snapshot:
-    """Copy fragments into host memory: the stall of a save."""
+    """Copy fragments into host memory."""
+    began = time.monotonic()
     arrays = {}
     for kind in KINDS:
         whole = torch.empty(sum(f.span.length for f in fragments), dtype=torch.float32)
@@ -68,7 +80,8 @@ def snapshot(engine: Any, fragments: list[Fragment]) -> Snapshot:
             parts = [read(engine, f, kind).to("cpu", torch.float32) for f in fragments]
             torch.cat(parts, out=whole)
         arrays[kind] = whole.numpy()
-    return Snapshot(tuple(f.span for f in fragments), arrays)
+    spans = tuple(f.span for f in fragments)
+    return Snapshot(spans, arrays, time.monotonic() - began)
 
 
 def not_finite(snap: Snapshot) -> list[str]:
@@ -121,8 +134,6 @@ class _Save:
     state: SamplerState
     skipped_updates: int
     snap: Snapshot
-    stall: float
-    """Seconds that the copy took."""
 
 
 class Saver:
@@ -194,17 +205,9 @@ class Saver:
         self._collect()
         return (self._final or self._schedule.unsaved(step)) if self._schedule else None
 
-    def save(self, engine: Any, step: int, state: SamplerState, skipped_updates: int = 0) -> None:
-        """Copy the engine's state now and write it behind. There must be room on every rank."""
-        began = time.monotonic()
-        # What every rank holds is written once, its fragments dealt out.
-        own = [
-            f
-            for i, f in enumerate(list_fragments(engine))
-            if not f.replicated or i % self._world == self._rank
-        ]
-        snap = snapshot(engine, own)
-        save = _Save(step, state, skipped_updates, snap, time.monotonic() - began)
+    def save(self, snap: Snapshot, step: int, state: SamplerState, skipped_updates: int) -> None:
+        """Write a copy of the state behind. There must be room for it on every rank."""
+        save = _Save(step, state, skipped_updates, snap)
         if self._schedule:
             self._schedule.begun()
         self._last_step = step
@@ -229,7 +232,7 @@ class Saver:
             self._drop_waiting(step)
         self.wait()
         if self._last_step != step:
-            self.save(engine, step, state, skipped_updates)
+            self.save(own_snapshot(engine), step, state, skipped_updates)
             self.wait()
         if self._landed_step == step:
             return
@@ -347,7 +350,7 @@ class Saver:
             save.step,
             generation.name.removesuffix(".json"),
             sum(e.size for e in entries) / 1e6,
-            save.stall,
+            save.snap.seconds,
             time.monotonic() - began,
         )
         return generation.url

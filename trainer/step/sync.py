@@ -1,7 +1,8 @@
 """Step sync: what all ranks agree on before a step, in one all-reduce of a few numbers.
 
 These are the targets of each objective and the mixture of the global batch, what is really in it,
-who wants to stop, whether to save, which shards cannot be had, and what the run must end with.
+who wants to stop, whether and where to save, which shards cannot be had, and what the run must end
+with.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ class Wants:
     """It has no room for one."""
     error: Exception | None = None
     """Rank 0's: what all must end with, before this step."""
+    snapshot: bool = False
+    """One in the nodes' memory is due after this step; all ranks say the same."""
+    busy: bool = False
+    """It cannot make one, as it is at the one before."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class StepSync:
     """A rank wants to."""
     save: bool
     """A save is due after the step, and every rank has room for it."""
+    snapshot: bool
+    """One in the nodes' memory is, and no rank is at the one before."""
     missing: list[MissingShard]
     """Shards that a rank cannot have. Nothing else here means anything if there are any."""
 
@@ -68,10 +75,17 @@ def sync_step(
             float(sum(batch.pairs for batch in loaded.batches)),
             *to_limbs(_digest(loaded)),
         ]
-    flags = (bool(loaded.missing), wants.stop, wants.save, wants.full, wants.error is not None)
+    flags = (
+        bool(loaded.missing),
+        wants.stop,
+        wants.save,
+        wants.full,
+        wants.error is not None,
+        wants.busy,
+    )
     numbers += map(float, flags)
     out = all_reduce_sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
-    some_missing, stop, save, full, error = map(bool, out[-len(flags) :])
+    some_missing, stop, save, full, error, busy = map(bool, out[-len(flags) :])
     if error:
         raise_from_rank_0(wants.error)
     missing = [m for m in gather_objects(loaded.missing) if m] if some_missing else []
@@ -82,6 +96,7 @@ def sync_step(
         digest=from_limbs(out[width + 1 : width + 5]),
         stop=stop,
         save=save and not full,
+        snapshot=wants.snapshot and not busy,
         missing=missing,
     )
 

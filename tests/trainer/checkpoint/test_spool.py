@@ -204,8 +204,8 @@ def hang_until_the_end(rank: int) -> None:
     after_step(lambda run, step: asked.wait() if step == 2 else None)
     real = saver.gather_objects
 
-    def gather_objects(value: Any) -> Any:
-        told = real(value)
+    def gather_objects(value: Any, group: Any = None) -> Any:
+        told = real(value, group)
         opened.set()
         return told
 
