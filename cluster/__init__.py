@@ -14,6 +14,9 @@ ray_session     Ray for one command, joined or started; whether it lives
 head            whether the head of a cluster can be joined, and why not
 local_ray       a Ray of this machine alone
 reaper          ends what a killed driver leaves behind
+job_server      a cluster's job server, and the jobs of runs that it tells of
+jobs            a run as a job: its command, its environment, its id
+watch           a run brought to its end, job after job
 doctor          what a run needs of a machine, looked at before there is one
 doctor_nodes    the same of every node of a cluster, and between them
 bounded         calls that may never return

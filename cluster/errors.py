@@ -17,6 +17,10 @@ class LaunchError(RuntimeError):
     """The workers cannot be placed, or fail by an error that no one has foreseen."""
 
 
+class AwayError(LaunchError):
+    """The job server of a Ray cluster cannot be reached."""
+
+
 class AgainError(RuntimeError):
     """The run ended early by no fault of its own: the same command goes on."""
 

@@ -28,7 +28,6 @@ from trainer.checkpoint.owner import Claimant, check_free
 from trainer.checkpoint.process import this_process
 from trainer.config import RunConfig, parse_config
 from trainer.loop import TrainResult, train
-from trainer.progress import tensorboard_folder
 from trainer.setup import run_url
 from trainer.timeline import Timeline
 
@@ -223,14 +222,13 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         return path if path is None or "://" in path else str(Path(path).absolute())
 
     given = config.given()
-    given.setdefault("run", {})["tensorboard"] = str(tensorboard_folder(config).absolute())
     given["data"]["train"] = (
         absolute(config.data.train)
         if isinstance(config.data.train, str)
         else [{**p, "url": absolute(p["url"])} for p in given["data"]["train"]]
     )
     for section, keys in (
-        ("run", ("storage",)),
+        ("run", ("storage", "tensorboard")),
         ("data", ("validation", "cache")),
         ("train", ("init_from",)),
     ):

@@ -147,6 +147,8 @@ class Store:
         self.last = 0, 0
         """The last link that there ever was."""
         self.dead: set[str] = set()
+        self.late: set[str] = set()
+        """Names of generations that were written once more, after they had been removed."""
 
     @property
     def newest(self) -> Generation | None:
@@ -265,6 +267,7 @@ class Store:
         if any(g.name == name for g in self.committed):
             # A second try after a lost answer, when retention had freed the name.
             assert attempt < newest, f"{name} is committed twice by its owner"
+            self.late.add(name)
             return
         assert attempt == link.attempt == newest, f"{name} is committed by a stale owner"
         last = [g.name for g in self.committed if g.manifest.attempt == attempt]

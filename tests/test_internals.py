@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from cluster.job_server import _ADDRESS, STOP_WAIT
 from tests.conftest import subprocess_environment
 
 ROOT = Path(__file__).parents[1]
@@ -44,12 +45,21 @@ class Internal:
 
 SESSION, LOCAL, HEAD = "cluster/ray_session.py", "cluster/local_ray.py", "cluster/head.py"
 _TOKENS = "ray._private.authentication.authentication_token_setup"
+SERVER = "cluster/job_server.py"
 S3, OBJECTS, RETRY = "shards/store/s3.py", "shards/store/objects.py", "shards/store/retry.py"
 ZERO, ENGINE = "trainer/checkpoint/zero_state.py", "trainer/step/engine.py"
 
 INTERNALS = (
     Internal(SESSION, "ray._private.worker:print_to_stdstream", ("data", "ignore_prefix")),
     Internal(SESSION, "ray._private.state:state.get_draining_nodes"),
+    Internal(
+        SERVER, "ray.dashboard.modules.dashboard_sdk:SubmissionClient._do_request", ("kwargs",)
+    ),
+    Internal(SERVER, "ray.dashboard.modules.dashboard_sdk:logger.setLevel"),
+    Internal(SERVER, "ray.dashboard.modules.job.sdk:logger.setLevel"),
+    Internal(SERVER, "ray._private.authentication.authentication_token_setup:_enable_token_auth"),
+    Internal(SERVER, "ray._private.authentication.authentication_token_setup:AUTH_MODE_ENV_VAR"),
+    Internal(SERVER, "ray._raylet:AuthenticationTokenLoader.has_token"),
     Internal(LOCAL, "ray._private.worker:_global_node"),
     Internal(LOCAL, "ray._private.node:Node.dead_processes"),
     Internal(
@@ -167,6 +177,9 @@ def test_ray_knows_the_variables_that_are_set() -> None:
     name = "RAY_USAGE_STATS_ENABLED"
     assert name in text, f"{name} is not set any more: take this test away"
     assert name in known, sentence(SESSION, name, "is no variable that is read", "ray")
+    job = inspect.getsource(importlib.import_module("ray.dashboard.modules.job.job_supervisor"))
+    assert STOP_WAIT in job, sentence(SERVER, STOP_WAIT, "is no variable that is read", "ray")
+    assert _ADDRESS in vars(importlib.import_module("ray._private.ray_constants")).values()
 
 
 def test_the_op_that_is_switched_off_is_the_one_that_would_be_built() -> None:

@@ -10,8 +10,15 @@ step/          what one optimizer step is made of
 checkpoint/    state onto the store, and back
 evaluate.py    metrics over a data set
 progress.py    what a person sees of a run
+curves.py      TensorBoard's files and the record of steps, in the run's storage
+phases.py      how long a rank is at what
+timeline.py    the groups of workers that a run has had, in its storage
+goodput.py     what part of a run's time is in steps that are kept
+live_goodput.py  the same, while it trains
+run_status.py  how a run stands, from its storage alone
 logs.py        the log's lines
 audit.py       proof of what a run consumed
 export.py      metrics and Hugging Face folders out of checkpoints
+universal.py   folders that DeepSpeed's own engines load
 ranks.py       what ranks tell each other
 """

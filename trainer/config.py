@@ -94,22 +94,28 @@ def _in_words(error: ErrorDetails) -> str:
     return f"{key}: {expected}" + (f" (it is {json.dumps(value):.80})" if scalar else "")
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file and apply overrides of the form `section.key=value` (value as YAML)."""
     path = Path(path)
     try:
         data = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    return read_config(data, str(path), overrides)
+
+
+def read_config(data: bytes, origin: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration in a YAML file's bytes, with overrides applied. origin: names the file in
+    errors."""
     try:
         tree = _parse_yaml(data.decode("utf-8-sig")) or {}
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{path} is not UTF-8 text (line {line}): save it as UTF-8") from None
+        raise ConfigError(f"{origin} is not UTF-8 text (line {line}): save it as UTF-8") from None
     except ValueError as error:
-        raise ConfigError(f"{path} is not valid YAML, {error}") from None
+        raise ConfigError(f"{origin} is not valid YAML, {error}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping of sections at the top level")
+        raise ConfigError(f"{origin}: expected a mapping of sections at the top level")
     for override in overrides:
         key, eq, value = override.partition("=")
         if not eq or not key:
@@ -124,7 +130,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             node[last] = _parse_yaml(value)
         except ValueError as error:
             raise ConfigError(f"override {override!r}: no valid YAML value, {error}") from None
-    return parse_config(tree, str(path))
+    return parse_config(tree, origin)
 
 
 class _Loader(yaml.SafeLoader):

@@ -2,8 +2,8 @@
 
 From the run's storage alone: the seconds of each step from the newest generation's journal, the
 groups of workers from the timeline (trainer/timeline.py), and of those whose driver was killed the
-leases. The wall is from the first group's begin to the last sign of the last one, in parts that sum
-to it:
+leases, which are up to two seconds older than that. The wall is from the first group's begin to the
+last sign of the last one, in parts that sum to it:
 
     kept          steps that the newest generation holds
     unsaved       steps of a group that has not ended, which no generation holds yet
@@ -61,7 +61,8 @@ class Part:
     """A group of workers, or the time before one in which there was no job."""
 
     kind: str
-    """How it ended, as the timeline says; "open" where it does not; "away"."""
+    """How it ended, as the timeline says; killed, with its driver, which wrote no end; open, where
+    none may have come yet; or away."""
     began: float
     """Seconds since 1970, as is the next."""
     ended: float
@@ -113,7 +114,7 @@ class Goodput:
 
     @property
     def faults(self) -> int:
-        return sum(p.kind in ("lost", "hung", "failed") for p in self.parts)
+        return sum(p.kind in ("lost", "hung", "failed", "killed") for p in self.parts)
 
 
 def goodput_share(run_url: str) -> float | None:
@@ -193,21 +194,20 @@ def sum_up(groups: Sequence[Group], lines: StepSeconds, step: int) -> Goodput:
     """The account of groups in the order of their begin. lines: the kept steps' seconds; step: the
     newest generation's."""
     parts: list[Part] = []
-    reached = 0
-    for i, group in enumerate(groups):
-        later = groups[i + 1 :]
-        began, ended = group.began, _end(group, later)
+    reached, first, job = 0, True, ""
+    next_ones = [*groups[1:], None][: len(groups)]
+    for group, after, bound in zip(groups, next_ones, _bounds(groups, step), strict=True):
+        began, ended = group.began, _end(group, after)
         if parts:
             gap = began - parts[-1].ended
-            if gap > 0 and groups[i - 1].job != group.job:
+            if gap > 0 and job != group.job:
                 parts.append(Part("away", parts[-1].ended, began, seconds={"away": gap}))
             began = parts[-1].ended  # where two jobs overlap, the time is the first one's
+        job = group.job
         if ended < began or (parts and ended == began):
             continue
-        bound = min((g.made.since for g in later if g.made.attempt), default=step)
-        first = not any(p.attempt for p in parts)
-        parts.append(_part(group, began, ended, bound, lines, reached, first, not later))
-        reached = max(reached, parts[-1].step)
+        parts.append(_part(group, began, ended, bound, lines, reached, first, after is None))
+        reached, first = max(reached, parts[-1].step), first and not group.made.attempt
     begin = next((g.made.since for g in groups if g.made.attempt), step)
     return Goodput(
         run="",
@@ -222,12 +222,24 @@ def sum_up(groups: Sequence[Group], lines: StepSeconds, step: int) -> Goodput:
     )
 
 
-def _end(group: Group, later: Sequence[Group]) -> float:
-    """When a group was gone, as far as that is known."""
+def _bounds(groups: Sequence[Group], step: int) -> list[int]:
+    """The last step of each group that is kept: where the first of the later ones went on from."""
+    bounds: list[int] = []
+    first: int | None = None
+    for group in reversed(groups):
+        bounds.append(step if first is None else first)
+        if group.made.attempt:
+            since = group.made.since
+            first = since if first is None else min(first, since)
+    return bounds[::-1]
+
+
+def _end(group: Group, after: Group | None) -> float:
+    """When a group was gone, as far as that is known. after: the next one."""
     if group.gone is not None:
         return group.gone
-    if later and later[0].job == group.job:
-        return later[0].began  # its driver lived on
+    if after and after.job == group.job:
+        return after.began  # its driver lived on
     return group.quiet or group.placed or group.began
 
 
@@ -275,7 +287,7 @@ def _part(
     seconds["other"] = seconds.get("other", 0.0) + left
     again = [lines.get(s) or 0.0 for s in range(since + 1, min(bound, reached) + 1)]
     return Part(
-        kind=group.kind or "open",
+        kind=group.kind or ("open" if last else "killed"),
         began=began,
         ended=ended,
         text=group.text,

@@ -77,6 +77,8 @@ def train(config: RunConfig, control: Control) -> TrainResult:
         return _train(run, state, control, phases)
     finally:
         phases.done()
+        if run.progress:
+            run.progress.close()
         leave(run.owner)
 
 

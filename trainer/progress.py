@@ -6,33 +6,22 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TextIO
-
-from torch.utils.tensorboard import SummaryWriter
+from typing import Any
 
 from trainer.config import RunConfig
+from trainer.curves import Curves, curves_url
+from trainer.live_goodput import LiveGoodput
+from trainer.setup import run_url
 
 log = logging.getLogger("lxscale")
-
-
-def tensorboard_folder(config: RunConfig) -> Path:
-    if config.run.tensorboard:
-        return Path(config.run.tensorboard)
-    root = config.run.storage if "://" not in config.run.storage else "runs"
-    return Path(root) / config.run.name / "tensorboard"
 
 
 class Progress:
     """Rank 0's view of a run. Holds open files only; `close` when the run ends."""
 
     def __init__(self, config: RunConfig, attempt: int, start_step: int, total_steps: int) -> None:
-        folder = tensorboard_folder(config)
-        folder.mkdir(parents=True, exist_ok=True)
-        # Events after the restored step belong to steps that are done again.
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=10)
-        path = folder / f"steps-a{attempt:06d}.jsonl"
-        self._record: TextIO = path.open("a", buffering=1)
+        self._curves = Curves(curves_url(config), attempt, start_step)
+        self._goodput = LiveGoodput(run_url(config), attempt)
         self._every = config.train.log_every
         self._total = total_steps
         self._pairs, self._seconds, self._waited = 0, 0.0, 0.0
@@ -46,7 +35,8 @@ class Progress:
         """Journal a finished step: `pairs` over all ranks, `seconds` in all, of which `waited` for
         data. Validation and saving are not in it."""
         with self._spared():
-            self._record.write(json.dumps({"step": step, "pairs": pairs, **values}) + "\n")
+            self._curves.step(json.dumps({"step": step, "pairs": pairs, **values}))
+        self._goodput.step(seconds)
         self._pairs += pairs
         self._seconds += seconds
         self._waited += waited
@@ -56,13 +46,13 @@ class Progress:
         share = self._waited / max(self._seconds, 1e-9)
         self._pairs, self._seconds, self._waited = 0, 0.0, 0.0
         with self._spared():
-            for name, value in values.items():
-                self._writer.add_scalar(f"train/{name}", value, step)
+            scalars = {f"train/{name}": value for name, value in values.items()}
             for name, (planned, counted) in self._shares.items():
-                self._writer.add_scalar(f"share/{name}/planned", planned, step)
-                self._writer.add_scalar(f"share/{name}/actual", counted / self._counted, step)
-            self._writer.add_scalar("speed/pairs_per_second", rate, step)
-            self._writer.add_scalar("speed/share_waiting_for_data", share, step)
+                scalars[f"share/{name}/planned"] = planned
+                scalars[f"share/{name}/actual"] = counted / self._counted
+            scalars["speed/pairs_per_second"] = rate
+            scalars["speed/share_waiting_for_data"] = share
+            self._curves.scalars(scalars | self._goodput.scalars(), step)
         losses = " ".join(
             f"{name.removeprefix('loss/')} {value:.3f}"
             for name, value in values.items()
@@ -86,16 +76,17 @@ class Progress:
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
         with self._spared():
-            for name, value in metrics.items():
-                self._writer.add_scalar(f"validation/{name}", value, step)
-            self._writer.flush()
+            scalars = {f"validation/{name}": value for name, value in metrics.items()}
+            self._curves.scalars(scalars, step)
         log.info("validation at step %d | %s", step, format_metrics(metrics))
+
+    def publish(self) -> None:
+        """Have the curves so far in the run's storage."""
+        self._curves.publish()
 
     def close(self) -> None:
         with self._spared():
-            self._writer.close()
-        with self._spared():
-            self._record.close()
+            self._curves.close()
 
     @contextlib.contextmanager
     def _spared(self) -> Iterator[None]:

@@ -24,6 +24,7 @@ from trainer.checkpoint.errors import StaleAttemptError
 from trainer.checkpoint.evidence import check_never_committed
 from trainer.checkpoint.generations import Generation, generations
 from trainer.checkpoint.journal import Journal, StepLine, verify_behind
+from trainer.checkpoint.line import going_on_from, say_where
 from trainer.checkpoint.owner import Claimant, Owner, check_free, claim
 from trainer.checkpoint.restore import (
     check_data_state,
@@ -107,7 +108,8 @@ class Run:
 def start(
     config: RunConfig, claimant: Claimant, enter: Callable[[str], None]
 ) -> tuple[Run, TrainState]:
-    """Build the run, claim it, and go to its newest whole generation, or to the start.
+    """Build the run, claim it, and go to its newest whole generation, that of
+    checkpoint.resume_from, or the start.
 
     The claim ends the attempt before, so it comes when all that may be wrong with this one's
     configuration, data and model has been looked at.
@@ -116,7 +118,8 @@ def start(
     url = setup.run_url(config)
     free = from_rank_0(lambda: check_free(url, claimant))
     data = setup.open_training_data(config)
-    before = from_rank_0(lambda: _generations(url))
+    resume_from = config.checkpoint.resume_from
+    before = going_on_from(from_rank_0(lambda: _generations(url)), resume_from)
     order = setup.order_version(before)
     sampler = data.sampler(config.sampler, config.run.seed, order)
     objectives = setup.resolve_objectives(config, data)
@@ -140,7 +143,8 @@ def start(
 
     try:
         # Rank 0's list: all must try the same generations. They may be others than before.
-        attempt, found = from_rank_0(own)
+        attempt, all_found = from_rank_0(own)
+        found = going_on_from(all_found, resume_from)
         check_goes_on(found, url, shapes, now, config.checkpoint.override_data_state)
         enter("restore")
         generation = restore(engine, found, url, shapes)
@@ -149,6 +153,8 @@ def start(
         length = setup.run_length(config, data.manifest.pairs, state.step, state.consumed)
         if rank == 0:
             setup.announce(config, url, attempt, world, state.step, length, data)
+            if generation:
+                say_where(all_found, generation, resume_from)
             setup.write_run_files(config, url, data)
             urls = tuple(s.url for s in data.specs)
             segments = generation.manifest.journal if generation else ()
@@ -156,6 +162,8 @@ def start(
             journal = Journal(urls, now, segments, state.sampler)
             progress = Progress(config, attempt, state.step, length.steps)
         saver = Saver(url, attempt, config.checkpoint, description, owner, journal, generation)
+        if progress:
+            saver.before_commit = progress.publish
     except BaseException:
         leave(owner)
         raise
@@ -412,6 +420,4 @@ def finish(run: Run, state: TrainState, stopped: bool) -> TrainState:
         log.warning("%s", _skip_report(state.sampler))
     if not stopped and state.validated != state.step:
         state = validate(run, state)
-    if run.progress:
-        run.progress.close()
     return state

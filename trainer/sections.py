@@ -69,8 +69,8 @@ class RunSection(Section):
     storage: Place = "runs"
     """A folder or an s3:// URL that every worker can write."""
     tensorboard: Place | None = None
-    """Folder for TensorBoard events, written by rank 0; by default storage/name/tensorboard, or
-    runs/name/tensorboard where the storage is remote (event files grow, objects cannot)."""
+    """Folder for TensorBoard events, written by rank 0; by default storage/name/tensorboard, in
+    remote storage, too."""
     seed: int = Field(9595, ge=-(2**63), lt=2**63)
     """Of the initial weights, the order, the masks and dropout."""
 

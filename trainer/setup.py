@@ -15,7 +15,7 @@ from model.objectives import OBJECTIVES, objectives_of
 from shards.dataset import Dataset, open_dataset
 from shards.order.keys import VERSION, VERSIONS
 from shards.order.modes import MODES
-from shards.store import objects
+from shards.store import create, objects
 from shards.store.retry import Retry
 from trainer.checkpoint.format import RunDescription
 from trainer.checkpoint.generations import Generation
@@ -24,6 +24,9 @@ from trainer.data.batch import BatchSettings, settings_of
 from trainer.errors import ConfigError
 
 log = logging.getLogger("lxscale")
+
+CONFIG_FILE = "config.yaml"
+"""The resolved configuration, in a run's folder."""
 
 
 def run_url(config: RunConfig) -> str:
@@ -220,9 +223,17 @@ def announce(
 def write_run_files(config: RunConfig, url: str, data: Dataset) -> None:
     """Make the run's folder self-contained: resolved configuration, vocabulary, answer table."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    objects.write_bytes(objects.join(url, "config.yaml"), text.encode())
+    objects.write_bytes(objects.join(url, CONFIG_FILE), text.encode())
     for info in (data.manifest.vocab, data.manifest.answers):
         objects.write_bytes(objects.join(url, info.file), data.file(info).read_bytes())
+
+
+def note_run(config: RunConfig, retry: Retry | None = None) -> None:
+    """Write what was set of a run's configuration to its place, unless there is one: who looks
+    after the run can begin it from there, too."""
+    where = objects.join(run_url(config), CONFIG_FILE)
+    text = yaml.safe_dump(config.given(), sort_keys=False)
+    create.create_bytes(where, text.encode(), retry)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,19 @@
 
 main        all commands from one table, exit statuses
 train       `train`: a run on workers
+submit      `submit`: a run as a job of a Ray cluster
+resubmit    `resubmit`: the same from the run's storage alone
+watch       `watch`: jobs until the run is done
+logs        `logs`: what a job says
+stop        `stop`: have a job save and end
+status      `status`: how a run stands
+runs        `runs`: how all of a storage stand
 shards      `shards build | verify | info | plan | easy-vqa`: data sets
 plan        what `shards plan` reports
 audit       `shards audit`: the proof of what a run consumed
 evaluate    `evaluate`: the metrics of a checkpoint
-export      `export`: a checkpoint for Hugging Face
+goodput     `goodput`: where a run's time went
+checkpoint  `checkpoint ls | verify | rm | export`: the generations of a run
 demo        `demo`: all of it on easy-VQA
 common      arguments and output that several commands share
 progress    bars and lines for long work

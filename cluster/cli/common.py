@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 
-from shards.arguments import given_path, given_place
+from shards.arguments import given_name, given_path, given_place
 from shards.urls import shown
 
 CHECKPOINT = "a run's folder or URL, or a checkpoint's manifest"
@@ -21,6 +21,32 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ray-address", help="join this Ray cluster (default: a local one)")
     parser.add_argument(
         "--take-over", action="store_true", help="take the run from a job that is alive"
+    )
+
+
+RUN = "a run's URL or folder"
+
+
+def add_job_server(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ray-address",
+        metavar="URL",
+        help="of the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, or "
+        "http://127.0.0.1:8265)",
+    )
+
+
+def add_submission(parser: argparse.ArgumentParser) -> None:
+    """How jobs are submitted."""
+    add_job_server(parser)
+    parser.add_argument(
+        "--python", default="python", type=given_name, help="the one of the head, with lxscale"
+    )
+    parser.add_argument(
+        "--with-credentials",
+        action="store_true",
+        help="AWS credentials go along, where all who may ask the job server see them (default: "
+        "the nodes have their own)",
     )
 
 

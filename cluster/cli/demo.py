@@ -18,9 +18,9 @@ from shards.format.record import Report
 from shards.sources.easy_vqa import write_easy_vqa
 from shards.sources.images import EXTRACTOR, read_images
 from trainer.config import RunConfig, load_config
+from trainer.curves import curves_url
 from trainer.export import evaluate_checkpoint
 from trainer.loop import TrainResult
-from trainer.progress import tensorboard_folder
 from trainer.setup import run_url
 
 # A grid of 1 + 9 overlapping boxes is enough for pictures of 64 x 64 with one shape each.
@@ -115,7 +115,7 @@ training   {speed}{config.cluster.workers} workers, \
 step {result.step}
 time       data {seconds[0]:.0f} s, training {seconds[1]:.0f} s, evaluation {seconds[2]:.0f} s
 run        {url}
-curves     tensorboard --logdir {tensorboard_folder(config)}
+curves     tensorboard --logdir {curves_url(config)}
 resume     the same command goes on from the last checkpoint; for longer: lxscale demo --full
 evaluate   lxscale evaluate {url} --data {config.data.validation}
 """

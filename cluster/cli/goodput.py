@@ -75,7 +75,7 @@ def _ending(part: Part, after: Part | None) -> str:
         cost |= {name: after.seconds.get(name, 0.0) for name in ("re-form", "restore")}
         cost["replay"] = after.replay
     costs = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in cost.items())
-    what = part.text or part.kind
+    what = part.text or {"killed": "killed with its driver"}.get(part.kind, part.kind)
     return (
         f"{at} UTC, attempt {part.attempt or '?'} at step {part.step:,}: {what} | "
         f"{part.lost_steps:,} steps lost | {costs}"

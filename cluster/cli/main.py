@@ -17,11 +17,18 @@ from shards.urls import shown
 # torch and Ray take seconds.
 COMMANDS = {
     "train": ("cluster.cli.train", "pre-train, or go on with, the run of a YAML file"),
+    "submit": ("cluster.cli.submit", "train on a Ray cluster, as a job of it"),
+    "status": ("cluster.cli.status", "how a run stands, from its storage alone"),
+    "runs": ("cluster.cli.runs", "how all runs of a storage stand"),
+    "logs": ("cluster.cli.logs", "what a run's job says"),
+    "stop": ("cluster.cli.stop", "have a run's job save and end"),
+    "resubmit": ("cluster.cli.resubmit", "go on with a run, from its storage alone"),
+    "watch": ("cluster.cli.watch", "bring a run to its end, whatever is lost on the way"),
     "shards": ("cluster.cli.shards", "build, verify and describe data sets"),
     "cache": ("cluster.cli.cache", "list, verify and clean a node's cache"),
     "evaluate": ("cluster.cli.evaluate", "every objective's metrics of a checkpoint"),
+    "checkpoint": ("cluster.cli.checkpoint", "list, verify, remove and export checkpoints"),
     "goodput": ("cluster.cli.goodput", "what part of a run's time is in steps that are kept"),
-    "export": ("cluster.cli.export", "write a checkpoint for Hugging Face"),
     "doctor": ("cluster.cli.doctor", "check this machine, or a cluster's nodes, before a run"),
     "demo": ("cluster.cli.demo", "build, train and evaluate on easy-VQA"),
 }

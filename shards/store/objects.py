@@ -313,21 +313,38 @@ def list_tree(url: str, retry: Retry | None = None) -> list[Listed]:
         return []
 
 
-def file_size(url: str, retry: Retry | None = None) -> int:
-    """Bytes of an object; NotFoundError where it is absent."""
+def look_up(url: str, retry: Retry | None = None) -> Listed:
+    """Size and time of an object, by the store's clock; NotFoundError where it is absent."""
+    name = url.rpartition("/")[2]
     if path := local_path(url):
         try:
-            return path.stat().st_size
+            s = path.stat()
         except OSError:
             raise NotFoundError(f"{path} does not exist") from None
-    return retrying(url, "look up", lambda until: _size(url, until), retry)
+        return Listed(name, s.st_size, s.st_mtime)
+
+    def action(until: float) -> Listed:
+        info = _info(url, until)
+        when = info.get("LastModified")  # S3's; other stores have other names for it
+        return Listed(name, int(info["size"]), when.timestamp() if when else 0.0)
+
+    return retrying(url, "look up", action, retry)
+
+
+def file_size(url: str, retry: Retry | None = None) -> int:
+    """Bytes of an object; NotFoundError where it is absent."""
+    return look_up(url, retry).size
 
 
 def _size(url: str, until: float) -> int:
-    info = _call(url, until, "info")
+    return int(_info(url, until)["size"])
+
+
+def _info(url: str, until: float) -> dict[str, Any]:
+    info: dict[str, Any] = _call(url, until, "info")
     if info["type"] != "file":  # a prefix of other objects
         raise FileNotFoundError(url)
-    return int(info["size"])
+    return info
 
 
 def exists(url: str, retry: Retry | None = None) -> bool:
@@ -341,21 +358,32 @@ def exists(url: str, retry: Retry | None = None) -> bool:
 
 def list_names(url: str, retry: Retry | None = None) -> list[str]:
     """Names of the files directly in a folder or under a prefix, sorted; empty if there is none."""
+    return list_folder(url, retry)[0]
+
+
+def list_folder(url: str, retry: Retry | None = None) -> tuple[list[str], list[str]]:
+    """Names of the files directly in a folder or under a prefix, and of the folders, both sorted;
+    empty if there is none."""
     if path := local_path(url):
         if not path.is_dir():
-            return []
-        return sorted(p.name for p in path.iterdir() if p.is_file())
+            return [], []
+        entries = sorted(path.iterdir())
+        return [p.name for p in entries if p.is_file()], [p.name for p in entries if p.is_dir()]
     key = url.partition("://")[2].rstrip("/")
 
-    def action(until: float) -> list[str]:
+    def action(until: float) -> tuple[list[str], list[str]]:
         entries = _call(url, until, "ls", detail=True, refresh=True)
-        names = (str(e["name"]).rstrip("/") for e in entries if e["type"] == "file")
-        return sorted(n.rpartition("/")[2] for n in names if n != key)
+        names: dict[str, list[str]] = {"file": [], "directory": []}
+        for e in entries:
+            name = str(e["name"]).rstrip("/")
+            if name != key:
+                names[e["type"]].append(name.rpartition("/")[2])
+        return sorted(names["file"]), sorted(names["directory"])
 
     try:
         return retrying(url, "list", action, retry)
     except NotFoundError:
-        return []
+        return [], []
 
 
 def delete(url: str, retry: Retry | None = None) -> None:

@@ -18,6 +18,7 @@ _LINES = [
     *([name] for name in COMMANDS),
     *(["shards", name] for name in ("build", *_SHARDS)),
     *(["shards", "build", name] for name in SOURCES),
+    *(["checkpoint", name] for name in ("ls", "verify", "rm", "export")),
 ]
 
 
@@ -43,13 +44,17 @@ def test_the_list_of_commands_imports_nothing_heavy() -> None:
 
 
 def test_commands_on_data_do_without_torch(tmp_path: Path) -> None:
-    for command in ("shards", "cache"):
+    for command in ("shards", "cache", "checkpoint"):
         code = (
             "import sys\nfrom cluster.cli.main import main\n"
             f"main([{command!r}, *sys.argv[1:]])\n"
             "print(sorted({'torch', 'ray', 'transformers', 'tensorboard'} & set(sys.modules)))"
         )
-        given = ["info", str(tmp_path)] if command == "shards" else ["ls", "--cache", str(tmp_path)]
+        given = {
+            "shards": ["info", str(tmp_path)],
+            "cache": ["ls", "--cache", str(tmp_path)],
+            "checkpoint": ["ls", str(tmp_path)],
+        }[command]
         done = subprocess.run(
             [sys.executable, "-c", code, *given],
             env=subprocess_environment(),
@@ -78,8 +83,8 @@ def test_overrides_may_come_after_options() -> None:
     for line in (
         "train a.yaml --ray-address x --wrong",
         "train a.yaml --wrong -- b.c=1",
-        "export a --out b c",
-        "export a --out b -- c",
+        "checkpoint export a --out b c",
+        "checkpoint export a --out b -- c",
     ):
         with pytest.raises(SystemExit):
             parse(line.split())
@@ -92,7 +97,9 @@ def test_overrides_may_come_after_options() -> None:
         *("file:///", "file://host/x", "http://h/x", "memory://x"),
     ],
 )
-@pytest.mark.parametrize("command", ["shards build images --images x --sentences y", "export x"])
+@pytest.mark.parametrize(
+    "command", ["shards build images --images x --sentences y", "checkpoint export x"]
+)
 def test_an_output_that_is_no_place_is_refused(
     command: str, out: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,6 +132,7 @@ NUMBERS = [
     ("shards plan x", "--steps-ahead", ("1.5",)),
     ("shards plan x", "--cache-limit-gb", ("0", "1e300")),
     ("evaluate x --data y", "--batch", ("0", "1.5")),
+    ("checkpoint rm x", "--step", ("0.5", "-1")),
 ]
 
 
@@ -184,7 +192,9 @@ def test_a_source_without_a_name_is_refused(capsys: pytest.CaptureFixture[str]) 
         ("shards audit '~/p'", "run"),
         ("evaluate '~/p' --data x", "checkpoint"),
         ("evaluate x --data=~/p", "data"),
-        ("export x --out=~/p", "out"),
+        ("checkpoint export x --out=~/p", "out"),
+        *((f"checkpoint {command} '~/p'", "checkpoint") for command in ("verify", "rm")),
+        ("checkpoint ls '~/p'", "run"),
         ("train '~/p'", "config"),
     ],
 )
@@ -210,7 +220,9 @@ _WITH_PASSWORD = "s3://me:hunter2/x@bucket/x"
     "line",
     [
         *(["shards", c, "PLACE"] for c in ("info", "verify", "plan", "audit")),
-        ["export", "PLACE", "--out", "x"],
+        ["checkpoint", "export", "PLACE", "--out", "x"],
+        *(["checkpoint", c, "PLACE"] for c in ("ls", "verify")),
+        ["checkpoint", "rm", "PLACE", "--step", "1"],
         ["evaluate", "PLACE", "--data", "x"],
         ["shards", "build", "webdataset", "--tars", "PLACE/a.tar", "--out", "x"],
         ["shards", "build", "images", "--images", "a", "--sentences", "b", "--out", "PLACE"],
@@ -268,7 +280,7 @@ def test_an_endpoint_with_a_password_is_not_shown(
 
 def test_an_output_may_end_in_slashes() -> None:
     for out, place in (("a/b//", "a/b"), ("/a", "/a"), ("s3://b/", "s3://b"), (".", ".")):
-        assert parse(["export", "x", "--out", out]).out == place
+        assert parse(["checkpoint", "export", "x", "--out", out]).out == place
 
 
 def test_an_error_of_the_users_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

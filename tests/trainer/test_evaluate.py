@@ -56,7 +56,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(trained: Path) -> Path:
-    assert main(["export", str(trained / "run"), "--out", str(trained / "hf")]) == 0
+    assert main(["checkpoint", "export", str(trained / "run"), "--out", str(trained / "hf")]) == 0
     return trained / "hf"
 
 
@@ -232,7 +232,7 @@ import resource, signal, sys
 from cluster.cli.main import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
-sys.exit(main(["export", *sys.argv[1:]]))
+sys.exit(main(["checkpoint", "export", *sys.argv[1:]]))
 """
 
 
@@ -250,21 +250,21 @@ def test_an_export_that_cannot_be_written_is_one_error(
     assert f"error: cannot write {out}: " in done.stderr and "room" in done.stderr
     assert not out.exists()
     (tmp_path / "file").touch()
-    assert main(["export", run, "--out", str(tmp_path / "file")]) == 2
+    assert main(["checkpoint", "export", run, "--out", str(tmp_path / "file")]) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith(f"error: cannot write {tmp_path / 'file'}: File exists")
     export_huggingface(run, out)
     before = {p.name for p in out.iterdir()}
     (out / "vocab.txt").unlink()
     (out / "vocab.txt").mkdir()
-    assert main(["export", run, "--out", str(out)]) == 2
+    assert main(["checkpoint", "export", run, "--out", str(out)]) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith(f"error: {out / 'vocab.txt'} is a folder") and "remove it" in error
     assert {p.name for p in out.iterdir()} == before  # the earlier export is as it was
     (out / "vocab.txt").rmdir()
     (out / "config.json").unlink()
     (out / "config.json").mkdir()
-    assert main(["export", run, "--out", str(out)]) == 2
+    assert main(["checkpoint", "export", run, "--out", str(out)]) == 2
     assert f"error: {out / 'config.json'} is a folder" in capsys.readouterr().err
 
 
@@ -281,7 +281,7 @@ def test_an_export_replaces_nothing_but_an_export(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str
 ) -> None:
     (tmp_path / name).write_text(content)
-    assert main(["export", str(trained / "run"), "--out", str(tmp_path)]) == 2
+    assert main(["checkpoint", "export", str(trained / "run"), "--out", str(tmp_path)]) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert f"{tmp_path} has " in error and name in error and "name a new folder" in error
     assert [p.name for p in tmp_path.iterdir()] == [name]
@@ -295,7 +295,7 @@ def test_an_export_is_for_all_that_the_umask_allows(exported: Path, tmp_path: Pa
 
 
 def test_an_export_to_s3_has_the_same_bytes(exported: Path, trained: Path, s3: str) -> None:
-    assert main(["export", str(trained / "run"), "--out", f"{s3}/hf/"]) == 0
+    assert main(["checkpoint", "export", str(trained / "run"), "--out", f"{s3}/hf/"]) == 0
     assert objects.list_names(f"{s3}/hf") == sorted(p.name for p in exported.iterdir())
     for path in exported.iterdir():
         assert objects.read_bytes(f"{s3}/hf/{path.name}") == path.read_bytes()

@@ -7,14 +7,15 @@ from pathlib import Path
 
 from tests.ranks import config_tree
 from trainer.config import parse_config
-from trainer.progress import Progress, tensorboard_folder
+from trainer.curves import curves_url
+from trainer.progress import Progress
 
 
 def test_a_full_disk_ends_no_training(tmp_path: Path, said: list[logging.LogRecord]) -> None:
     config = parse_config(config_tree(tmp_path, tmp_path, "run"), "test")
-    folder = tensorboard_folder(config)
+    folder = Path(curves_url(config))
     folder.mkdir(parents=True)
-    (folder / "steps-a000001.jsonl").symlink_to("/dev/full")
+    (folder / "steps-a000001-000001.jsonl").symlink_to("/dev/full")
     progress = Progress(config, 1, 0, 3)
     for step in (1, 2, 3):
         progress.step(step, {"loss": 1.0, "lr": 0.1}, 4, 0.1, 0.0)

@@ -12,8 +12,10 @@ In the order data passes:
     chain.py        claims and generations, one after the other: who may commit next
     owner.py        claim a run, commit to it, prune it; or learn that another does
     generations.py  committed checkpoints: list, find, read
+    line.py         which of them lead to the newest, and which one a run goes on from
     evidence.py     whether a run without a generation ever had one
     restore.py      the newest whole generation back into an engine
+    inspect.py      for people: list, verify and remove generations
     errors.py       what may be wrong with all of this
 
 A generation exists when its manifest does and the manifest's own hash is right. All else that is

@@ -11,7 +11,11 @@ commit is a claim, as nobody else commits for that attempt. So an owner that sle
 cannot commit. Where it cannot know its last commit, as an answer was lost, it or a claimant that
 slept may find a name free again that retention had freed. Both look once more after they wrote: a
 claim counts only as the last link of all, a commit only without a claim after it. What was written
-so is an old generation, which nothing goes back to and the next owner removes.
+so is an old generation, which nothing goes back to and later owners remove.
+
+That it is old rests on one thing: only generations are removed that are older than one that stays.
+`lxscale checkpoint rm` of the newest holds to it, too: it claims the run, and commits the one that
+stays anew before anything else goes (inspect.py).
 
 Runs of lxscale 0.1.0 have manifests named `step-00001000-a000002.json` instead, which still count,
 after the links of higher attempts.

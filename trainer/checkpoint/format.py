@@ -18,6 +18,7 @@ import json
 import re
 import secrets
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -109,6 +110,11 @@ def segment_name(first: int, last: int, attempt: int) -> str:
     return f"step-{first:08d}-{last:08d}-a{attempt:06d}-{secrets.token_hex(4)}.jsonl"
 
 
+def now_utc() -> str:
+    """For people to read; nothing is decided by it."""
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
 def sha256_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
@@ -156,6 +162,8 @@ class CheckpointManifest(RunDescription):
     skipped_updates: int = 0
     """Of the steps, those whose loss or gradients were not finite: Adam does not count them. Not
     written when there are none."""
+    saved_at: str = ""
+    """When it was written, in UTC; for people only. Not written where it is not known."""
 
 
 _MANIFEST: TypeAdapter[CheckpointManifest] = TypeAdapter(CheckpointManifest)
@@ -164,8 +172,9 @@ _MANIFEST: TypeAdapter[CheckpointManifest] = TypeAdapter(CheckpointManifest)
 def manifest_bytes(manifest: CheckpointManifest) -> bytes:
     """The manifest as it is stored, with its format and its own hash."""
     document = _MANIFEST.dump_python(manifest, by_alias=True)
-    if not manifest.skipped_updates:
-        del document["skipped_updates"]
+    for key in ("skipped_updates", "saved_at"):
+        if not document[key]:
+            del document[key]
     return document_bytes(FORMAT, document)
 
 

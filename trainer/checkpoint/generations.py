@@ -98,18 +98,27 @@ def named_generations(run_url: str) -> Iterator[tuple[str, Generation | str]]:
             yield link.name, found
 
 
+def run_and_manifest(path: str) -> tuple[str, str | None]:
+    """A run's folder or URL, and the manifest's name if `path` is one of its. CheckpointError where
+    it is a manifest of no run."""
+    if not path.endswith(".json"):
+        return path, None
+    # A relative path may begin below the run's folder.
+    local = objects.local_path(path)
+    folder, _, name = (os.path.abspath(local) if local else path).rpartition("/")
+    run_url = folder.removesuffix("/checkpoints")
+    if run_url == folder:
+        raise CheckpointError(f"{path} is not in a run's folder")
+    return run_url, name
+
+
 def find_generation(path: str) -> Generation:
     """The generation named by a run's folder or URL (its newest) or by a manifest's.
 
     Raises CheckpointError when there is none, or the one that is named is damaged.
     """
-    if path.endswith(".json"):
-        # A relative path may begin below the run's folder.
-        local = objects.local_path(path)
-        folder, _, name = (os.path.abspath(local) if local else path).rpartition("/")
-        run_url = folder.removesuffix("/checkpoints")
-        if run_url == folder:
-            raise CheckpointError(f"{path} is not in a run's folder")
+    run_url, name = run_and_manifest(path)
+    if name:
         try:
             named = _read_generation(run_url, name)
         except NotFoundError as error:
@@ -122,9 +131,11 @@ def find_generation(path: str) -> Generation:
         if isinstance(candidate, Generation):
             return candidate
         problems.append(candidate)
-    raise CheckpointError(
-        "; ".join(problems) or f"no checkpoint under {path}: name a run's folder or a manifest"
-    )
+    raise CheckpointError("; ".join(problems) or no_checkpoint(path))
+
+
+def no_checkpoint(path: str) -> str:
+    return f"no checkpoint under {path}: name a run's folder or a manifest"
 
 
 def _read_generation(run_url: str, name: str) -> Generation | None:

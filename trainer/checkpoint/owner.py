@@ -14,9 +14,8 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 
 from shards.errors import DataError, NotFoundError
 from shards.store import create, objects
@@ -41,6 +40,7 @@ from trainer.checkpoint.format import (
     job_lease_url,
     lease_url,
     manifest_bytes,
+    now_utc,
 )
 from trainer.checkpoint.generations import Generation, named_generations
 from trainer.checkpoint.lease import (
@@ -55,6 +55,7 @@ from trainer.checkpoint.lease import (
     read_lease,
     watch,
 )
+from trainer.checkpoint.line import Named, line_first
 from trainer.checkpoint.process import Process, has_ended, this_process
 
 log = logging.getLogger("lxscale")
@@ -73,6 +74,10 @@ class Claimant:
     workers be lost at the moment."""
     over: int = 0
     """The owners of attempts up to this one were found dead, or are to be taken over."""
+    remedy: str = (
+        "wait for its end, give this one another run.name, or take the run from it with --take-over"
+    )
+    """What to do where a live owner has it."""
 
 
 # --- claiming -----------------------------------------------------------------------------------
@@ -86,19 +91,28 @@ def check_free(run_url: str, claimant: Claimant) -> Claimant:
     return _check_free(read_traces(run_url), claimant)
 
 
+def is_owned(traces: Traces) -> bool:
+    """Whether the owner of the newest attempt lives, which takes some seconds to see where it does
+    not say so itself."""
+    try:
+        _check_free(traces, Claimant())
+    except OwnedError:
+        return True
+    return False
+
+
 def claim(run_url: str, claimant: Claimant) -> Owner:
     """Own the run from now on. Raises OwnedError when a live owner has it, or has just taken it."""
     while True:
         traces = read_traces(run_url)
         _check_free(traces, claimant)
         link = traces.next
-        now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         mine = Claim(
             link.attempt + 1,
             claimant.job,
             secrets.token_hex(8),
             this_process(),
-            now,
+            now_utc(),
             claimant.driver,
         )
         url = checkpoint_url(run_url, link.name)
@@ -132,8 +146,7 @@ def _check_free(traces: Traces, claimant: Claimant) -> Claimant:
     said = mark or _said(now[0], url)
     raise OwnedError(
         f"the run {traces.run_url} is owned by a live job ({said.who if said else url}; attempt "
-        f"{attempt}): wait for its end, give this one another run.name, or take the run from it "
-        "with --take-over"
+        f"{attempt}): {claimant.remedy}"
     )
 
 
@@ -190,6 +203,11 @@ class Owner:
             raise
 
     @property
+    def known(self) -> list[Named]:
+        """The run's generations, newest first, each with its manifest's name."""
+        return list(self._known)
+
+    @property
     def found(self) -> list[Generation | str]:
         """The run's generations, newest first, as `generations` gives them."""
         return [found for _, found in self._known]
@@ -228,12 +246,21 @@ class Owner:
             if _read_claim(self.run_url, self._next):
                 self._lost = self._who()
                 raise StaleAttemptError(self._lost)
-            self._prune(keep, manifest.step, swept)
+            # What the run has left to go on from an earlier one goes before what that came from.
+            self._known = line_first(self._known)
+            self._drop(self._known[keep:], manifest.step, swept)
         except DataError as error:
             log.warning(
                 "%s is committed; what it makes superfluous stays: %s", generation.url, error
             )
         return generation
+
+    def remove(self, names: Collection[str]) -> None:
+        """Remove generations by their manifests' names, and what none of the others names. One that
+        is whole and newer than all of them must stay: else their names, which are free then, might
+        be those of the run's newest generation (chain.py). A kill in between leaves the others
+        whole, and objects that the next owner removes. Raises DataError where the store is away."""
+        self._drop([known for known in self._known if known[0] in names], step=-1, swept=False)
 
     def _url(self) -> str:
         return checkpoint_url(self.run_url, self._next.name)
@@ -249,13 +276,14 @@ class Owner:
             self._heart.soon()
         return generation
 
-    def _prune(self, keep: int, step: int, swept: bool) -> None:
-        """Keep the newest generations; remove older ones and what dead attempts left uncommitted.
+    def _drop(self, dropped: list[Named], step: int, swept: bool) -> None:
+        """Remove generations, and what dead attempts left uncommitted.
 
-        step: of the commit. swept: the commit before did all of this, so of segments, whose names
-        grow more as the run goes on, only those can be superfluous that `dropped` names.
+        step: of the newest commit. swept: the commit before did all of this, so of segments, whose
+        names grow more as the run goes on, only those can be superfluous that `dropped` names.
         """
-        kept, dropped = self._known[:keep], self._known[keep:]
+        gone = {name for name, _ in dropped}
+        kept = [(name, found) for name, found in self._known if name not in gone]
         for name, found in dropped:
             # What is damaged may be a claim: its name must stay taken.
             if isinstance(found, Generation) or not LINK_PATTERN.fullmatch(name):
@@ -321,7 +349,7 @@ def lease_name(mark: Claim) -> str:
     return f"{mark.attempt:06d}-{mark.token}.json"
 
 
-def _entries(known: list[tuple[str, Generation | str]]) -> Iterator[Entry]:
+def _entries(known: list[Named]) -> Iterator[Entry]:
     """What generations name; each segment is named by many."""
     for _, found in known:
         if isinstance(found, Generation):

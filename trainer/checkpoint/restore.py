@@ -38,14 +38,14 @@ _BEFORE = {"data.text": "all", "sampler.lanes": 1}
 def restore(
     engine: Any, found: Sequence[Generation | str], run_url: str, shapes: dict[str, list[int]]
 ) -> Generation | None:
-    """Load the newest whole generation into the engine; None when the run has none yet.
+    """Load the first whole generation into the engine; None when the run has none yet.
 
-    found: the run's generations, newest first, the same on every rank. A damaged one is passed over
-    with a warning. Raises CheckpointError when there are some but none is whole, or when they
+    found: as `going_on_from` (line.py) orders them, the same on every rank. A damaged one is passed
+    over with a warning. Raises CheckpointError when there are some but none is whole, or when they
     belong to another model.
     """
     problems = []
-    for candidate in found:
+    for left, candidate in zip(range(len(found) - 1, -1, -1), found, strict=True):
         if isinstance(candidate, Generation):
             problem = _load(engine, candidate, shapes)
             if not problem:
@@ -54,7 +54,7 @@ def restore(
         else:
             problem = candidate
         problems.append(problem)
-        if dist.get_rank() == 0:
+        if left and dist.get_rank() == 0:
             log.warning("%s; falling back to the generation before", problem)
     if problems:
         raise _none_is_whole(run_url, problems[0])
@@ -81,8 +81,9 @@ def check_goes_on(
 
 def _none_is_whole(run_url: str, problem: str) -> CheckpointError:
     return CheckpointError(
-        f"no generation of {run_url} is whole ({problem}): restore the objects, or give "
-        "the run another run.name to start from scratch"
+        f"no generation of {run_url} to go on from is whole ({problem}): restore the objects, "
+        "name another step in checkpoint.resume_from, or give the run another run.name to start "
+        "from scratch"
     )
 
 

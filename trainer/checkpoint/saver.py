@@ -12,6 +12,7 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -32,6 +33,7 @@ from trainer.checkpoint.format import (
     ObjectEntry,
     RunDescription,
     Span,
+    now_utc,
     object_name,
     sha256_of,
 )
@@ -158,6 +160,8 @@ class Saver:
         self._final: Exception | None = None
         self._newest = newest.url if newest else None
         self._schedule = Schedule(settings, self._newest) if self._rank == 0 else None
+        self.before_commit: Callable[[], None] = lambda: None
+        """Called in the thread, on rank 0, before it writes a manifest."""
         # What the thread shares, under the condition.
         self._changed = threading.Condition()
         self._spool: deque[_Save] = deque()
@@ -322,6 +326,7 @@ class Saver:
         entries = tuple(p for p in parts if isinstance(p, ObjectEntry))
         try:
             assert self._owner and self._journal
+            self.before_commit()
             segments = self._journal.write(self._run_url, self._attempt, save.step)
             manifest = CheckpointManifest(
                 **vars(self._description),
@@ -331,6 +336,7 @@ class Saver:
                 objects=entries,
                 journal=segments,
                 skipped_updates=save.skipped_updates,
+                saved_at=now_utc(),
             )
             generation = self._owner.commit(manifest, self._settings.keep)
             self._journal.committed(segments)

@@ -8,6 +8,7 @@ the schedules: enumerated for two, drawn from a seed for three.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import random
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import pytest
 from shards.errors import DataError
 from shards.order.sampler import SamplerState
 from tests.simulated_store import RUN, Crash, Events, Scheduler, Store, Wrong, simulated
+from trainer.checkpoint import inspect
 from trainer.checkpoint.errors import CheckpointError, OwnedError, StaleAttemptError
 from trainer.checkpoint.evidence import check_never_committed
 from trainer.checkpoint.format import (
@@ -37,6 +39,7 @@ from trainer.checkpoint.saver import Snapshot, write_object
 SHAPES = {"a": [2], "b": [1]}
 PARTS = ((Span("a", 0, 1),), (Span("a", 1, 1), Span("b", 0, 1)))
 """Of two ranks."""
+KINDS_OF_FAULT = ("crash-before", "crash-after", "lost", "unknown", "away", "409")
 RUN_DESCRIPTION = RunDescription(2, 1, SHAPES, {}, {}, {}, "", "")
 START = SamplerState(0, (0,), (0,), (0,))
 
@@ -132,6 +135,18 @@ class World:
         assert generation in self.store.committed, "a stale owner's commit is taken for one"
         assert self.superseded(owner) or generation.name == self.store.committed[-1].name
 
+    def remove(self, name: str, of: slice) -> None:
+        """`lxscale checkpoint rm --force` of some of the generations, which are newest first."""
+        try:
+            found = [g for g in generations(RUN) if isinstance(g, Generation)]
+            inspect.remove(RUN, [g.step for g in found[of]], force=True)
+        except (OwnedError, CheckpointError, DataError):
+            return  # it may be about all there is, the newest may be damaged
+        self.removals += 1
+
+    removals = 0
+    """That were carried out."""
+
     def superseded(self, owner: Owner) -> bool:
         return self.store.attempt > owner.attempt
 
@@ -196,6 +211,39 @@ class World:
         assert [line.step for line in lines] == list(range(1, step + 1)), "steps lost or repeated"
         owner.close()
 
+    def check_end_of_removals(self) -> None:
+        """The run goes on from its newest generation, and what is left over has gone then."""
+        self.store.dead.clear()
+        self.store.live.clear()
+        owner = claim(RUN, Claimant("heir", take_over=True))
+        generation = self.restored(owner)
+        step = (generation.step if generation else 0) + 1
+        journal = Journal((), {}, generation.manifest.journal if generation else (), START)
+        journal.add(StepLine(step, 1, 2, 0), START)
+        self.commit(owner, journal, step, self.upload(owner, step))
+        kept = [g for g in owner.found if isinstance(g, Generation)]
+        assert kept[0] == self.store.committed[-1] and next(generations(RUN)) == kept[0]
+        for generation in kept:
+            # What a stale owner has written late is old, and nothing goes back to it.
+            if generation.name not in self.store.late:
+                self.check_whole(generation)
+        for kind, used in (
+            (ObjectEntry, {o.name for g in kept for o in g.manifest.objects}),
+            (SegmentEntry, {s.name for g in kept for s in g.manifest.journal}),
+        ):
+            assert set(self.store.list_names(f"{RUN}/checkpoints/{kind.folder}")) <= used
+        lines = [line for _, ls in read_segments(RUN, kept[0].manifest.journal) for line in ls]
+        assert [line.step for line in lines] == list(range(1, step + 1)), "steps lost or repeated"
+        owner.close()
+
+    def run_beside_removal(self, jobs: dict[str, tuple[int, bool]], of: slice) -> None:
+        """As `run`, with one more program, R, that removes generations."""
+        programs: dict[str, Callable[[], None]] = {
+            n: functools.partial(self.job, n, *j) for n, j in jobs.items()
+        }
+        self.scheduler.run(programs | {"R": lambda: self.remove("R", of)})
+        self.check_end_of_removals()
+
     def run(self, jobs: dict[str, tuple[int, bool]]) -> None:
         """jobs: name -> (saves, take over)."""
 
@@ -215,15 +263,18 @@ def simulation() -> Iterator[None]:
     level = log.level
     log.setLevel(logging.CRITICAL)
     with pytest.MonkeyPatch.context() as patch, simulated(patch, lambda: _world[-1].store):
+        patch.setattr(inspect, "check_create_only", lambda url: None)
         yield
     log.setLevel(level)
 
 
-def check(world: World, jobs: dict[str, tuple[int, bool]], schedule: str) -> int:
+def check(
+    world: World, jobs: dict[str, tuple[int, bool]], schedule: str, removal: slice | None = None
+) -> int:
     """Run one schedule; the operations that it took."""
     _world[:] = [world]
     try:
-        world.run(jobs)
+        world.run_beside_removal(jobs, removal) if removal else world.run(jobs)
     except (Exception, Crash, Wrong) as error:
         shown = "\n".join(world.store.log)
         pytest.fail(f"{schedule}: {type(error).__name__}: {error}\n{shown}")
@@ -263,7 +314,7 @@ def operations(saves: int, keep: int) -> int:
 @pytest.mark.parametrize("keep", [1, 2])
 def test_a_job_that_dies_at_any_operation_is_gone_on_with(keep: int) -> None:
     for at in range(operations(3, keep)):
-        for event in ("crash-before", "crash-after", "lost", "unknown", "away", "409"):
+        for event in KINDS_OF_FAULT:
 
             def events(name: str, number: int, at: int = at, event: str = event) -> str:
                 return event if (name, number) == ("A", at) else ""
@@ -344,6 +395,60 @@ def test_a_late_claim_between_a_listing_and_a_read() -> None:
                 check(world, jobs, f"{turns}")
 
 
+# --- removals -------------------------------------------------------------------------------------
+
+NEWEST, OLDER, ALL_BUT_ONE = slice(0, 1), slice(1, None), slice(0, -1)
+
+
+def removing(of: slice, a: int, b: int, events: Events, keep: int = 3) -> World:
+    """A makes `a` of its operations, R then `b`; A goes on to its end, R after it."""
+    world = World(in_turns([("A", a), ("R", b)], "A"), events, keep)
+    world.unwell = True
+    check(world, {"A": (3, False)}, f"remove {of}: A {a}, R {b}", of)
+    return world
+
+
+@pytest.mark.parametrize(
+    "of, kinds",
+    [
+        (ALL_BUT_ONE, ("crash-before", "unknown")),
+        *(
+            pytest.param(of, KINDS_OF_FAULT, marks=pytest.mark.faults)
+            for of in (NEWEST, OLDER, ALL_BUT_ONE)
+        ),
+    ],
+)
+def test_a_removal_that_dies_at_any_operation(of: slice, kinds: tuple[str, ...]) -> None:
+    """All generations that there are stay whole, and the run goes on."""
+    total = removing(of, 999, 999, nothing).store.counts["R"] + 1
+    assert _world[-1].removals
+    for at in range(total):
+        for event in kinds:
+
+            def events(name: str, number: int, at: int = at, event: str = event) -> str:
+                return event if (name, number) == ("R", at) else ""
+
+            removing(of, 999, 999, events)
+
+
+@pytest.mark.parametrize("part", [19, pytest.param(3, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("of", [NEWEST, ALL_BUT_ONE], ids=["newest", "all but one"])
+def test_a_removal_beside_an_owner_that_sleeps(of: slice, part: int) -> None:
+    """A is taken for dead before any of its operations, with an answer lost before that or not; it
+    goes on while R is at any of its own. It commits nothing that anybody goes on from."""
+    removals = 0
+    total = operations(3, 3)
+    for a in range(part, total + 1, part):
+        for b in (*range(1 + a % part, 60, part), 999):
+            for lost in range(max(a - 6, 0), a):
+
+                def events(name: str, number: int, lost: int = lost) -> str:
+                    return "unknown" if (name, number) == ("A", lost) else ""
+
+                removals += removing(of, a, b, events).removals
+    assert removals
+
+
 # --- drawn ----------------------------------------------------------------------------------------
 
 
@@ -352,7 +457,6 @@ def draw(seed: int) -> int:
     rng = random.Random(seed)
     haste = rng.choice((0.01, 0.03, 0.1, 0.4))
     faults = rng.choice((0.0, 0.0, 0.01, 0.05))
-    kinds = ("crash-before", "crash-after", "lost", "unknown", "away", "409")
     last = ""
 
     def choose(names: list[str]) -> str:
@@ -362,7 +466,7 @@ def draw(seed: int) -> int:
         return last
 
     def events(_name: str, _number: int) -> str:
-        return rng.choice(kinds) if rng.random() < faults else ""
+        return rng.choice(KINDS_OF_FAULT) if rng.random() < faults else ""
 
     jobs = {
         name: (rng.choice((1, 1, 2, 3)), rng.random() < 0.7)
