@@ -43,9 +43,9 @@ class Internal:
         return self.name.partition(".")[0].partition(":")[0]
 
 
+SERVER = "cluster/job_server.py"
 SESSION, LOCAL, HEAD = "cluster/ray_session.py", "cluster/local_ray.py", "cluster/head.py"
 _TOKENS = "ray._private.authentication.authentication_token_setup"
-SERVER = "cluster/job_server.py"
 S3, OBJECTS, RETRY = "shards/store/s3.py", "shards/store/objects.py", "shards/store/retry.py"
 ZERO, ENGINE = "trainer/checkpoint/zero_state.py", "trainer/step/engine.py"
 
