@@ -68,7 +68,7 @@ def host_and_port(address: str) -> tuple[str, int]:
         raise _cannot(address, f"Ray Client does not do here; on a node of the cluster, {remedy}")
     if address.startswith(("http://", "https://")):
         raise _cannot(
-            address, f"that is a dashboard's, where jobs are submitted to; to join, {remedy}"
+            address, f"that is a dashboard's, where `lxscale submit` goes to; to join, {remedy}"
         )
     host, _, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
