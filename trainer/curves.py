@@ -29,7 +29,6 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from shards.errors import DataError
 from shards.store import objects
 from shards.store.folders import owned_folder
 from shards.store.retry import Retry
@@ -154,7 +153,7 @@ class _Uploads:
                         self._there[path.name] = size
                     if closed:
                         path.unlink()
-            except (DataError, OSError) as error:
+            except Exception as error:  # a save, which waits for this, must not fail of it
                 if not self._complained:
                     self._complained = True
                     log.warning("curves are not in %s now, tried again later: %s", self._url, error)
