@@ -56,13 +56,20 @@ class RunConfig(Section):
         if not self.world_sizes:
             raise ValueError(
                 f"train.strict={self.train.strict} is divided by none of "
-                f"cluster.workers={self.cluster.workers}: give a number that is"
+                f"cluster.workers={self.cluster.workers}: give one of "
+                f"{divisors(self.train.strict)} workers"
             )
         return self
 
     def given(self) -> dict[str, Any]:
         """What was set, as plain data: parse_config gives an equal tree that still knows it."""
         return self.model_dump(mode="json", exclude_unset=True)
+
+
+def divisors(of: int) -> str:
+    """The numbers of workers that train.strict may have, in words; the smallest of many."""
+    found = [n for n in range(1, min(of, 1000) + 1) if of % n == 0]
+    return ", ".join(map(str, found[:12])) + (", …" if len(found) > 12 or of > 1000 else "")
 
 
 def parse_config(tree: dict[str, Any], origin: str) -> RunConfig:

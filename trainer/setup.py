@@ -19,7 +19,7 @@ from shards.store import create, objects
 from shards.store.retry import Retry
 from trainer.checkpoint.format import RunDescription
 from trainer.checkpoint.generations import Generation
-from trainer.config import RunConfig
+from trainer.config import RunConfig, divisors
 from trainer.data.batch import BatchSettings, settings_of
 from trainer.errors import ConfigError
 
@@ -46,9 +46,15 @@ def check_timeouts(config: RunConfig) -> None:
 
 def micro_batches(config: RunConfig, world: int) -> int:
     """Of a step, for each worker. With fewer workers than there may be each has more, so that none
-    is larger than with all of them: memory that suffices for them suffices for fewer."""
-    if config.train.strict:
-        return config.train.strict // world
+    is larger than with all of them: memory that suffices for them suffices for fewer. ConfigError
+    where train.strict is no multiple of the workers."""
+    if parts := config.train.strict:
+        if parts % world:
+            raise ConfigError(
+                f"train.strict={parts} micro-batches are no whole number for each of {world} "
+                f"workers: give cluster.workers one of {divisors(parts)}"
+            )
+        return parts // world
     return -(-config.train.accumulation * config.cluster.most // world)
 
 

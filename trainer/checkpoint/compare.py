@@ -24,7 +24,6 @@ log = logging.getLogger("lxscale")
 _OF_A_STEP = {
     "model": ("num_heads", "dropout", "attention_dropout"),
     "objectives": ("label_scope", "feature_loss", "qa_from_epoch"),
-    "train": ("strict",),
 }
 
 # What a data state of an earlier version says by not saying it.
@@ -123,6 +122,7 @@ def step_settings(config: dict[str, Any], objectives: dict[str, float]) -> dict[
     out = {f"optimizer.{key}": value for key, value in config["optimizer"].items()}
     for section, keys in _OF_A_STEP.items():
         out |= {f"{section}.{key}": config[section][key] for key in keys if key in config[section]}
+    out["train.strict"] = config["train"].get("strict", 0)  # before it was a key, no run was
     return out | {f"objectives.{name}": objectives.get(name, 0.0) for name in OBJECTIVES}
 
 

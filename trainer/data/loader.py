@@ -45,8 +45,42 @@ class RankSlice:
     local: int | None = None
     """Ranks on this rank's node; None: all."""
     strict: bool = False
-    """Micro-batches are what each of world * accumulation ranks would train on, the same at every
-    world size."""
+    """Micro-batches are the slices that as many ranks as there are of them in the step would take:
+    the same at every number of ranks that divides it."""
+
+    def micro_batches(self, sampler: Sampler, step: Step) -> Iterator[Plan]:
+        """The pairs of each of this rank's micro-batches of a step."""
+        if self.strict:
+            for i in range(self.accumulation):
+                yield sampler.slice(step, self.rank * self.accumulation + i, self._parts)
+            return
+        own = sampler.slice(step, self.rank, self.world)
+        for i in range(self.accumulation):
+            yield own.take(slice(*bounds(len(own), i, self.accumulation)))
+
+    def lanes(self, sampler: Sampler) -> tuple[int, int]:
+        """The lanes that they are of: [first, last)."""
+        if not self.strict:
+            return sampler.lanes_of(self.rank, self.world)
+        first = self.rank * self.accumulation
+        last = first + self.accumulation - 1
+        return sampler.lanes_of(first, self._parts)[0], sampler.lanes_of(last, self._parts)[1]
+
+    def on_node(self) -> tuple[int, int]:
+        """How many slices of a step are made on the node, and of how many."""
+        local = self.world if self.local is None else self.local
+        return (local * self.accumulation, self._parts) if self.strict else (local, self.world)
+
+    def largest(self, sampler: Sampler, count: int) -> int:
+        """Pairs of a micro-batch of a step of `count`, hardly ever more."""
+        if self.strict:
+            return largest_slice(sampler, count, self._parts)
+        return -(-largest_slice(sampler, count, self.world) // self.accumulation)
+
+    @property
+    def _parts(self) -> int:
+        """Micro-batches of a step."""
+        return self.world * self.accumulation
 
 
 @dataclass(frozen=True)
@@ -106,7 +140,7 @@ class _StepBatches(TorchDataset[_Made]):
         made: list[Packed | Batch] = []
         try:
             self._look_ahead(step.before)
-            for micro in self._micro_batches(step):
+            for micro in self.part.micro_batches(self.sampler, step):
                 make = partial(
                     make_batch,
                     self.data,
@@ -126,20 +160,10 @@ class _StepBatches(TorchDataset[_Made]):
             return _Made(step, [], fault=(kind, str(error)))
         return _Made(step, made)
 
-    def _micro_batches(self, step: Step) -> Iterator[Plan]:
-        rank, world, parts = self.part.rank, self.part.world, self.part.accumulation
-        if self.part.strict:
-            for number in range(rank * parts, (rank + 1) * parts):
-                yield self.sampler.slice(step, number, world * parts)
-            return
-        own = self.sampler.slice(step, rank, world)
-        for i in range(parts):
-            yield own.take(slice(*bounds(len(own), i, parts)))
-
     def _look_ahead(self, state: SamplerState) -> None:
         """Tell the shards what comes, whenever a stream enters another window."""
         if self._future is None:
-            lanes = self.sampler.lanes_of(self.part.rank, self.part.world)
+            lanes = self.part.lanes(self.sampler)
             self._future = Future(self.sampler, lanes, self.in_flight, self.total)
         if self._future.at(state):
             worker = get_worker_info()
@@ -172,21 +196,16 @@ def load_steps(
     # The main processes are within a step of each other. Ahead of them are the steps that workers
     # keep ready; behind them each worker may still hold what its last step used.
     in_flight = global_batch * (1 + workers * (prefetch + 1))
-    local = part.world if part.local is None else part.local
     sizes = data.shards.remote_sizes
-    need = working_set(sampler, sizes, in_flight + global_batch, local, part.world)
+    need = working_set(sampler, sizes, in_flight + global_batch, *part.on_node())
     check_limit(data.shards, need + beside)
 
     # Ready, being made, and in the reader's hands: of each worker, for each micro-batch.
     ready = (prefetch if workers else 0) + 2
-    if part.strict:
-        largest = largest_slice(sampler, global_batch, part.world * part.accumulation)
-    else:
-        largest = -(-largest_slice(sampler, global_batch, part.world) // part.accumulation)
     shared = SharedBatches(
         max(workers, 1),
         ready * part.accumulation,
-        _slot_size(data, batch, largest),
+        _slot_size(data, batch, part.largest(sampler, global_batch)),
         shared=workers > 0,
     )
     maker = _StepBatches(

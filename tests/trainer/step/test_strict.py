@@ -3,6 +3,7 @@ is without."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,16 @@ import numpy as np
 import pytest
 import torch
 
+from shards.dataset import open_dataset
 from shards.format.build import BuildSettings, build
+from shards.order.settings import SamplerSettings
 from tests.conftest import small_records
-from tests.ranks import config_tree, run_ranks
+from tests.ranks import config_tree, run_ranks, step_record
+from tests.trainer.test_guard import BAD, spoil
 from tests.trainer.test_resume import assert_bitwise, losses, state_of
+from trainer.checkpoint.restore import step_settings
 from trainer.config import parse_config
+from trainer.data.loader import RankSlice
 from trainer.errors import ConfigError
 from trainer.step.optimizer import AdamW, BertAdam
 from trainer.step.strict import _UNIT, _add, _move
@@ -125,6 +131,41 @@ def test_a_step_that_is_not_finite_is_skipped_by_all(data: Path, tmp_path: Path)
     assert "DivergedError" in said[0] and said[0] == said[1]
 
 
+@pytest.mark.faults
+def test_a_bad_step_of_one_rank_is_left_out_by_all(data: Path, tmp_path: Path) -> None:
+    """A loss, a gradient, or one beyond fixed point, of the step's first micro-batch: `spoil` sees
+    to it that no weight, moment or count changes."""
+    for world in (1, 2, 3):
+        run = tree(data, tmp_path, f"bad-{world}")
+        assert not run_ranks(world, [(run, None, False)], prepare=partial(spoil, BAD, only=0))
+        assert state_of(tmp_path / f"bad-{world}")[0].manifest.skipped_updates == len(BAD)
+        counts = [e["skipped_updates"] for _, e in sorted(step_record(run).items())]
+        assert counts == [1, 1, 2, 3, 3, 4, 4, 4]
+        assert_bitwise(tmp_path / "bad-1", tmp_path / f"bad-{world}")
+
+
+@pytest.mark.parametrize("lanes", [1, 4, 5])
+def test_a_rank_looks_ahead_in_the_lanes_of_its_micro_batches(
+    data: Path, tmp_path: Path, lanes: int
+) -> None:
+    """Micro-batches are those of as many ranks. With fewer lanes than micro-batches, a rank's may
+    be of other lanes than those of a rank that takes its part of a step in one."""
+    opened = open_dataset(str(data), str(tmp_path))
+    sampler = opened.sampler(SamplerSettings(lanes=lanes, window=2), 5)
+    for step in sampler.steps_ahead(sampler.start(), 13, 100):
+        expected = [sampler.slice(step, v, 12).offset.tolist() for v in range(12)]
+        assert sorted(at for part in expected for at in part) == list(range(step.count))
+        for world in (1, 2, 3, 4, 6, 12):
+            made = []
+            for rank in range(world):
+                part = RankSlice(rank, world, 12 // world, strict=True)
+                first, last = part.lanes(sampler)
+                for plan in part.micro_batches(sampler, step):
+                    made.append(plan.offset.tolist())
+                    assert ((plan.lane >= first) & (plan.lane < last)).all(), (world, rank)
+            assert made == expected
+
+
 def test_gradients_are_whole_numbers_or_known_not_to_be() -> None:
     total = torch.zeros(3, dtype=torch.int64)
     parameters = [torch.zeros(2), torch.zeros(1)]
@@ -176,3 +217,13 @@ def test_a_strict_run_does_not_go_on_otherwise(data: Path, tmp_path: Path) -> No
     assert not run_ranks(1, [(first, 3, False)])
     (error,) = run_ranks(1, [(tree(data, tmp_path, "run", train={"strict": 4}), None, False)])
     assert "train.strict: checkpoint 6, now 4" in error
+    # A number of ranks that the configuration does not know of.
+    errors = run_ranks(4, [(first, None, False)])
+    assert len(errors) == 4 and all("give cluster.workers one of 1, 2, 3, 6" in e for e in errors)
+
+
+def test_a_run_of_a_version_without_strict_was_not_strict() -> None:
+    tree: dict[str, Any] = {"data": {"train": "x"}, "train": {"steps": 1}}
+    config = parse_config(tree, "test").model_dump(mode="json")
+    del config["train"]["strict"]
+    assert step_settings(config, {})["train.strict"] == 0
