@@ -18,7 +18,7 @@ from tests.conftest import small_records
 from tests.ranks import config_tree, run_ranks, step_record
 from tests.trainer.test_guard import BAD, spoil
 from tests.trainer.test_resume import assert_bitwise, losses, state_of
-from trainer.checkpoint.restore import step_settings
+from trainer.checkpoint.compare import step_settings
 from trainer.config import parse_config
 from trainer.data.loader import RankSlice
 from trainer.errors import ConfigError
