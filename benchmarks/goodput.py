@@ -86,9 +86,7 @@ def run(
         nodes.close()
 
 
-def _go_through(
-    arm: Arm, scenario: Scenario, log: Path, began: float, notice: float
-) -> None:
+def _go_through(arm: Arm, scenario: Scenario, log: Path, began: float, notice: float) -> None:
     """Until the run's end, or the scenario's."""
     events, last = deque(scenario.events), 0.0
 
@@ -225,7 +223,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write the report there, too")
     given = parser.parse_args()
     if given.quick:
-        given.scenario, given.notices, given.steps, given.step_seconds = ["drains"], ["with"], 80, 0.1
+        given.scenario, given.notices, given.notice = ["drains"], ["with"], 2.0
+        given.steps, given.step_seconds = 400, 0.1
     return given
 
 

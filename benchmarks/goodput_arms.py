@@ -3,8 +3,8 @@
     lxscale       `lxscale train` with cluster.workers 1..4
     Ray Train     the plain loop under Ray Train v2, elastic (goodput_ray.py)
     restart all   the plain loop, a process for each node, under a supervisor as people write it:
-                  when a process ends, all are killed and started again from the last checkpoint, one
-                  on each node that is there; notices and new nodes change nothing for it
+                  when a process ends, all are killed and started again from the last checkpoint,
+                  one on each node that is there; it heeds neither notices nor new nodes
 
 The first two have real Ray nodes of one machine, each with room for one worker. A node goes as by
 a power cut. For the third a node is a name, and its loss the SIGKILL of its process.
@@ -107,7 +107,8 @@ class RayArm(Arm):
         self._nodes.append(self._cluster.add_node(num_cpus=1, object_store_memory=80 << 20))
 
     def warn(self, notice: float) -> None:
-        client = self._ray._raylet.GcsClient(address=self._cluster.address)
+        raylet: Any = self._ray._raylet
+        client = raylet.GcsClient(address=self._cluster.address)
         until, node = int((time.time() + notice) * 1000), self._nodes[self._warned]
         accepted, why = client.drain_node(node.node_id, _PREEMPTION, "the machine is needed", until)
         if not accepted:

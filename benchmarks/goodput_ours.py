@@ -46,7 +46,7 @@ def paced_train(config: RunConfig, control: Control) -> TrainResult:
         with log.step(number):
             return train_step(*given)
 
-    trainer.loop.step, trainer.run.train_step = numbered, paced
+    vars(trainer.loop)["step"], vars(trainer.run)["train_step"] = numbered, paced
     return trainer.loop.train(config, control)
 
 

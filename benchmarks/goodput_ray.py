@@ -68,8 +68,9 @@ def worker(given: dict[str, Any]) -> None:
 def main() -> None:
     os.environ.update(SETTINGS)
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.config import ScalingConfig
 
     import goodput_ray  # by name, as workers import it
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import csv
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -56,7 +57,7 @@ def trace(path: Path, minutes: float, notice: float, step_seconds: float) -> Sce
     of the steps that NODES nodes could make. notice: seconds; 0 gives none."""
     counts = scaled(path, minutes * 60)
     events: list[Event] = []
-    for (_, before), (at, now) in zip(counts, counts[1:], strict=False):
+    for (_, before), (at, now) in pairwise(counts):
         for _ in range(now - before):
             events.append(Event("add", at))
         for _ in range(before - now):

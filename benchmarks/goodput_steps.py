@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 NODES = 4
@@ -38,7 +39,8 @@ class StepLog:
         self._least = pace.step_seconds(world)
         name = pace.folder / f"{time.time_ns()}-{os.getpid()}.txt"
         # Line by line: what is written stays when the process is killed.
-        self._file = open(name, "w", buffering=1) if rank == 0 else None
+        # Open as long as the process lives.
+        self._file = open(name, "w", buffering=1) if rank == 0 else None  # noqa: SIM115
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -132,7 +134,7 @@ def account(groups: list[Group], wall: float) -> Account:
     missing = [n for n in range(1, kept + 1) if n not in seconds]
     if missing:
         raise ValueError(f"step {missing[0]} was passed over")
-    gaps = [b.steps[0][1] - a.steps[-1][2] for a, b in zip(groups, groups[1:], strict=False)]
+    gaps = [b.steps[0][1] - a.steps[-1][2] for a, b in pairwise(groups)]
     return Account(
         kept=kept,
         made=sum(len(group.steps) for group in groups),
