@@ -55,6 +55,8 @@ def micro_batches(config: RunConfig, world: int) -> int:
                 f"workers: give cluster.workers one of {divisors(parts)}"
             )
         return parts // world
+    if config.cluster.fewest == config.cluster.most:
+        return config.train.accumulation
     return -(-config.train.accumulation * config.cluster.most // world)
 
 
