@@ -11,19 +11,24 @@ from trainer.checkpoint.generations import Generation, generations
 
 @dataclass(frozen=True)
 class Budget:
-    """Failures since the run last got further. A generation committed in between makes them none:
-    a run that fails every hour and saves every ten minutes goes on for ever."""
+    """Failures since the run last got further. A generation committed in between, or a snapshot in
+    memory that was gone on from, makes them none: a run that fails every hour and saves every ten
+    minutes goes on for ever."""
 
     most: int
     """-1: any number."""
     newest: str | None
     """Generation at the last failure."""
     failures: int = 0
+    since: int = 0
+    """The step that the last group to fail had gone on from: a generation's or a snapshot's."""
 
-    def after_failure(self, newest: str | None) -> Budget:
-        """With one more failure, at this newest generation; None where that cannot be told."""
-        further = newest is not None and newest != self.newest
-        return Budget(self.most, newest or self.newest, 1 if further else self.failures + 1)
+    def after_failure(self, newest: str | None, since: int = 0) -> Budget:
+        """With one more failure, at this newest generation; None where that cannot be told. since:
+        the step that the group had gone on from; 0 where it had not come so far."""
+        further = (newest is not None and newest != self.newest) or since > self.since
+        failures = 1 if further else self.failures + 1
+        return Budget(self.most, newest or self.newest, failures, max(since, self.since))
 
     @property
     def spent(self) -> bool:

@@ -21,6 +21,8 @@ from trainer.config import RunConfig
 
 # Seconds between two looks, and for an answer of Ray's head to one.
 _LOOK_S, _ANSWER_S = 2.0, 2.0
+# Seconds to the next look, where a due growth is put off.
+_PUT_OFF_S = 10.0
 # Sizes above the group's that are asked for at a time.
 _MOST = 64
 
@@ -58,6 +60,10 @@ class Growth:
         if self._since is None or self._size == self._now:
             return 0
         return self._size if now - max(self._since, self._began) >= patience else 0
+
+    def put_off(self) -> None:
+        """This is no time for it."""
+        self._size, self._since, self._look_at = self._now, None, self._clock() + _PUT_OFF_S
 
     def _looked(self) -> int:
         """How many workers there is room for now."""

@@ -7,11 +7,13 @@ with which error, is in `_verdict`.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.bounded import StillBusyError, bounded
 from cluster.budget import Budget, newest_generation
 from cluster.environment import passed_on
 from cluster.errors import FINAL_ERRORS, AgainError, LaunchError, LostError
@@ -30,6 +32,9 @@ from trainer.config import RunConfig, parse_config
 from trainer.loop import TrainResult, train
 from trainer.setup import run_url
 from trainer.timeline import Timeline
+
+# Seconds for an answer of the store, for which nobody waits.
+_STORE_S = 2.0
 
 
 def launch(
@@ -96,7 +101,8 @@ def _groups(
             continue
         if not end.is_loss:
             return end, budget
-        budget = budget.after_failure(newest_generation(run_url(config)))
+        newest = newest_generation(run_url(config))
+        budget = budget.after_failure(newest, end.made.since)
         if budget.spent or stop.asked():
             return end, budget
         if lost:
@@ -142,11 +148,11 @@ def _group(
         if forced and (not moving or room):
             moving, room, since = forced, 0, time.monotonic()
         elif not moving and growth and (room := growth.due()):
-            # While the store is away, they could not save and would have to wait for it.
-            if newest_generation(run_url(config)) is None:
-                room = 0
-            else:
+            if _store_answers(run_url(config)):
                 moving = f"there is room for {room} workers"
+            else:  # they could not save, and would have to wait for it
+                room = 0
+                growth.put_off()
         else:
             return stop.asked() or bool(moving)
         if moving:
@@ -181,6 +187,12 @@ def _group(
         group.close()
         timeline.gone()
     return _Seen(end, tuple(p.node for p in group.placed), moving, room)
+
+
+def _store_answers(url: str) -> bool:
+    with contextlib.suppress(StillBusyError):
+        return bounded(lambda: newest_generation(url), _STORE_S) is not None
+    return False
 
 
 def _verdict(end: End, config: RunConfig, stop: Stop) -> TrainResult:

@@ -81,6 +81,11 @@ def test_only_failures_without_progress_are_counted() -> None:
     assert budget.after_failure("g49").spent
     assert not budget.after_failure("g50").spent
     assert Budget(0, "").after_failure("").spent
+    # A snapshot in memory that is newer than what the group before had is progress, too.
+    for since in range(20, 400, 20):
+        budget = budget.after_failure("g49", since)
+        assert not budget.spent
+    assert budget.after_failure("g49", 380).after_failure("g49", 0).after_failure("g49", 380).spent
     endless = Budget(-1, "")
     for _ in range(100):
         endless = endless.after_failure("")

@@ -114,6 +114,15 @@ def test_a_run_does_not_grow_soon_after_its_start(monkeypatch: pytest.MonkeyPatc
     assert rooms.after(0, run) == 0 and rooms.after(29, run) == 0 and rooms.after(1, run) == 2
 
 
+def test_a_growth_that_is_put_off_waits_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    rooms = Rooms(monkeypatch)
+    run = Growth(config("1..2", grow_after_s=4), 1, frozenset, lambda: rooms.now)
+    rooms.nodes[0] = "a"
+    assert rooms.after(0, run) == 0 and rooms.after(4, run) == 2
+    run.put_off()
+    assert [rooms.after(2, run) for _ in range(7)] == [0] * 6 + [2]
+
+
 def test_strict_runs_grow_by_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     rooms = Rooms(monkeypatch)
     run = Growth(config("1..8", 8, grow_after_s=0), 2, frozenset, lambda: rooms.now)

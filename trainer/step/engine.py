@@ -64,6 +64,10 @@ def build_engine(model: nn.Module, config: RunConfig) -> Any:
         # On GPUs, some operations have a quicker way whose sums come in any order.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        # This would fill all fresh memory, for programs that read what they have not written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     optimizer = build_optimizer(model, config.optimizer)
     engine, *_ = import_deepspeed().initialize(
         model=model,
