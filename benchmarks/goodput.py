@@ -3,7 +3,8 @@
 Three arms (goodput_arms.py) go through two scenarios (goodput_scenarios.py), each with notice of a
 node's end and without. All train the same small LXMERT with the same batch, at the same pace
 (goodput_steps.py), and save as often. What an arm made and had to make again is counted from the
-same log of its steps; of ours, what `lxscale goodput` and the audit say stands beside it.
+same log of its steps; of ours, what `lxscale goodput` and the audit say stands beside it. The
+columns: goodput_steps.py's Account.
 
 Settings of ours: cluster.workers 1..4, grow_after_s 30, max_failures -1, the rest as it comes;
 checkpoint.fast_every as --fast-every says. Ray Train's: goodput_ray.py.
@@ -28,7 +29,7 @@ from typing import Any
 from goodput_arms import Arm, Ours, RayTrain, RestartAll, prepare_environment
 from goodput_plain import Spec
 from goodput_scenarios import STEPS, TRACE, Event, Scenario, drains, trace
-from goodput_steps import NODES, Account, account, newest_step, read_groups
+from goodput_steps import NODES, Account, Pace, account, newest_step, read_groups
 from protocol import machine, markdown
 from shards.format.build import BuildSettings, build
 from synthetic import records
@@ -78,36 +79,46 @@ def run(
             nodes.add()
         began = time.monotonic()
         nodes.start()
-        _go_through(nodes, scenario, log, began, notice)
+        node_seconds = _go_through(nodes, scenario, log, began, notice)
         wall = time.monotonic() - began
         # Before the end, which is none of the scenario's: a run that saves now loses nothing.
-        return account(read_groups(log), wall)
+        return account(read_groups(log), wall, node_seconds, Pace(log, given.step_seconds))
     finally:
         nodes.close()
 
 
-def _go_through(arm: Arm, scenario: Scenario, log: Path, began: float, notice: float) -> None:
-    """Until the run's end, or the scenario's."""
-    events, last = deque(scenario.events), 0.0
+def _go_through(arm: Arm, scenario: Scenario, log: Path, began: float, notice: float) -> float:
+    """Until the run's end, or the scenario's; the seconds of all nodes, NODES at most at a time."""
+    events, warned = deque(scenario.events), deque[float]()
+    there, since, node_seconds = scenario.nodes, 0.0, 0.0
 
     def due(event: Event, now: float) -> bool:
-        if event.at is not None:
-            return now >= event.at
-        if event.step is not None:
-            return newest_step(log) >= event.step
-        return now >= last + event.after
+        if event.kind == "remove" and warned and now < warned[0] + notice:
+            return False
+        return now >= event.at and (not event.step or newest_step(log) >= event.step)
 
-    while arm.running():
+    while True:
         now = time.monotonic() - began
-        if scenario.seconds is not None and now >= scenario.seconds:
-            return
-        if events and due(events[0], now):
-            event, last = events.popleft(), now
-            act = {"add": arm.add, "remove": arm.remove, "warn": lambda: arm.warn(notice)}
-            act[event.kind]()
-            print(f"    {now:6.1f} s: {event.kind} at step {newest_step(log)}", flush=True)
-        else:
+        node_seconds += (now - since) * min(there, NODES)
+        since = now
+        if not arm.running() or (scenario.seconds is not None and now >= scenario.seconds):
+            return node_seconds
+        if not events or not due(events[0], now):
             time.sleep(_LOOK_S)
+            continue
+        event = events.popleft()
+        print(f"    {now:6.1f} s: {event.kind} at step {newest_step(log)}", flush=True)
+        if event.kind == "add":
+            arm.add()
+            there += 1
+        elif event.kind == "warn":
+            arm.warn(notice)
+            warned.append(time.monotonic() - began)
+        else:
+            arm.remove()
+            there -= 1
+            if warned:
+                warned.popleft()
 
 
 def run_config(data: Path, place: Path, scenario: Scenario, fast_every: int) -> dict[str, Any]:
@@ -161,7 +172,13 @@ def report(results: Sequence[Result], about: str) -> str:
 def _table(results: Sequence[Result]) -> str:
     peer = next((r.account for r in results if r.arm == RayTrain.name), None)
     header = ["", "steps kept", "made", "wasted", "wasted step-seconds", "wall, s", "goodput"]
-    header += ["recoveries", "mean recovery, s", "wasted / Ray Train's", "kept / s / Ray Train's"]
+    header += [
+        "of the nodes' time",
+        "recoveries",
+        "mean recovery, s",
+        "wasted / Ray Train's",
+        "kept / s / Ray Train's",
+    ]
     rows = []
     for r in sorted(results, key=lambda r: ARMS.index(r.arm)):
         a = r.account
@@ -179,6 +196,7 @@ def _table(results: Sequence[Result]) -> str:
                 f"{a.wasted_seconds:.1f}",
                 f"{a.wall:.0f}",
                 f"{a.goodput:.1%}",
+                f"{a.of_nodes:.1%}",
                 str(a.recoveries),
                 "–" if a.recovery is None else f"{a.recovery:.1f}",
                 wasted,
