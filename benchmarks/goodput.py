@@ -9,8 +9,8 @@ columns: goodput_steps.py's Account.
 Settings of ours: cluster.workers 1..4, grow_after_s 30, max_failures -1, the rest as it comes;
 checkpoint.fast_every as --fast-every says. Ray Train's: goodput_ray.py.
 
-All of it takes two hours. --record keeps each run's result in a file, and the report is of all that
-the file has, so that it can be done in pieces.
+All of it takes two hours. --record keeps each run's result in a file: what it has of the same
+settings is not run again and is in the report, so that it can be done in pieces.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from protocol import machine, markdown
 from shards.format.build import BuildSettings, build
 from synthetic import records
 from trainer.audit import audit
+from trainer.checkpoint.errors import CheckpointError
 from trainer.goodput import goodput_of
 
 ARMS = (Ours.name, RayTrain.name, RestartAll.name)
@@ -51,6 +52,8 @@ class Result:
     notice: str
     arm: str
     account: Account
+    settings: str
+    """As `about` tells them."""
     split: dict[str, float] = field(default_factory=dict)
     """What `lxscale goodput` says of ours: its parts in seconds, `wall` and `lost steps`."""
     audit: str = ""
@@ -145,7 +148,10 @@ def ours_says(place: Path) -> tuple[dict[str, float], str]:
     run_url = str(place / "ours")
     found = goodput_of(run_url)
     split = found.seconds | {"wall": found.wall, "lost steps": float(found.lost_steps)}
-    problems = audit(run_url, cache=str(place / "cache")).problems
+    try:
+        problems = audit(run_url, cache=str(place / "cache")).problems
+    except CheckpointError as error:
+        problems = [str(error)]
     return split, f"not proved: {problems[0]}" if problems else "proved"
 
 
@@ -206,13 +212,14 @@ def _table(results: Sequence[Result]) -> str:
     return markdown(header, rows)
 
 
-def read_record(path: Path) -> list[Result]:
-    """The newest result of each run."""
+def read_record(path: Path, settings: str) -> list[Result]:
+    """The newest result of each run with these settings."""
     found: dict[tuple[str, str, str], Result] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         entry = json.loads(line)
         result = Result(**{**entry, "account": Account(**entry["account"])})
-        found[result.scenario, result.notice, result.arm] = result
+        if result.settings == settings:
+            found[result.scenario, result.notice, result.arm] = result
     return list(found.values())
 
 
@@ -248,6 +255,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given = arguments()
+    settings = about(given)
     prepare_environment()
     with tempfile.TemporaryDirectory(prefix="goodput-") as root:
         record = given.record or Path(root) / "record"
@@ -261,16 +269,19 @@ def main() -> None:
                     if scenario == "drains"
                     else trace(TRACE, given.minutes, seconds, given.step_seconds)
                 )
+                done = {(r.scenario, r.notice, r.arm) for r in read_record(record, settings)}
                 for arm in given.arm:
+                    if (scenario, notice, arm) in done:
+                        continue
                     print(f"{scenario}, {notice} notice: {arm}", flush=True)
                     place = Path(tempfile.mkdtemp(dir=root))
                     found = run(place, data, what, arm, given, seconds)
                     said = ours_says(place) if arm == Ours.name else ({}, "")
-                    result = Result(scenario, notice, arm, found, *said)
+                    result = Result(scenario, notice, arm, found, settings, *said)
                     print(f"    {found}", *said, flush=True)
                     with open(record, "a") as file:
                         file.write(json.dumps(asdict(result)) + "\n")
-        text = report(read_record(record), about(given))
+        text = report(read_record(record, settings), settings)
     print("\n" + text)
     if given.out:
         given.out.write_text(text)
@@ -278,7 +289,7 @@ def main() -> None:
 
 def about(given: argparse.Namespace) -> str:
     return (
-        f"A step on {NODES} nodes takes at least {given.step_seconds:g} s, on fewer in proportion "
+        f"Drains: {given.steps:,} steps. Trace: {given.minutes:g} minutes. A step on {NODES} nodes takes at least {given.step_seconds:g} s, on fewer in proportion "
         f"longer. Notice: {given.notice:g} s. Snapshots of ours in memory every "
         f"{given.fast_every} steps. How each arm is set up: benchmarks/goodput.py.\n"
     )

@@ -33,7 +33,8 @@ from goodput_steps import NODES
 HERE = Path(__file__).parent
 # DRAIN_NODE_REASON_PREEMPTION of Ray's autoscaler.proto.
 _PREEMPTION = 2
-_END_S = 60.0
+# Above cluster.stop_timeout_s.
+_END_S = 90.0
 
 
 def prepare_environment() -> None:

@@ -124,7 +124,7 @@ class Account:
     @property
     def recoveries(self) -> int:
         """Groups after the first."""
-        return len(self.workers) - 1
+        return max(0, len(self.workers) - 1)
 
     @property
     def goodput(self) -> float:
@@ -133,10 +133,8 @@ class Account:
 
 def account(groups: list[Group], wall: float, node_seconds: float, pace: Pace) -> Account:
     """Of a run that went on for `wall` seconds. node_seconds: of all nodes that were there.
-    ValueError where no step was ended."""
-    if not groups:
-        raise ValueError("no step was made")
-    kept = groups[-1].steps[-1][0]
+    ValueError where a step was passed over."""
+    kept = groups[-1].steps[-1][0] if groups else 0
     seconds: dict[int, float] = {}
     spent = 0.0
     for number, began, ended in (s for group in groups for s in group.steps):
