@@ -189,7 +189,7 @@ def _table(results: Sequence[Result]) -> str:
     for r in sorted(results, key=lambda r: ARMS.index(r.arm)):
         a = r.account
         wasted = rate = "–"
-        if peer:
+        if peer and peer.kept:
             rate = f"{a.kept / a.wall / (peer.kept / peer.wall):.2f}"
             if peer.wasted_seconds:
                 wasted = f"{a.wasted_seconds / peer.wasted_seconds:.2f}"
@@ -289,8 +289,8 @@ def main() -> None:
 
 def about(given: argparse.Namespace) -> str:
     return (
-        f"Drains: {given.steps:,} steps. Trace: {given.minutes:g} minutes. A step on {NODES} nodes takes at least {given.step_seconds:g} s, on fewer in proportion "
-        f"longer. Notice: {given.notice:g} s. Snapshots of ours in memory every "
+        f"Drains: {given.steps:,} steps. Trace: {given.minutes:g} minutes. A step on {NODES} nodes "
+        f"takes at least {given.step_seconds:g} s, on fewer in proportion longer. Notice: {given.notice:g} s. Snapshots of ours in memory every "
         f"{given.fast_every} steps. How each arm is set up: benchmarks/goodput.py.\n"
     )
 
