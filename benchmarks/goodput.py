@@ -290,8 +290,9 @@ def main() -> None:
 def about(given: argparse.Namespace) -> str:
     return (
         f"Drains: {given.steps:,} steps. Trace: {given.minutes:g} minutes. A step on {NODES} nodes "
-        f"takes at least {given.step_seconds:g} s, on fewer in proportion longer. Notice: {given.notice:g} s. Snapshots of ours in memory every "
-        f"{given.fast_every} steps. How each arm is set up: benchmarks/goodput.py.\n"
+        f"takes at least {given.step_seconds:g} s, on fewer in proportion longer. Notice: "
+        f"{given.notice:g} s. Snapshots of ours in memory every {given.fast_every} steps. How each "
+        "arm is set up: benchmarks/goodput.py.\n"
     )
 
 
