@@ -3,13 +3,14 @@
 Three arms (goodput_arms.py) go through two scenarios (goodput_scenarios.py), each with notice of a
 node's end and without. All train the same small LXMERT with the same batch, at the same pace
 (goodput_steps.py), and save as often. What an arm made and had to make again is counted from the
-same log of its steps; of ours, what `lxscale goodput` and the audit say stands beside it.
+same log of its steps; of ours, what `lxscale goodput` and the audit say stands beside it. The
+columns: goodput_steps.py's Account.
 
 Settings of ours: cluster.workers 1..4, grow_after_s 30, max_failures -1, the rest as it comes;
 checkpoint.fast_every as --fast-every says. Ray Train's: goodput_ray.py.
 
-All of it takes two hours. --record keeps each run's result in a file, and the report is of all that
-the file has, so that it can be done in pieces.
+All of it takes two hours. --record keeps each run's result in a file: what it has of the same
+settings is not run again and is in the report, so that it can be done in pieces.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from typing import Any
 from goodput_arms import Arm, Ours, RayTrain, RestartAll, prepare_environment
 from goodput_plain import Spec
 from goodput_scenarios import STEPS, TRACE, Event, Scenario, drains, trace
-from goodput_steps import NODES, Account, account, newest_step, read_groups
+from goodput_steps import NODES, Account, Pace, account, newest_step, read_groups
 from protocol import machine, markdown
 from shards.format.build import BuildSettings, build
 from synthetic import records
 from trainer.audit import audit
+from trainer.checkpoint.errors import CheckpointError
 from trainer.goodput import goodput_of
 
 ARMS = (Ours.name, RayTrain.name, RestartAll.name)
@@ -50,6 +52,8 @@ class Result:
     notice: str
     arm: str
     account: Account
+    settings: str
+    """As `about` tells them."""
     split: dict[str, float] = field(default_factory=dict)
     """What `lxscale goodput` says of ours: its parts in seconds, `wall` and `lost steps`."""
     audit: str = ""
@@ -78,36 +82,46 @@ def run(
             nodes.add()
         began = time.monotonic()
         nodes.start()
-        _go_through(nodes, scenario, log, began, notice)
+        node_seconds = _go_through(nodes, scenario, log, began, notice)
         wall = time.monotonic() - began
         # Before the end, which is none of the scenario's: a run that saves now loses nothing.
-        return account(read_groups(log), wall)
+        return account(read_groups(log), wall, node_seconds, Pace(log, given.step_seconds))
     finally:
         nodes.close()
 
 
-def _go_through(arm: Arm, scenario: Scenario, log: Path, began: float, notice: float) -> None:
-    """Until the run's end, or the scenario's."""
-    events, last = deque(scenario.events), 0.0
+def _go_through(arm: Arm, scenario: Scenario, log: Path, began: float, notice: float) -> float:
+    """Until the run's end, or the scenario's; the seconds of all nodes, NODES at most at a time."""
+    events, warned = deque(scenario.events), deque[float]()
+    there, since, node_seconds = scenario.nodes, 0.0, 0.0
 
     def due(event: Event, now: float) -> bool:
-        if event.at is not None:
-            return now >= event.at
-        if event.step is not None:
-            return newest_step(log) >= event.step
-        return now >= last + event.after
+        if event.kind == "remove" and warned and now < warned[0] + notice:
+            return False
+        return now >= event.at and (not event.step or newest_step(log) >= event.step)
 
-    while arm.running():
+    while True:
         now = time.monotonic() - began
-        if scenario.seconds is not None and now >= scenario.seconds:
-            return
-        if events and due(events[0], now):
-            event, last = events.popleft(), now
-            act = {"add": arm.add, "remove": arm.remove, "warn": lambda: arm.warn(notice)}
-            act[event.kind]()
-            print(f"    {now:6.1f} s: {event.kind} at step {newest_step(log)}", flush=True)
-        else:
+        node_seconds += (now - since) * min(there, NODES)
+        since = now
+        if not arm.running() or (scenario.seconds is not None and now >= scenario.seconds):
+            return node_seconds
+        if not events or not due(events[0], now):
             time.sleep(_LOOK_S)
+            continue
+        event = events.popleft()
+        print(f"    {now:6.1f} s: {event.kind} at step {newest_step(log)}", flush=True)
+        if event.kind == "add":
+            arm.add()
+            there += 1
+        elif event.kind == "warn":
+            arm.warn(notice)
+            warned.append(time.monotonic() - began)
+        else:
+            arm.remove()
+            there -= 1
+            if warned:
+                warned.popleft()
 
 
 def run_config(data: Path, place: Path, scenario: Scenario, fast_every: int) -> dict[str, Any]:
@@ -134,7 +148,10 @@ def ours_says(place: Path) -> tuple[dict[str, float], str]:
     run_url = str(place / "ours")
     found = goodput_of(run_url)
     split = found.seconds | {"wall": found.wall, "lost steps": float(found.lost_steps)}
-    problems = audit(run_url, cache=str(place / "cache")).problems
+    try:
+        problems = audit(run_url, cache=str(place / "cache")).problems
+    except CheckpointError as error:
+        problems = [str(error)]
     return split, f"not proved: {problems[0]}" if problems else "proved"
 
 
@@ -161,12 +178,18 @@ def report(results: Sequence[Result], about: str) -> str:
 def _table(results: Sequence[Result]) -> str:
     peer = next((r.account for r in results if r.arm == RayTrain.name), None)
     header = ["", "steps kept", "made", "wasted", "wasted step-seconds", "wall, s", "goodput"]
-    header += ["recoveries", "mean recovery, s", "wasted / Ray Train's", "kept / s / Ray Train's"]
+    header += [
+        "of the nodes' time",
+        "recoveries",
+        "mean recovery, s",
+        "wasted / Ray Train's",
+        "kept / s / Ray Train's",
+    ]
     rows = []
     for r in sorted(results, key=lambda r: ARMS.index(r.arm)):
         a = r.account
         wasted = rate = "–"
-        if peer:
+        if peer and peer.kept:
             rate = f"{a.kept / a.wall / (peer.kept / peer.wall):.2f}"
             if peer.wasted_seconds:
                 wasted = f"{a.wasted_seconds / peer.wasted_seconds:.2f}"
@@ -179,6 +202,7 @@ def _table(results: Sequence[Result]) -> str:
                 f"{a.wasted_seconds:.1f}",
                 f"{a.wall:.0f}",
                 f"{a.goodput:.1%}",
+                f"{a.of_nodes:.1%}",
                 str(a.recoveries),
                 "–" if a.recovery is None else f"{a.recovery:.1f}",
                 wasted,
@@ -188,13 +212,14 @@ def _table(results: Sequence[Result]) -> str:
     return markdown(header, rows)
 
 
-def read_record(path: Path) -> list[Result]:
-    """The newest result of each run."""
+def read_record(path: Path, settings: str) -> list[Result]:
+    """The newest result of each run with these settings."""
     found: dict[tuple[str, str, str], Result] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         entry = json.loads(line)
         result = Result(**{**entry, "account": Account(**entry["account"])})
-        found[result.scenario, result.notice, result.arm] = result
+        if result.settings == settings:
+            found[result.scenario, result.notice, result.arm] = result
     return list(found.values())
 
 
@@ -230,6 +255,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given = arguments()
+    settings = about(given)
     prepare_environment()
     with tempfile.TemporaryDirectory(prefix="goodput-") as root:
         record = given.record or Path(root) / "record"
@@ -243,16 +269,19 @@ def main() -> None:
                     if scenario == "drains"
                     else trace(TRACE, given.minutes, seconds, given.step_seconds)
                 )
+                done = {(r.scenario, r.notice, r.arm) for r in read_record(record, settings)}
                 for arm in given.arm:
+                    if (scenario, notice, arm) in done:
+                        continue
                     print(f"{scenario}, {notice} notice: {arm}", flush=True)
                     place = Path(tempfile.mkdtemp(dir=root))
                     found = run(place, data, what, arm, given, seconds)
                     said = ours_says(place) if arm == Ours.name else ({}, "")
-                    result = Result(scenario, notice, arm, found, *said)
+                    result = Result(scenario, notice, arm, found, settings, *said)
                     print(f"    {found}", *said, flush=True)
                     with open(record, "a") as file:
                         file.write(json.dumps(asdict(result)) + "\n")
-        text = report(read_record(record), about(given))
+        text = report(read_record(record, settings), settings)
     print("\n" + text)
     if given.out:
         given.out.write_text(text)
@@ -260,9 +289,10 @@ def main() -> None:
 
 def about(given: argparse.Namespace) -> str:
     return (
-        f"A step on {NODES} nodes takes at least {given.step_seconds:g} s, on fewer in proportion "
-        f"longer. Notice: {given.notice:g} s. Snapshots of ours in memory every "
-        f"{given.fast_every} steps. How each arm is set up: benchmarks/goodput.py.\n"
+        f"Drains: {given.steps:,} steps. Trace: {given.minutes:g} minutes. A step on {NODES} nodes "
+        f"takes at least {given.step_seconds:g} s, on fewer in proportion longer. Notice: "
+        f"{given.notice:g} s. Snapshots of ours in memory every {given.fast_every} steps. How each "
+        "arm is set up: benchmarks/goodput.py.\n"
     )
 
 

@@ -33,7 +33,8 @@ from goodput_steps import NODES
 HERE = Path(__file__).parent
 # DRAIN_NODE_REASON_PREEMPTION of Ray's autoscaler.proto.
 _PREEMPTION = 2
-_END_S = 60.0
+# Above cluster.stop_timeout_s.
+_END_S = 90.0
 
 
 def prepare_environment() -> None:
@@ -82,6 +83,9 @@ class Arm(ABC):
 class RayArm(Arm):
     """A command that joins a Ray cluster."""
 
+    again: int | None = None
+    """An exit status with which the same command is to be run again."""
+
     def __init__(self, folder: Path) -> None:
         import ray
         from ray.cluster_utils import Cluster
@@ -120,7 +124,7 @@ class RayArm(Arm):
         self._warned = max(0, self._warned - 1)
 
     def start(self) -> None:
-        with open(self._log, "wb") as log:
+        with open(self._log, "ab") as log:
             self._process = subprocess.Popen(
                 self.command(self._cluster.address),
                 stdout=log,
@@ -132,6 +136,10 @@ class RayArm(Arm):
     def running(self) -> bool:
         assert self._process
         status = self._process.poll()
+        if status and status == self.again:
+            print(f"    run again: {_end_of(self._log).splitlines()[-1]}", flush=True)
+            self.start()
+            return True
         if status:
             raise RuntimeError(f"{self.name}: status {status}\n{_end_of(self._log)}")
         return status is None
@@ -150,6 +158,7 @@ class RayArm(Arm):
 
 class Ours(RayArm):
     name = "lxscale"
+    again = 75
 
     def __init__(self, folder: Path, config: dict[str, Any], log: Path, seconds: float) -> None:
         super().__init__(folder)

@@ -29,13 +29,12 @@ DRAINS = (480, 660, 900, 1277)
 @dataclass(frozen=True)
 class Event:
     kind: Literal["add", "warn", "remove"]
-    """warn: the node will be removed soon."""
-    at: float | None = None
-    """Seconds after the run's start; None: right after the event before, or see `after`."""
-    step: int | None = None
-    """Or when this step has been made for the first time."""
-    after: float = 0.0
-    """Or so many seconds after the event before."""
+    """warn: the node will be removed soon. A removal that was warned of waits for the whole notice
+    to be over."""
+    at: float = 0.0
+    """Not before so many seconds after the run's start, nor before the event before."""
+    step: int = 0
+    """Nor before this step has been made for the first time."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def trace(path: Path, minutes: float, notice: float, step_seconds: float) -> Sce
             if notice:
                 events.append(Event("warn", max(0.0, at - notice)))
             events.append(Event("remove", at))
-    events.sort(key=lambda e: e.at or 0.0)  # stable: a warning stays before its removal
+    events.sort(key=lambda e: e.at)  # stable: a warning stays before its removal
     most = round(minutes * 60 / step_seconds)
     every = max(1, most * EVERY // STEPS)
     return Scenario("trace", 10 * most, every, counts[0][1], tuple(events), minutes * 60)
@@ -93,5 +92,5 @@ def drains(steps: int, notice: float) -> Scenario:
     events: list[Event] = []
     for at in DRAINS:
         events.append(Event("add", step=at * steps // STEPS))
-        events += [Event("warn"), Event("remove", after=notice)] if notice else [Event("remove")]
+        events += [Event("warn"), Event("remove")] if notice else [Event("remove")]
     return Scenario("drains", steps, max(1, EVERY * steps // STEPS), NODES, tuple(events), None)

@@ -1,7 +1,7 @@
 """Steps as worker 0 of each group writes them down, in every arm of goodput.py, and their account.
 
 A group is a set of workers that trains together until a fault; each of its rank 0s has a file of
-its own, of lines `begin STEP TIME` and `end STEP TIME`.
+its own: a line `workers N TIME`, then `begin STEP TIME` and `end STEP TIME` by turns.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class StepLog:
         # Line by line: what is written stays when the process is killed.
         # Open as long as the process lives.
         self._file = open(name, "w", buffering=1) if rank == 0 else None  # noqa: SIM115
+        self._tell("workers", world, time.time())
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -58,9 +59,9 @@ class StepLog:
 
 @dataclass(frozen=True)
 class Group:
-    """Steps of a group, in order: (number, begin, end)."""
-
+    workers: int
     steps: tuple[tuple[int, float, float], ...]
+    """In order: (number, begin, end)."""
 
 
 def read_groups(folder: Path) -> list[Group]:
@@ -68,15 +69,17 @@ def read_groups(folder: Path) -> list[Group]:
     groups = []
     for path in sorted(folder.glob("*.txt")):
         steps: list[tuple[int, float, float]] = []
-        began = 0.0
+        began, workers = 0.0, 0
         for line in path.read_text().splitlines(keepends=True):
             what, number, at = line.split() if line.endswith("\n") else ("cut", "0", "0")
-            if what == "begin":
+            if what == "workers":
+                workers = int(number)
+            elif what == "begin":
                 began = float(at)
             elif what == "end":
                 steps.append((int(number), began, float(at)))
         if steps:
-            groups.append(Group(tuple(steps)))
+            groups.append(Group(workers, tuple(steps)))
     return sorted(groups, key=lambda g: g.steps[0][1])
 
 
@@ -106,8 +109,11 @@ class Account:
     wasted_seconds: float
     """Of all others."""
     wall: float
-    recoveries: int
-    """Groups after the first."""
+    of_nodes: float
+    """Of the time of the nodes that were there, NODES at most at a time, the part that the kept
+    steps take at the pace."""
+    workers: tuple[int, ...]
+    """Of each group."""
     recovery: float | None
     """Mean seconds from the last end of a step in a group to the first begin in the next."""
 
@@ -116,15 +122,19 @@ class Account:
         return self.made - self.kept
 
     @property
+    def recoveries(self) -> int:
+        """Groups after the first."""
+        return max(0, len(self.workers) - 1)
+
+    @property
     def goodput(self) -> float:
         return self.kept_seconds / self.wall
 
 
-def account(groups: list[Group], wall: float) -> Account:
-    """Of a run that went on for `wall` seconds. ValueError where no step was ended."""
-    if not groups:
-        raise ValueError("no step was made")
-    kept = groups[-1].steps[-1][0]
+def account(groups: list[Group], wall: float, node_seconds: float, pace: Pace) -> Account:
+    """Of a run that went on for `wall` seconds. node_seconds: of all nodes that were there.
+    ValueError where a step was passed over."""
+    kept = groups[-1].steps[-1][0] if groups else 0
     seconds: dict[int, float] = {}
     spent = 0.0
     for number, began, ended in (s for group in groups for s in group.steps):
@@ -141,6 +151,7 @@ def account(groups: list[Group], wall: float) -> Account:
         kept_seconds=kept_seconds,
         wasted_seconds=spent - kept_seconds,
         wall=wall,
-        recoveries=len(gaps),
+        of_nodes=kept * pace.seconds * NODES / node_seconds,
+        workers=tuple(group.workers for group in groups),
         recovery=sum(gaps) / len(gaps) if gaps else None,
     )
