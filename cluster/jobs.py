@@ -189,6 +189,7 @@ def portable(config: RunConfig) -> RunConfig:
     """The configuration as another machine takes it: with this one's folders made absolute, as a
     file system that both have may be meant, and TensorBoard's files where they lie by default."""
     given = absolute_paths(config).given()
-    if str(given["run"]["tensorboard"]).endswith(f"/{config.run.name}/tensorboard"):
+    # Where a version before this one put it on its own, with the resolved configuration.
+    if str(given["run"].get("tensorboard")).endswith(f"/{config.run.name}/tensorboard"):
         del given["run"]["tensorboard"]
     return parse_config(given, "the configuration")

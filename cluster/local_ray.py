@@ -121,6 +121,8 @@ def _own_token() -> Iterator[None]:
     mode = tokens.AUTH_MODE_ENV_VAR
     given = mode in os.environ
     with environment({"RAY_AUTH_TOKEN": _TOKEN}):
+        # What this process asked of another Ray before may have had another one.
+        tokens.AuthenticationTokenLoader.instance().reset_cache()
         try:
             yield
         finally:

@@ -65,6 +65,12 @@ def place(
             close(room, workers)
         if isinstance(error, _NotPlacedError):
             return End(str(error), f"within cluster.start_timeout_s={cluster.start_timeout_s:g}")
+        if isinstance(error, TimeoutError):
+            return End(
+                "lost",
+                f"{room.bundle_count if room else 0} workers have not started within "
+                f"cluster.start_timeout_s={cluster.start_timeout_s:g}",
+            )
         if isinstance(error, StillBusyError):
             return End("lost", "Ray's head does not answer")
         if isinstance(error, ray.exceptions.RayError):
@@ -150,7 +156,7 @@ class _NotPlacedError(Exception):
 
 
 def _all(refs: list[Any], seconds: float, wishes: Wishes) -> list[Placed]:
-    """The results of all, unless time or patience ends."""
+    """The results of all. TimeoutError where they take longer."""
     deadline = time.monotonic() + seconds
     waiting = list(refs)
     while waiting:
@@ -158,5 +164,5 @@ def _all(refs: list[Any], seconds: float, wishes: Wishes) -> list[Placed]:
         if wishes.stop():
             raise _NotPlacedError("stopped")
         if time.monotonic() > deadline:
-            raise _NotPlacedError("no room")
+            raise TimeoutError
     return list(ray.get(refs))
