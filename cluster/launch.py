@@ -21,7 +21,7 @@ from cluster.group import End, Group, Wishes, run
 from cluster.growth import Growth
 from cluster.local_ray import scratch
 from cluster.nodes import unreachable
-from cluster.placing import place
+from cluster.placing import Freed, place
 from cluster.ray_session import RaySession, ray_session
 from cluster.stopping import Stop, stop_signals
 from cluster.worker import Loop, Work
@@ -83,17 +83,15 @@ def _groups(
 ) -> tuple[End, Budget]:
     """Groups one after the other; how the last one ended."""
     suspects: frozenset[str] = frozenset()
-    hope = 0
+    freed = Freed()
 
     def avoid() -> frozenset[str]:
         return session.draining() | unreachable(suspects)
 
     while True:
-        seen = _group(config, work, session, stop, avoid, hope, timeline)
+        seen = _group(config, work, session, stop, avoid, freed, timeline)
         end, moving, lost = seen.end, seen.moving, session.lost()
-        # Ray may not have noticed yet that their room is free again.
-        there = avoid()
-        hope = seen.room or sum(node not in there for node in seen.nodes)
+        freed = Freed(seen.nodes, seen.room)
         if moving and not stop.asked() and end.stopped:
             if lost:
                 return End("ray lost", lost), budget
@@ -130,10 +128,10 @@ def _group(
     session: RaySession,
     stop: Stop,
     avoid: Callable[[], frozenset[str]],
-    hope: int,
+    freed: Freed,
     timeline: Timeline,
 ) -> _Seen:
-    """One group, from its placing to its end. hope: as `place`."""
+    """One group, from its placing to its end. freed: as `place`."""
     moving, room, since, said = "", 0, 0.0, False
     group: Group | None = None
     growth: Growth | None = None
@@ -167,7 +165,7 @@ def _group(
 
     wishes = Wishes(wish, overdue, _show)
     timeline.began()
-    placed = place(config, passed_on(), avoid, wishes, hope)
+    placed = place(config, passed_on(), avoid, wishes, freed)
     if isinstance(placed, End):
         timeline.ended(placed.kind, placed.text, placed.made, placed.quiet)
         timeline.gone()

@@ -10,6 +10,7 @@ import functools
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -31,25 +32,39 @@ _ROOM_S = 3.0
 _ANSWER_S = 20.0
 
 
+@dataclass(frozen=True)
+class Freed:
+    """Room that has just been given back."""
+
+    nodes: tuple[str, ...] = ()
+    """Of each worker of the group before."""
+    room: int = 0
+    """For so many workers there was room."""
+
+    def fitting(self, cluster: ClusterSection, avoided: frozenset[str]) -> int:
+        """For how many workers there is room, once all that is given back is free."""
+        back = sum(node not in avoided for node in self.nodes)
+        return max(self.room, back + _fitting(cluster, avoided.union(self.nodes)))
+
+
 def place(
     config: RunConfig,
     environment: dict[str, str],
     avoid: Callable[[], frozenset[str]],
     wishes: Wishes,
-    hope: int = 0,
+    freed: Freed,
 ) -> Group | End:
     """Room for as many workers as there is room for, of the numbers that the run may have, and the
     workers in it, ready to train.
 
-    avoid: nodes that are not to be used, asked for again while there is no room. hope: so many
-    workers there may be room for, whatever Ray's account says, which is behind the time. Waits for
-    cluster.start_timeout_s.
+    avoid: nodes that are not to be used, asked for again while there is no room. freed: what Ray's
+    account, which is behind the time, may not have yet. Waits for cluster.start_timeout_s.
     """
     cluster = config.cluster
     room: PlacementGroup | None = None
     workers: list[Any] = []
     try:
-        room = _room(config, avoid, wishes, hope)
+        room = _room(config, avoid, wishes, freed)
         options = {
             "num_cpus": cluster.cpus_per_worker,
             "num_gpus": cluster.gpus_per_worker,
@@ -82,14 +97,14 @@ def place(
 
 
 def _room(
-    config: RunConfig, avoid: Callable[[], frozenset[str]], wishes: Wishes, hope: int
+    config: RunConfig, avoid: Callable[[], frozenset[str]], wishes: Wishes, freed: Freed
 ) -> PlacementGroup:
     """Room that is there, for all workers. It is asked for anew when what is to be avoided has
     changed, as a link may have come back, or how many workers there is room for."""
     deadline = time.monotonic() + config.cluster.start_timeout_s
     while True:
         avoided = avoid()
-        n = number(config, max(hope, _fitting(config.cluster, avoided)))
+        n = number(config, freed.fitting(config.cluster, avoided))
         room = ask_for_room(config.cluster, n, avoided)
         look = time.monotonic() + _ROOM_S
         try:
@@ -109,7 +124,7 @@ def _room(
             close(room)
             raise
         close(room)
-        hope = 0
+        freed = Freed()
 
 
 def number(config: RunConfig, fitting: int) -> int:

@@ -8,7 +8,7 @@ import pytest
 
 from cluster import growth, placing
 from cluster.growth import Growth, steps_up
-from cluster.placing import number
+from cluster.placing import Freed, number
 from trainer.config import RunConfig, parse_config
 
 AVOIDED = frozenset({"leaving"})
@@ -53,6 +53,18 @@ def test_room_counts_by_node_and_not_on_those_to_be_avoided(
     assert placing._fitting(on_cpus, AVOIDED) == 1 + 3 + 2
     on_gpus = config("1..99", cpus_per_worker=1.5, gpus_per_worker=1).cluster
     assert placing._fitting(on_gpus, AVOIDED) == 1 + 0 + 2
+
+
+def test_room_that_was_just_given_back_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two workers on a, one on b and one on a node that leaves: a's is not free yet by Ray's
+    account, b's is. A spare node is taken in the same start."""
+    free = {"a": {"CPU": 0.0}, "b": {"CPU": 1.0}, "leaving": {"CPU": 1.0}, "spare": {"CPU": 1.0}}
+    monkeypatch.setattr(placing, "available_resources_per_node", lambda: free)
+    cluster = config("1..9").cluster
+    freed = Freed(("a", "a", "b", "leaving"))
+    assert freed.fitting(cluster, AVOIDED) == 2 + 1 + 1
+    assert Freed().fitting(cluster, AVOIDED) == 2
+    assert Freed(("b",), room=5).fitting(cluster, AVOIDED) == 5
 
 
 def test_more_is_asked_for_in_the_steps_that_can_be_used() -> None:
