@@ -26,6 +26,8 @@ from trainer.sections import ClusterSection
 _ASK_S, _LOOK_S = 0.5, 0.1
 # Seconds to wait, after a worker's failure, for those of others that may be its cause.
 _CAUSES_S = 2.0
+# Seconds between two looks of a driver that sleeps, or waits for Ray or the store.
+_GAP_S = 2.0
 # Seconds to give room back: for ever, where Ray's head is gone.
 _CLOSE_S = 3.0
 
@@ -146,12 +148,16 @@ def _watch(
     for w in watched:
         w.heard = time.monotonic()
     results: dict[int, Any] = {}
-    failed_at = None
+    failed_at, looked = None, time.monotonic()
     while True:
         ended, _ = ray.wait(list(running), timeout=_LOOK_S)
         lost = _take_results(ended, running, results)
         lost += _exchange(workers, watched, results, wishes)
         now = time.monotonic()
+        if (gap := now - looked) > _GAP_S:  # this process was held up, and asked nobody
+            for w in watched:
+                w.heard += gap
+        looked = now
         silent = [
             rank
             for rank, w in enumerate(watched)

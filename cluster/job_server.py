@@ -222,6 +222,8 @@ def _why(error: BaseException) -> str:
     if isinstance(error, requests.Timeout):
         return "no answer in time"
     text = str(error)
+    if "BadStatusLine" in text:
+        return "another kind of server answers there; give the dashboard's port, 8265 by default"
     inner = re.search(r"\[Errno -?\d+\] ([^'\")]+)", text)
     return inner[1] if inner else f"{text.splitlines()[0] if text else type(error).__name__:.120}"
 

@@ -62,7 +62,7 @@ _OWN = ("LXSCALE_CACHE",)
 def canonical(run: str) -> str:
     """A run's place as a job's metadata have it: a URL, or an absolute path."""
     path = local_path(run)
-    return str(path.absolute()) if path else run.rstrip("/")
+    return os.path.abspath(path) if path else run.rstrip("/")
 
 
 def jobs_of(server: JobServer, run: str) -> list[Job]:
@@ -131,6 +131,12 @@ def attempt_id(url: str, name: str, attempt: int, jobs: list[Job]) -> str:
     return f"{prefix}-{1 + sum(job.id.startswith(prefix) for job in jobs)}"
 
 
+def attempt_of(job: Job) -> int:
+    """The attempt that a job of such an id is to make; 0 for a person's."""
+    found = re.search(r"-a(\d{6,})-\d+$", job.id)
+    return int(found[1]) if found else 0
+
+
 def _label(url: str, name: str) -> str:
     """Of a run in jobs' ids, which are parts of URLs and of files' names."""
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:80]
@@ -167,8 +173,12 @@ def job_environment(config: RunConfig, credentials: bool) -> dict[str, str]:
     names = [n for n in os.environ if n.startswith("LXSCALE_") and n not in _OWN]
     names += [*_AWS, *(_CREDENTIALS if credentials else ())]
     told = {n: os.environ[n] for n in names if n in os.environ}
-    if not credentials:
-        told = {n: value for n, value in told.items() if shown(value) == value}
+    secret = [n for n, value in told.items() if shown(value) != value]
+    if secret and not credentials:
+        raise LaunchError(
+            f"{secret[0]} has a password in it, which Ray's job server would show: set it without, "
+            "or give --with-credentials"
+        )
     return told | {STOP_WAIT: str(math.ceil(config.cluster.stop_timeout_s) + _STOP_MORE_S)}
 
 

@@ -8,10 +8,10 @@ with which error, is in `_verdict`.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from cluster.bounded import StillBusyError, bounded
 from cluster.budget import Budget, newest_generation
@@ -229,7 +229,7 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     """Local paths made absolute: workers have another working directory."""
 
     def absolute(path: str | None) -> str | None:
-        return path if path is None or "://" in path else str(Path(path).absolute())
+        return path if path is None or "://" in path else os.path.abspath(path)
 
     given = config.given()
     given["data"]["train"] = (
@@ -245,6 +245,6 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     ):
         for key in keys:
             value = absolute(getattr(getattr(config, section), key))
-            if value is not None:
+            if key == "storage" or key in given.get(section, {}):
                 given.setdefault(section, {})[key] = value
     return parse_config(given, "the configuration")

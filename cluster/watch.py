@@ -19,7 +19,7 @@ from typing import Literal
 
 from cluster.errors import AwayError, LaunchError
 from cluster.job_server import Job, JobServer
-from cluster.jobs import How, attempt_id, canonical, config_at, jobs_of, submit_as
+from cluster.jobs import How, attempt_id, attempt_of, canonical, config_at, jobs_of, submit_as
 from shards.errors import NotFoundError, StoreError
 from trainer.run_status import RunStatus, run_status
 
@@ -30,6 +30,8 @@ _FIRST_S, _LONGEST_S = 2.0, 300.0
 # What a command of a job ends with that another one would end with, too: a user's error, and a
 # shell that finds no such command.
 _FINAL = (2, 126, 127)
+# What one ends with that had no room, or no store, and is to be run again.
+AGAIN = 75
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,10 @@ class Decision:
     status: int = 0
     """To end with."""
     tries: int = 0
-    """Of the job to submit: the how manieth on top of the run's newest generation."""
+    """Of the job to submit: the how manieth on top of the run's newest generation, without those
+    for which there was no room."""
+    jobs: int = 0
+    """All of them."""
 
 
 def decide(facts: Facts, max_crashes: int) -> Decision:
@@ -85,7 +90,12 @@ def decide(facts: Facts, max_crashes: int) -> Decision:
         return Decision("end", text, status=2)
     if last and last.status == "SUCCEEDED" and run.total is None:
         return Decision("end", f"done: step {run.step}, saved in {run.url}")
-    tries = last.tries + 1 if last and last.generation == run.generation else 1
+    on_top = [job for job in jobs if job.generation == run.generation]
+    tries = 1
+    if last and last in on_top:
+        # One that never began an attempt, as there was no room or no store, has not crashed.
+        begun = last.exit_code != AGAIN or attempt_of(last) <= run.attempt
+        tries = last.tries + begun
     how = (
         f"job {last.id} {last.ended}" if last else f"the run is {run.state}, and no job of it here"
     )
@@ -95,12 +105,13 @@ def decide(facts: Facts, max_crashes: int) -> Decision:
             f"({how}: {last.error if last else ''}): see `lxscale logs {run.url}`"
         )
         return Decision("end", text, status=1)
-    return Decision("submit", f"{how}; it goes on from step {run.step}", tries=tries)
+    text = f"{how}; it goes on from step {run.step}"
+    return Decision("submit", text, tries=tries, jobs=len(on_top) + 1)
 
 
-def pause(tries: int) -> float:
+def pause(number: int) -> float:
     """Seconds to wait before a job is submitted for the so manieth time on top of a generation."""
-    return min(_LONGEST_S, _FIRST_S * 2 ** min(tries - 1, 20)) * random.uniform(0.5, 1)
+    return min(_LONGEST_S, _FIRST_S * 2 ** min(number - 1, 20)) * random.uniform(0.5, 1)
 
 
 # --- doing it -------------------------------------------------------------------------------------
@@ -131,7 +142,7 @@ def watch(
             due = None
             time.sleep(min(_AWAY_S, _LOOK_S * 2 ** min(silent, 10)) * random.uniform(0.5, 1))
         elif due is None or due[0] != decision:
-            due = decision, time.monotonic() + pause(decision.tries)
+            due = decision, time.monotonic() + pause(decision.jobs)
         elif (left := due[1] - time.monotonic()) > 0:
             time.sleep(min(left, _LOOK_S))
         else:

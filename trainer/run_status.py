@@ -22,6 +22,7 @@ from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.format import lease_url
 from trainer.checkpoint.generations import Generation, generations
 from trainer.checkpoint.lease import Lease, parse_lease, read_lease
+from trainer.checkpoint.line import has_gone_on
 from trainer.checkpoint.owner import is_owned, lease_name
 from trainer.config import RunConfig, read_config
 from trainer.errors import ConfigError
@@ -94,7 +95,7 @@ def run_status(url: str, goodput: bool = False) -> RunStatus:
     mark = traces.claim_of(traces.attempt)
     return RunStatus(
         url,
-        _state(traces, config, step, total),
+        _state(traces, config, newest, total),
         step,
         total,
         newest.name.removesuffix(".json") if newest else "",
@@ -140,13 +141,17 @@ def _pairs(data_url: str) -> int:
     return load_manifest(data_url).pairs
 
 
-def _state(traces: Traces, config: RunConfig | None, step: int, total: int | None) -> State:
+def _state(
+    traces: Traces, config: RunConfig | None, newest: Generation | None, total: int | None
+) -> State:
     if not traces.attempt:
         return "new"
     if is_owned(traces):
         return "running"
-    if config and step == total:
-        return "done"
+    if config and (newest.step if newest else 0) == total:
+        back = config.checkpoint.resume_from
+        if back is None or (newest and has_gone_on(newest, back)):
+            return "done"
     mark = traces.claim_of(traces.attempt)
     if mark:
         where = lease_url(traces.run_url, lease_name(mark))

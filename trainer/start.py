@@ -14,6 +14,7 @@ from trainer import setup
 from trainer.checkpoint.compare import check_data_state, check_settings, whole_data_state
 from trainer.checkpoint.evidence import check_never_committed
 from trainer.checkpoint.fast import Snapshots, open_tier
+from trainer.checkpoint.fast_format import continued
 from trainer.checkpoint.generations import Generation, generations, newest_whole
 from trainer.checkpoint.journal import Journal, verify_behind
 from trainer.checkpoint.line import going_on_from, say_where
@@ -76,24 +77,34 @@ def start(
         check_goes_on(found, url, shapes, now, config.checkpoint.override_data_state)
         enter("restore")
         tier = open_tier(config, url)
-        newer = snapshots(tier, found, description, attempt, url) if tier else []
+        latest = newest_whole(all_found)
+        newer = snapshots(tier, found, latest, description, attempt, url) if tier else []
         generation, fast = restore(engine, found, url, shapes, config.data.cache, tier, newer)
+        stored = newest_whole(found) if fast else generation
         enter("start")
         state = _position(generation, config, now, sampler)
         length = setup.run_length(config, data.manifest.pairs, state.step, state.consumed)
         if rank == 0:
             setup.announce(config, url, attempt, world, state.step, length, data)
-            if generation:
-                say_where(all_found, generation, resume_from)
+            if stored:
+                say_where(all_found, stored, resume_from)
             setup.write_run_files(config, url, data)
             segments = generation.manifest.journal if generation else ()
             verify_behind(url, segments)
             journal = Journal(tuple(s.url for s in data.specs), now, segments, state.sampler)
             if fast:
-                journal.go_on(fast.journal)
+                journal.go_on(continued(fast, stored))
             progress = Progress(config, attempt, state.step, length.steps)
-        stored = newest_whole(found) if fast else generation
-        saver = Saver(url, attempt, config.checkpoint, description, owner, journal, stored)
+        saver = Saver(
+            url,
+            attempt,
+            config.checkpoint,
+            description,
+            owner,
+            journal,
+            stored,
+            goes_back=stored != latest,
+        )
         if progress:
             saver.before_commit = progress.publish
         memory = Snapshots(tier, config.checkpoint, attempt, description, owner, journal)

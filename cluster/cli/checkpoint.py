@@ -75,9 +75,10 @@ def _add_rm(parser: argparse.ArgumentParser) -> None:
 
 def _rm(args: argparse.Namespace) -> int:
     with shown_progress() as progress:
-        removed = inspect.remove(args.checkpoint, args.step, args.force, progress)
+        removed, step = inspect.remove(args.checkpoint, args.step, args.force, progress)
     for name in removed:
         print(f"removed {name}")
+    print(f"the run goes on from step {step}")
     return 0
 
 

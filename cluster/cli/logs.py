@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from cluster.cli.common import add_job_server
+from cluster.cli.streams import say
 from cluster.job_server import JobServer
 from cluster.jobs import newest_job
 from shards.arguments import given_name
@@ -21,11 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _logs(arguments: argparse.Namespace) -> int:
     server = JobServer(arguments.ray_address)
     job = newest_job(server, arguments.run)
-    if arguments.follow:
-        server.follow(job.id, _show)
-    else:
+    if not arguments.follow:
         _show(server.logs(job.id))
-    return 0
+        return 0
+    server.follow(job.id, _show)
+    job = server.job(job.id)
+    say(f"job {job.id} {job.ended}")
+    if job.status == "SUCCEEDED":
+        return 0
+    return job.exit_code if job.exit_code and job.exit_code > 0 else 75
 
 
 def _show(text: str) -> None:

@@ -8,6 +8,7 @@ left out. What fails here costs a snapshot, and never the run.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -26,6 +27,7 @@ from shards.store import objects
 from trainer.checkpoint.fast_folder import (
     drop,
     drop_from,
+    make_whole,
     objects_folder,
     open_folder,
     prune,
@@ -53,6 +55,9 @@ log = logging.getLogger("lxscale")
 
 # Newest snapshots that are kept; with the one that is being written there is one more.
 _KEEP = 2
+
+# Seconds for the one under way at the run's end, when a peer may be gone.
+_END_S = 30.0
 
 # Bytes of an element: KINDS in fp32.
 _ELEMENT = 12
@@ -180,7 +185,7 @@ class Snapshots:
     def close(self, committed: bool) -> None:
         """Wait for the one under way. committed: the store has all that they have, so they go."""
         if self._thread:
-            self._thread.join()
+            self._thread.join(_END_S)
         if committed and self._folder:
             remove_run(self._folder)
 
@@ -214,10 +219,11 @@ class Snapshots:
         try:
             problem = self._write(snap, step, state, skipped_updates, journal)
             if self._tier.first:
-                if problem:
-                    drop(self._tier.folder, place)
-                else:
-                    prune(self._tier.folder, place, _KEEP)
+                with contextlib.suppress(OSError):  # of a folder that is gone
+                    if problem:
+                        drop(self._tier.folder, place)
+                    else:
+                        prune(self._tier.folder, place, _KEEP)
         except Exception as error:  # a peer is lost: the training learns of that by itself
             self._broken = True
             log.debug("snapshot of step %d: %s", step, error)
@@ -280,6 +286,7 @@ class Snapshots:
             if names := not_finite(snap):
                 return f"{names[0]} is not finite"
             size = sum(array.nbytes for array in snap.arrays.values())
+            make_whole(self._tier.folder)
             copies = 1 + sum(
                 self._tier.partner(r) == self._rank for r in range(dist.get_world_size())
             )

@@ -39,13 +39,18 @@ def open_folder(place: str, run_url: str) -> Path:
         if not _in_memory(parent):
             raise NodeError(f"checkpoint.fast_folder={place} is not in memory (tmpfs)")
         home = _home(parent)
-        _make(home)
         folder = home / sha256_of(run_url.encode())[:32]
-        for path in (folder, folder / "checkpoints", objects_folder(folder)):
-            _make(path)
+        make_whole(folder)
         return folder
     except OSError as error:
         raise NodeError(f"cannot use checkpoint.fast_folder={place}: {error}") from None
+
+
+def make_whole(folder: Path) -> None:
+    """Have the run's folder and what it is in, which may have been removed since, and are this
+    user's alone. Raises NodeError or OSError."""
+    for path in (folder.parent, folder, folder / "checkpoints", objects_folder(folder)):
+        _make(path)
 
 
 def objects_folder(folder: Path) -> Path:

@@ -22,6 +22,7 @@ from trainer.checkpoint.format import (
     document_bytes,
     what_is_wrong,
 )
+from trainer.checkpoint.generations import Generation
 from trainer.checkpoint.journal import JournalPart, StepLine
 
 FORMAT = "lxscale-fast-1"
@@ -62,6 +63,19 @@ class FastManifest:
 
     def __str__(self) -> str:
         return f"the snapshot of step {self.manifest.step} (attempt {self.manifest.attempt})"
+
+
+def continued(fast: FastManifest, stored: Generation | None) -> JournalPart:
+    """The account of a snapshot, with what the store has got of it since it was made. stored: the
+    store's newest generation, older than the snapshot."""
+    part = fast.journal
+    if stored is None or stored.manifest.attempt != fast.manifest.attempt:
+        return part
+    segments = stored.manifest.journal
+    if segments[: len(part.segments)] != part.segments:
+        return part
+    lines = tuple(line for line in part.lines if line.step > stored.step)
+    return JournalPart(segments, stored.manifest.sampler, lines)
 
 
 _MANIFEST: TypeAdapter[FastManifest] = TypeAdapter(FastManifest)

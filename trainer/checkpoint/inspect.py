@@ -30,7 +30,7 @@ from trainer.checkpoint.generations import (
     read_entry,
     run_and_manifest,
 )
-from trainer.checkpoint.line import Named
+from trainer.checkpoint.line import Named, line_first
 from trainer.checkpoint.owner import Claimant, check_free, claim
 
 _LIVE = "stop that job first, or wait for its end"
@@ -149,8 +149,9 @@ def _uncovered(generation: Generation) -> str:
 
 def remove(
     path: str, steps: Sequence[int] = (), force: bool = False, progress: Progress = no_progress
-) -> list[str]:
-    """Remove generations of a run by their steps, or the one of a manifest; their names.
+) -> tuple[list[str], int]:
+    """Remove generations of a run by their steps, or the one of a manifest; their names, and the
+    step that the run goes on from.
 
     Raises OwnedError while a live job owns the run, CheckpointError where a step has no generation,
     where the newest whole one is meant without `force`, and where none that is whole would be left.
@@ -187,7 +188,7 @@ def remove(
         owner.remove(chosen)
     finally:
         owner.close()
-    return removed
+    return removed, stays.step
 
 
 def _of_steps(known: Sequence[Named], steps: Iterable[int]) -> set[str]:
@@ -217,14 +218,13 @@ def _what_stays(
         if isinstance(found, str) and LINK_PATTERN.fullmatch(name):
             # Claims are never removed: a free name would let a stale job go on.
             raise CheckpointError(f"{found}; it may be a claim and stays. It is in nobody's way")
-    newer = False
-    for name, found in known:
-        if name in chosen and force:
-            newer = True
-        elif isinstance(found, str) or not _is_whole(found, progress):
-            newer = newer or name in chosen
-        elif name not in chosen:
-            return found, newer
+    # In the order in which a start tries them: what a run that went back has left comes last.
+    for name, found in line_first(known):
+        if (name in chosen and force) or isinstance(found, str) or not _is_whole(found, progress):
+            continue
+        if name not in chosen:
+            newer = known[: known.index((name, found))]
+            return found, any(n in chosen for n, _ in newer)
         else:
             raise CheckpointError(
                 f"{found.url} (step {found.step}) is the newest whole generation, from which the "

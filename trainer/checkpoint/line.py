@@ -40,7 +40,7 @@ def going_on_from(found: Sequence[Generation | str], step: int | None) -> list[G
     the step already. CheckpointError names the steps there are where that one is not.
     """
     newest = newest_whole(found)
-    if step is None or (newest and _wished(newest) == step):
+    if step is None or (newest and has_gone_on(newest, step)):
         ordered = [f for _, f in line_first([("", f) for f in found])]
         return ordered if step is None else [f for f in ordered if newest and _leads(f, newest)]
     whole = [g for g in found if isinstance(g, Generation)]
@@ -59,7 +59,7 @@ def say_where(found: Sequence[Generation | str], generation: Generation, step: i
     newest = newest_whole(found)
     if step is None or newest is None:
         return
-    if _wished(newest) == step:
+    if has_gone_on(newest, step):
         log.info(
             "checkpoint.resume_from=%d: the run has gone on from there, and does so from step %d",
             step,
@@ -79,7 +79,7 @@ def _leads(found: Generation | str, newest: Generation) -> bool:
     return isinstance(found, str) or descends(newest.manifest, found.manifest)
 
 
-def _wished(generation: Generation) -> int | None:
-    """The checkpoint.resume_from that a generation was made with."""
-    step = generation.manifest.config.get("checkpoint", {}).get("resume_from")
-    return step if isinstance(step, int) else None
+def has_gone_on(newest: Generation, step: int) -> bool:
+    """Whether the run's newest generation was made with checkpoint.resume_from=step."""
+    made_with = newest.manifest.config.get("checkpoint", {}).get("resume_from")
+    return bool(made_with == step)

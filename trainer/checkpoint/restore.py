@@ -64,7 +64,9 @@ def restore(
             raise NodeError(f"{problem}; the same command starts anew")
         if loaded(problem, True):
             if dist.get_rank() == 0:
-                log.info("%s in memory is %d steps newer than the store", fast, len(fast.lines))
+                newest = newest_whole(found)
+                steps = generation.step - (newest.step if newest else 0)
+                log.info("%s in memory is %d steps newer than the store", fast, steps)
             return generation, fast
     for left, candidate in zip(range(len(found) - 1, -1, -1), found, strict=True):
         if isinstance(candidate, Generation):

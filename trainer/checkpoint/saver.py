@@ -153,9 +153,11 @@ class Saver:
         owner: Owner | None,
         journal: Journal | None,
         newest: Generation | None,
+        goes_back: bool = False,
     ) -> None:
         """owner, journal: rank 0's, which commits and writes a segment with every generation; None
-        on the other ranks. newest: the generation that the run goes on from, if any."""
+        on the other ranks. newest: the generation that the run goes on from, if any. goes_back: it
+        is not the last that was committed; the end commits one, be it of the same step."""
         self._run_url, self._attempt, self._settings = run_url, attempt, settings
         self._description, self._owner, self._journal = description, owner, journal
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
@@ -163,7 +165,7 @@ class Saver:
         # store's deadline at the worst.
         patience = max(1800.0, 6 * Retry().deadline)
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
-        self._last_step = newest.step if newest else None
+        self._last_step = newest.step if newest and not goes_back else None
         """Of the newest save that was begun."""
         self._landed_step = self._last_step
         self._why = ""

@@ -41,6 +41,7 @@ Read = Callable[[str, ObjectEntry], bytes]
 def snapshots(
     tier: Tier,
     found: Sequence[Generation | str],
+    latest: Generation | None,
     run: RunDescription,
     attempt: int,
     run_url: str,
@@ -48,7 +49,8 @@ def snapshots(
     """The snapshots that are newer than the run's newest generation and of its line, newest first;
     the same on every rank.
 
-    found: the run's generations; run: as it is now; attempt: this one.
+    found: the generations that the run may go on from; latest: the newest of all that it has; run:
+    as it is now; attempt: this one.
     """
     told: list[tuple[str, bytes]] = []
     if tier.first:
@@ -72,7 +74,8 @@ def snapshots(
         newest, wish = newest_whole(found), _wish(run.config)
         chosen = []
         for _, fast in sorted(whole.items(), reverse=True):
-            if not _follows(fast, newest) or fast.manifest.attempt >= attempt:
+            oldest = latest.manifest.attempt if latest else 0
+            if not _follows(fast, newest) or not oldest <= fast.manifest.attempt < attempt:
                 continue
             # A run that goes back does not go on from what it leaves (line.py).
             if wish is not None and _wish(fast.manifest.config) != wish:

@@ -46,8 +46,11 @@ class _End:
         if not self.sends:
             work = dist.irecv(part, self.move.source, group, self.tag)
         else:
-            if f and f.readinto(part.numpy().data) != count:
-                self.problem = f"{self.move.name} is shorter than it was"
+            try:
+                if f and f.readinto(part.numpy().data) != count:
+                    self.problem = f"{self.move.name} is shorter than it was"
+            except OSError as error:
+                self.problem = f"{self.move.name} cannot be read: {error.strerror}"
             work = dist.isend(part, self.move.target, group, self.tag)
         assert work is not None
         return work
@@ -91,10 +94,14 @@ class _End:
                 yield f
                 if not self.problem and self._digest.hexdigest() != self.move.sha256:
                     self.problem = f"{self.move.name} arrived damaged"
-            if not self.problem:
-                os.replace(temporary, path)
+            try:
+                if not self.problem:
+                    os.replace(temporary, path)
+            except OSError as error:
+                self.problem = f"{self.move.name} cannot be written: {error.strerror}"
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def exchange(moves: Sequence[Move], folder: Path, group: dist.ProcessGroup | None) -> str:
