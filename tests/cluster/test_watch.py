@@ -159,6 +159,25 @@ def configured(folder: Path) -> RunConfig:
     return config
 
 
+def test_a_full_cluster_ends_no_watch_and_a_crash_loop_does() -> None:
+    """A job that ends with 75 before it has begun an attempt is not counted, but waited longer."""
+
+    def after(number: int, attempt: int) -> Decision:
+        jobs: list[Job] = []
+        for n in range(1, number + 1):
+            tries = decide(Facts(tuple(jobs), run), 3).tries
+            id_ = f"lxscale-x-a{attempt:06d}-{n}"
+            jobs.append(
+                Job(id_, run.url, "x", "FAILED", 75, tries=tries, generation=run.generation)
+            )
+        return decide(Facts(tuple(jobs), run), 3)
+
+    run = replace(RUN, state="dead", attempt=2)
+    full = after(20, attempt=3)
+    assert full.do == "submit" and full.tries == 1 and full.jobs == 21
+    assert after(2, attempt=2).do == "submit" and after(3, attempt=2).do == "end"
+
+
 def test_two_watches_submit_each_job_once(
     tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,7 +212,8 @@ def test_two_watches_submit_each_job_once(
         server.all[-1] = replace(server.all[-1], status="FAILED", exit_code=75)
     ids = [job.id for job in server.all]
     assert ids[0].endswith("-a000003-1") and ids[1].endswith("-a000003-2")
-    assert [job.tries for job in server.all] == [1, 2]
+    # For neither of them there was room: that is no crash.
+    assert [job.tries for job in server.all] == [1, 1]
     server.up = False
     wait(lambda: any("cannot reach" in line for line in told))
     server.all.clear()
@@ -245,7 +265,6 @@ def test_credentials_go_along_only_when_that_is_wished(
     )
     given = {
         "AWS_ENDPOINT_URL": "http://h:1",
-        "AWS_ENDPOINT_URL_S3": "http://me:secret-0@h:1",
         "AWS_ACCESS_KEY_ID": "secret-1",
         "AWS_SECRET_ACCESS_KEY": "secret-2",
         "AWS_SESSION_TOKEN": "secret-3",
@@ -258,6 +277,11 @@ def test_credentials_go_along_only_when_that_is_wished(
     assert "secret" not in str(told) and "LXSCALE_CACHE" not in told
     assert told["AWS_ENDPOINT_URL"] == "http://h:1" and told["LXSCALE_STORE_DEADLINE"] == "7"
     assert int(told["RAY_JOB_STOP_WAIT_TIME_S"]) > 100
+    # A run without its endpoint would look elsewhere.
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://me:secret-0@h:1")
+    with pytest.raises(LaunchError, match="AWS_ENDPOINT_URL_S3 has a password") as caught:
+        job_environment(config, credentials=False)
+    assert "secret" not in str(caught.value)
     assert (
         job_environment(config, credentials=True).items()
         >= {k: v for k, v in given.items() if k.startswith("AWS_")}.items()
