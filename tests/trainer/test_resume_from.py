@@ -35,7 +35,8 @@ def audited(run: Path) -> None:
     assert not found.problems, found.problems
 
 
-@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.faults)])
+@pytest.mark.faults
+@pytest.mark.parametrize("world", [1, 2])
 def test_a_run_goes_back_to_a_step_once(data: Path, tmp_path: Path, world: int) -> None:
     """And a restart before its first commit goes back again."""
 

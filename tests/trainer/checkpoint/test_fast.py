@@ -148,6 +148,7 @@ def test_a_lost_node_costs_the_steps_since_the_newest_snapshot(
     assert not [p for p in in_memory(memory, "*") if p.is_file()]
 
 
+@pytest.mark.faults
 def test_a_store_is_asked_for_each_object_once_per_node(
     data: Path, tmp_path: Path, s3: str, proxy: FaultProxy
 ) -> None:

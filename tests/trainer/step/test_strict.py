@@ -212,6 +212,7 @@ def test_what_does_not_go_together_is_named(
         parse_config(tree(data, tmp_path, "wrong", train=train), "test")
 
 
+@pytest.mark.faults
 def test_a_strict_run_does_not_go_on_otherwise(data: Path, tmp_path: Path) -> None:
     first = tree(data, tmp_path, "run")
     assert not run_ranks(1, [(first, 3, False)])
