@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 
-from cluster import growth, placing
+from cluster import growth, launch, placing
 from cluster.growth import Growth, steps_up
 from cluster.placing import Freed, number
 from trainer.config import RunConfig, parse_config
@@ -143,3 +144,13 @@ def test_strict_runs_grow_by_whole_steps(monkeypatch: pytest.MonkeyPatch) -> Non
     assert rooms.after(0, run) == 4
     rooms.nodes[0] = "b"
     assert rooms.after(2, run) == 8
+
+
+def test_no_growth_waits_for_a_store_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_STORE_S", 0.05)
+    for answer, expected in (("a000001-000002.json", True), ("", True), (None, False)):
+        monkeypatch.setattr(launch, "newest_generation", lambda _, a=answer: a)
+        assert launch._store_answers("run") is expected
+    monkeypatch.setattr(launch, "newest_generation", lambda _: time.sleep(5))
+    began = time.monotonic()
+    assert not launch._store_answers("run") and time.monotonic() - began < 2
