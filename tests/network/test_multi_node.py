@@ -24,9 +24,10 @@ from tests.conftest import note_cost, subprocess_environment
 from tests.object_store import ObjectStore, radosgw, why_no_radosgw
 from tests.ranks import config_tree
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(3000)]
 
-STEPS = 6000
+# Enough for all that happens on a quick machine; a slow one takes ten minutes and more.
+STEPS = 4000
 _DASHBOARD = 8265
 _BUILD = """
 import sys
@@ -62,7 +63,7 @@ class Place:
 
     def lxscale(self, *arguments: str, status: int = 0) -> str:
         command = self.begin(sys.executable, "-m", "cluster.cli", *arguments)
-        output, _ = command.communicate(timeout=300)
+        output, _ = command.communicate(timeout=1200)
         assert command.returncode == status, output
         return output
 
@@ -189,7 +190,7 @@ def test_a_watched_run_survives_cut_links_and_the_loss_of_its_head(place: Place)
     until(lambda: "submitted lxscale-" in watch.text, "a new job", said, 180)
     until(lambda: place.at_step(run) > before, "a step after the head was lost", said, 180)
     note_cost("the head lost, to the next checkpoint", time.time() - moment)
-    until(lambda: watch.process.poll() is not None, "done", said, 400)
+    until(lambda: watch.process.poll() is not None, "done", said, 1200)
     assert watch.process.returncode == 0, said()
     assert f"done: step {STEPS}" in watch.text, said()
 
