@@ -2,7 +2,9 @@
 
 cli/            the commands
 launch          a run: one group of workers after the other; its one result or error
-group           a group: placed together, watched for losses and hangs, ended together
+placing         room for as many workers as there is room for, and the workers in it
+growth          room for more of them, asked for while they train
+group           the group that they are: watched for losses and hangs, ended together
 worker          the Ray actor in which the trainer runs
 worker_output   its log and what is printed there, in lines for the driver
 budget          how often a run may fail without getting any further

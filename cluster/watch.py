@@ -31,7 +31,7 @@ _FIRST_S, _LONGEST_S = 2.0, 300.0
 # shell that finds no such command.
 _FINAL = (2, 126, 127)
 # What one ends with that had no room, or no store, and is to be run again.
-AGAIN = 75
+_AGAIN = 75
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def decide(facts: Facts, max_crashes: int) -> Decision:
     tries = 1
     if last and last in on_top:
         # One that never began an attempt, as there was no room or no store, has not crashed.
-        begun = last.exit_code != AGAIN or attempt_of(last) <= run.attempt
+        begun = last.exit_code != _AGAIN or attempt_of(last) <= run.attempt
         tries = last.tries + begun
     how = (
         f"job {last.id} {last.ended}" if last else f"the run is {run.state}, and no job of it here"

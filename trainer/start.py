@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
+from shards.dataset import Dataset
 from shards.order.sampler import Sampler
 from shards.store.create import check_create_only
 from trainer import setup
 from trainer.checkpoint.compare import check_data_state, check_settings, whole_data_state
 from trainer.checkpoint.evidence import check_never_committed
-from trainer.checkpoint.fast import Snapshots, open_tier
-from trainer.checkpoint.fast_format import continued
+from trainer.checkpoint.fast import Snapshots, Tier, open_tier
+from trainer.checkpoint.fast_format import FastManifest, continued
+from trainer.checkpoint.format import RunDescription
 from trainer.checkpoint.generations import Generation, generations, newest_whole
 from trainer.checkpoint.journal import Journal, verify_behind
 from trainer.checkpoint.line import going_on_from, say_where
-from trainer.checkpoint.owner import Claimant, check_free, claim
+from trainer.checkpoint.owner import Claimant, Owner, check_free, claim
 from trainer.checkpoint.restore import check_goes_on, parameter_shapes, restore, set_masters
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.tiers import snapshots
 from trainer.config import RunConfig
+from trainer.data.batch import BatchSettings
 from trainer.data.loader import RankSlice
 from trainer.model import build_model
 from trainer.progress import Progress
@@ -34,6 +38,45 @@ from trainer.step.mixture import plan_mixture
 log = logging.getLogger("lxscale")
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """What a run is made of before it is claimed; as in Run."""
+
+    config: RunConfig
+    url: str
+    free: Claimant
+    """To whom the run is free."""
+    data: Dataset
+    sampler: Sampler
+    objectives: dict[str, float]
+    validation: Dataset | None
+    batch: BatchSettings
+    engine: Any
+    description: RunDescription
+
+    def check_goes_on(self, found: Sequence[Generation | str]) -> None:
+        """Raise what going on from these generations would."""
+        shapes, state = self.description.parameters, self.description.data_state
+        override = self.config.checkpoint.override_data_state
+        check_goes_on(found, self.url, shapes, state, override)
+
+
+@dataclass(frozen=True)
+class _Restored:
+    """Where a run stands."""
+
+    state: TrainState
+    source: Generation | None
+    """What was loaded."""
+    fast: FastManifest | None
+    """That is a snapshot."""
+    stored: Generation | None
+    """What the store has of this line."""
+    goes_back: bool
+    """The store has something newer, of another line."""
+    tier: Tier | None
+
+
 def start(
     config: RunConfig, claimant: Claimant, enter: Callable[[str], None]
 ) -> tuple[Run, TrainState]:
@@ -43,12 +86,36 @@ def start(
     The claim ends the attempt before, so it comes when all that may be wrong with this one's
     configuration, data and model has been looked at.
     """
+    made = _prepare(config, claimant)
+    owner: Owner | None = None
+
+    def own() -> tuple[int, list[Generation | str]]:
+        nonlocal owner
+        check_create_only(made.url)
+        owner = claim(made.url, made.free)
+        return owner.attempt, owner.found
+
+    try:
+        # Rank 0's list: all must try the same generations. They may be others than before.
+        attempt, found = from_rank_0(own)
+        enter("restore")
+        at = _restore(made, found, attempt)
+        enter("start")
+        run = _assemble(made, at, attempt, owner)
+    except BaseException:
+        leave(owner)
+        raise
+    return run, at.state
+
+
+def _prepare(config: RunConfig, claimant: Claimant) -> _Prepared:
+    """Open and build all of it, and look whether it fits what the run has saved."""
     setup.check_timeouts(config)
     url = setup.run_url(config)
     free = from_rank_0(lambda: check_free(url, claimant))
     data = setup.open_training_data(config)
-    resume_from = config.checkpoint.resume_from
-    before = going_on_from(from_rank_0(lambda: _generations(url)), resume_from)
+    found = from_rank_0(lambda: _generations(url))
+    before = going_on_from(found, config.checkpoint.resume_from)
     order = setup.order_version(before)
     sampler = data.sampler(config.sampler, config.run.seed, order)
     objectives = setup.resolve_objectives(config, data)
@@ -57,80 +124,77 @@ def start(
     config = config.model_copy(update={"model": setup.resolve_model(config, data)})
     check_settings(before, config, objectives)
     engine, shapes = _engine(config, new=not before)
-    description = setup.describe(config, data, objectives, shapes, order)
-    now = description.data_state
-    check_goes_on(before, url, shapes, now, config.checkpoint.override_data_state)
+    made = _Prepared(
+        config=config,
+        url=url,
+        free=free,
+        data=data,
+        sampler=sampler,
+        objectives=objectives,
+        validation=validation,
+        batch=batch,
+        engine=engine,
+        description=setup.describe(config, data, objectives, shapes, order),
+    )
+    made.check_goes_on(before)
+    return made
 
-    rank, world = dist.get_rank(), dist.get_world_size()
-    owner, journal, progress = None, None, None
 
-    def own() -> tuple[int, list[Generation | str]]:
-        nonlocal owner
-        check_create_only(url)
-        owner = claim(url, free)
-        return owner.attempt, owner.found
+def _restore(made: _Prepared, all_found: list[Generation | str], attempt: int) -> _Restored:
+    """Load what the run goes on from. all_found: its generations, as the claim found them."""
+    config, url, run = made.config, made.url, made.description
+    found = going_on_from(all_found, config.checkpoint.resume_from)
+    made.check_goes_on(found)
+    latest = newest_whole(all_found)
+    tier = open_tier(config, url)
+    newer = snapshots(tier, found, latest, run, attempt, url) if tier else []
+    source, fast = restore(made.engine, found, url, run.parameters, config.data.cache, tier, newer)
+    stored = newest_whole(found) if fast else source
+    if stored and dist.get_rank() == 0:
+        say_where(all_found, stored, config.checkpoint.resume_from)
+    state = _position(source, config, run.data_state, made.sampler)
+    return _Restored(state, source, fast, stored, stored != latest, tier)
 
-    try:
-        # Rank 0's list: all must try the same generations. They may be others than before.
-        attempt, all_found = from_rank_0(own)
-        found = going_on_from(all_found, resume_from)
-        check_goes_on(found, url, shapes, now, config.checkpoint.override_data_state)
-        enter("restore")
-        tier = open_tier(config, url)
-        latest = newest_whole(all_found)
-        newer = snapshots(tier, found, latest, description, attempt, url) if tier else []
-        generation, fast = restore(engine, found, url, shapes, config.data.cache, tier, newer)
-        stored = newest_whole(found) if fast else generation
-        enter("start")
-        state = _position(generation, config, now, sampler)
-        length = setup.run_length(config, data.manifest.pairs, state.step, state.consumed)
-        if rank == 0:
-            setup.announce(config, url, attempt, world, state.step, length, data)
-            if stored:
-                say_where(all_found, stored, resume_from)
-            setup.write_run_files(config, url, data)
-            segments = generation.manifest.journal if generation else ()
-            verify_behind(url, segments)
-            journal = Journal(tuple(s.url for s in data.specs), now, segments, state.sampler)
-            if fast:
-                journal.go_on(continued(fast, stored))
-            progress = Progress(config, attempt, state.step, length.steps)
-        saver = Saver(
-            url,
-            attempt,
-            config.checkpoint,
-            description,
-            owner,
-            journal,
-            stored,
-            goes_back=stored != latest,
-        )
-        if progress:
-            saver.before_commit = progress.publish
-        memory = Snapshots(tier, config.checkpoint, attempt, description, owner, journal)
-    except BaseException:
-        leave(owner)
-        raise
-    run = Run(
+
+def _assemble(made: _Prepared, at: _Restored, attempt: int, owner: Owner | None) -> Run:
+    """The run, with what writes of it. owner: rank 0's."""
+    config, url, data, description = made.config, made.url, made.data, made.description
+    length = setup.run_length(config, data.manifest.pairs, at.state.step, at.state.consumed)
+    journal, progress = None, None
+    if owner:
+        world, step = dist.get_world_size(), at.state.step
+        setup.announce(config, url, attempt, world, step, length, data)
+        setup.write_run_files(config, url, data)
+        segments = at.source.manifest.journal if at.source else ()
+        verify_behind(url, segments)
+        urls = tuple(s.url for s in data.specs)
+        journal = Journal(urls, description.data_state, segments, at.state.sampler)
+        if at.fast:
+            journal.go_on(continued(at.fast, at.stored))
+        progress = Progress(config, attempt, step, length.steps)
+    settings = config.checkpoint
+    saver = Saver(url, attempt, settings, description, owner, journal, at.stored, at.goes_back)
+    if progress:
+        saver.before_commit = progress.publish
+    return Run(
         config=config,
         url=url,
         attempt=attempt,
         part=_part(config),
         data=data,
-        sampler=sampler,
-        mixture=plan_mixture(sampler, data),
-        batch=batch,
-        objectives=objectives,
-        validation=validation,
-        engine=engine,
+        sampler=made.sampler,
+        mixture=plan_mixture(made.sampler, data),
+        batch=made.batch,
+        objectives=made.objectives,
+        validation=made.validation,
+        engine=made.engine,
         length=length,
         saver=saver,
-        memory=memory,
+        memory=Snapshots(at.tier, settings, attempt, description, owner, journal),
         owner=owner,
         journal=journal,
         progress=progress,
     )
-    return run, state
 
 
 def _part(config: RunConfig) -> RankSlice:

@@ -19,6 +19,10 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     """Arguments of commands that run workers."""
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--ray-address", help="join this Ray cluster (default: a local one)")
+    add_take_over(parser)
+
+
+def add_take_over(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--take-over", action="store_true", help="take the run from a job that is alive"
     )

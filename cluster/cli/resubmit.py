@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cluster.cli.common import RUN, add_submission
+from cluster.cli.common import RUN, add_submission, add_take_over
 from cluster.cli.submit import how, show
 from cluster.job_server import JobServer
 from cluster.jobs import canonical, config_at, submit
@@ -15,9 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=given_place, help=RUN)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     add_submission(parser)
-    parser.add_argument(
-        "--take-over", action="store_true", help="take the run from a job that is alive"
-    )
+    add_take_over(parser)
     parser.set_defaults(func=_resubmit)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cluster.cli.common import add_submission
+from cluster.cli.common import add_submission, add_take_over
 from cluster.cli.streams import say
 from cluster.job_server import Job, JobServer
 from cluster.jobs import How, portable, submit
@@ -22,9 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=given_path, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     add_submission(parser)
-    parser.add_argument(
-        "--take-over", action="store_true", help="take the run from a job that is alive"
-    )
+    add_take_over(parser)
     parser.set_defaults(func=_submit)
 
 

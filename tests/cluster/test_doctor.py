@@ -18,7 +18,7 @@ from cluster.cli.main import main
 from cluster.doctor import Finding, Machine, examine, findings
 from cluster.environment import take
 from shards.format.build import BuildSettings, build
-from tests.cluster.namespaces import ENVIRONMENT, HUB, HUB_IP, Network, why_no_namespaces
+from tests.cluster.namespaces import HUB, HUB_IP, Network
 from tests.conftest import small_records, subprocess_environment
 from tests.object_store import ObjectStore, radosgw, why_no_radosgw
 from tests.ranks import config_tree
@@ -130,18 +130,15 @@ def test_workers_see_s3_as_the_driver_does(kind: str, monkeypatch: pytest.Monkey
 
 
 @pytest.fixture
-def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Network]:
-    """Two machines with room for a worker each, beside the head's; none knows of AWS."""
-    if reason := why_no_namespaces():
-        pytest.skip(reason)
+def without_aws(monkeypatch: pytest.MonkeyPatch) -> None:
     for key in [k for k in os.environ if k.startswith("AWS_")]:
         monkeypatch.delenv(key)
-    for key, value in ENVIRONMENT.items():
-        monkeypatch.setenv(key, value)
-    with contextlib.closing(Network(tmp_path)) as network:
-        network.add()
-        network.add()
-        yield network
+
+
+@pytest.fixture
+def network(without_aws: None, network: Network) -> Network:
+    """None of whose machines knows of AWS."""
+    return network
 
 
 @pytest.fixture

@@ -9,9 +9,8 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -19,7 +18,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from tests.cluster.joined import MANY, STEPS, Runs, assert_ended, begun, drain, raylet
-from tests.cluster.namespaces import ENVIRONMENT, Network, why_no_namespaces
+from tests.cluster.namespaces import Network
 from tests.cluster.test_fault_table import Watched
 from tests.conftest import note_cost
 from trainer.checkpoint.generations import find_generation
@@ -167,19 +166,6 @@ def test_no_room_and_no_cluster_are_one_line(runs: Runs, cluster: Cluster, name:
 
 
 # --- links --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Network]:
-    """Two machines with room for a worker each, beside the head's."""
-    if reason := why_no_namespaces():
-        pytest.skip(reason)
-    for key, value in ENVIRONMENT.items():
-        monkeypatch.setenv(key, value)
-    with contextlib.closing(Network(tmp_path)) as network:
-        network.add()
-        network.add()
-        yield network
 
 
 def on(network: Network, runs: Runs, name: str, **settings: Any) -> Watched:

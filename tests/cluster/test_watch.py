@@ -294,14 +294,14 @@ def test_a_runs_storage_is_enough_to_submit_it_anywhere(tmp_path: Path) -> None:
     # As a worker wrote it, on a machine that had its events in a folder of its own.
     stored = Path(url, "config.yaml")
     tree = config.model_dump(mode="json")
-    tree["run"]["tensorboard"] = "/home/me/runs/tiny/tensorboard"
+    tree["run"]["tensorboard"] = str(tmp_path / "runs" / "tiny" / "tensorboard")
     stored.write_text(yaml.safe_dump(tree))
     found = config_at(url, ["cluster.workers=3"])
     assert found.cluster.workers == 3 and found.run.tensorboard is None
     assert found.data.cache == config.data.cache and run_url(found) == url
-    tree["run"]["tensorboard"] = "/mnt/events"
+    tree["run"]["tensorboard"] = str(tmp_path / "events")
     stored.write_text(yaml.safe_dump(tree))
-    assert config_at(url).run.tensorboard == "/mnt/events"
+    assert config_at(url).run.tensorboard == str(tmp_path / "events")
     moved = tmp_path / "moved"
     Path(url).rename(moved)
     with pytest.raises(ValueError, match=r"moved or copied.*run\.storage="):

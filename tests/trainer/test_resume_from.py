@@ -153,10 +153,13 @@ def test_workers_that_are_lost_before_the_first_save_go_back_again(
     faults = [Fault("first", 6, "forward", 0, "kill"), Fault("second", 8, "forward", 0, "kill")]
     write_plan(tmp_path / "faults", faults)
     said = train(8, "checkpoint.resume_from=4")
-    assert len(re.findall(r"resume_from=4: going back from step 8 to .*a000001-000002", said)) == 2
+    # Of the first group, which is killed some milliseconds after, the line may be lost with it.
+    assert re.search(r"resume_from=4: going back from step 8 to .*a000001-000002", said)
     assert "resume_from=4: the run has gone on from there, and does so from step 6" in said
     run = tmp_path / "run"
     assert steps_of(run) == [8, 6, 8, 6, 4, 2]
     audited(run)
-    (newest, *_) = (g for g in generations(str(run)) if isinstance(g, Generation))
+    newest, six, *_ = (g for g in generations(str(run)) if isinstance(g, Generation))
+    # The second group made steps 5 and 6 again, the first had been killed before it could save.
+    assert [g.manifest.attempt for g in (newest, six)] == [4, 3]
     assert [(s.first, s.last) for s in newest.manifest.journal] == [(1, 2), (3, 4), (5, 6), (7, 8)]

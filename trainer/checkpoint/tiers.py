@@ -12,7 +12,6 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -71,14 +70,11 @@ def snapshots(
                 whole[fast.place] = fast
         for name in damaged.keys() - {fast.name for fast in whole.values()}:
             log.warning("%s: passed over", damaged[name])
-        newest, wish = newest_whole(found), _wish(run.config)
+        newest = newest_whole(found)
         chosen = []
         for _, fast in sorted(whole.items(), reverse=True):
             oldest = latest.manifest.attempt if latest else 0
             if not _follows(fast, newest) or not oldest <= fast.manifest.attempt < attempt:
-                continue
-            # A run that goes back does not go on from what it leaves (line.py).
-            if wish is not None and _wish(fast.manifest.config) != wish:
                 continue
             # An attempt of an earlier life of the run, which was removed since, has another claim.
             if token_of(run_url, fast.manifest.attempt) != fast.claim:
@@ -90,10 +86,6 @@ def snapshots(
         return chosen
 
     return from_rank_0(choose)
-
-
-def _wish(config: dict[str, Any]) -> Any:
-    return config.get("checkpoint", {}).get("resume_from")
 
 
 def _follows(fast: FastManifest, newest: Generation | None) -> bool:

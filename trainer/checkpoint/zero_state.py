@@ -116,6 +116,17 @@ def read(engine: Any, fragment: Fragment, kind: str) -> Tensor:
     return whole.detach().view(-1).narrow(0, fragment.offset, fragment.span.length)
 
 
+def adam_state(engine: Any, holder: Tensor) -> dict[str, Tensor]:
+    """Of a holder, with its count of updates: made here if there is none yet, as Adam itself makes
+    its state at its first step only."""
+    state: dict[str, Tensor] = engine.basic_optimizer.state[holder]
+    if not state:
+        state["step"] = torch.tensor(0.0)
+        state["exp_avg"] = torch.zeros_like(holder)
+        state["exp_avg_sq"] = torch.zeros_like(holder)
+    return state
+
+
 def write(
     engine: Any, fragment: Fragment, kind: str, values: Tensor, step: int, start: int = 0
 ) -> None:
@@ -124,11 +135,7 @@ def write(
     step: Adam's count of the updates that it has made.
     """
     if kind != "master":
-        # Adam makes its state at its first step: a restored engine has had none.
-        state = engine.basic_optimizer.state[fragment.holder]
-        if not state:
-            state["exp_avg"] = torch.zeros_like(fragment.holder)
-            state["exp_avg_sq"] = torch.zeros_like(fragment.holder)
+        state = adam_state(engine, fragment.holder)
         # Every time: a damaged generation that was given up may have set another count.
         state["step"] = torch.tensor(float(step))
     read(engine, fragment, kind).narrow(0, start, len(values)).copy_(values)

@@ -21,7 +21,7 @@ from torch import Tensor
 from model.batch import Batch
 from model.objectives.base import LossSettings
 from shards.order.draws import fold
-from trainer.checkpoint.zero_state import list_fragments, refresh_weights
+from trainer.checkpoint.zero_state import adam_state, list_fragments, refresh_weights
 from trainer.ranks import all_reduce_sum
 from trainer.step.optimizer import AdamW
 
@@ -29,7 +29,7 @@ _UNIT = 2.0**-44
 """Of the sums. Of an fp32 gradient above 2^-20 all is kept, of a smaller one what is above the
 unit, and sums may reach 2^18."""
 _AT_ONCE = 1 << 24
-"""Numbers that are summed over the ranks, or updated, at a time."""
+"""Numbers that are summed over the ranks at a time."""
 
 
 def strict_step(
@@ -61,24 +61,21 @@ def strict_step(
         sums = torch.stack([out.loss_sum[name] for name in weights])
         scale = sums.new_tensor([w / max(counts[name], 1.0) for name, w in weights.items()])
         # Not backward(): its hooks are DeepSpeed's reduction.
-        found = torch.autograd.grad(
-            (scale * sums).sum(), list(parameters.values()), allow_unused=True
-        )
-        bad += not _add(total, found, list(parameters.values()), parts)
+        own = list(parameters.values())
+        found = torch.autograd.grad((scale * sums).sum(), own, allow_unused=True)
+        bad += not _add(total, found, own, parts)
         slots[number] = sums.detach().double().cpu()
     told = all_reduce_sum(torch.cat([slots.flatten(), bad]))
     sums_of_all = told[:-1].view(parts, -1).sum(dim=0).tolist()
-    for piece in total.split(_AT_ONCE):
-        all_reduce_sum(piece)
-    gradients = _as_gradients(total, parameters)
-    square = sum(float(g.double().square().sum()) for g in gradients.values())
-    finite = not told[-1] and math.isfinite(square) and all(map(math.isfinite, sums_of_all))
+    # Within bounds, a sum of gradients is finite, and so is its square.
+    finite = not told[-1] and all(map(math.isfinite, sums_of_all))
     if finite:
-        norm = math.sqrt(square)
-        if clip_norm and norm > clip_norm:
-            for g in gradients.values():
-                g.mul_(clip_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
-        _update(engine, gradients)
+        for piece in total.split(_AT_ONCE):
+            all_reduce_sum(piece)
+        units = dict(
+            zip(parameters, total.split([p.numel() for p in parameters.values()]), strict=True)
+        )
+        _update(engine, units, _UNIT * _clipping(units, clip_norm))
     return dict(zip(weights, sums_of_all, strict=True)), finite
 
 
@@ -96,33 +93,32 @@ def _add(
     return bool(good)
 
 
-def _as_gradients(total: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """fp32, flat, by name."""
-    sizes = [p.numel() for p in parameters.values()]
-    parts = zip(parameters, total.split(sizes), strict=True)
-    return {name: (part.double() * _UNIT).float() for name, part in parts}
+def _clipping(units: dict[str, Tensor], clip_norm: float) -> float:
+    """What all gradients are multiplied by, as by torch.nn.utils.clip_grad_norm_. The norm is in
+    fp64, over the parameters in their order, of what every rank has."""
+    if not clip_norm:
+        return 1.0
+    squares = [float((part.double() * _UNIT).square_().sum()) for part in units.values()]
+    return min(1.0, clip_norm / (math.sqrt(math.fsum(squares)) + 1e-6))
 
 
 @torch.no_grad()
-def _update(engine: Any, gradients: dict[str, Tensor]) -> None:
-    """Move this rank's part of the weights and moments."""
+def _update(engine: Any, units: dict[str, Tensor], unit: float) -> None:
+    """Move this rank's part of the weights and moments. units: the whole gradient of each
+    parameter, flat, as multiples of `unit`."""
     optimizer = engine.basic_optimizer
     group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
     steps: dict[Tensor, Tensor] = {}
     for fragment in list_fragments(engine):
         holder, (name, start, length) = fragment.holder, fragment.span
-        state = optimizer.state[holder]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(holder)
-            state["exp_avg_sq"] = torch.zeros_like(holder)
+        state = adam_state(engine, holder)
         if holder not in steps:
             steps[holder] = state["step"].add_(1)
         own = slice(fragment.offset, fragment.offset + length)
         views = [t.view(-1)[own] for t in (holder, state["exp_avg"], state["exp_avg_sq"])]
         _move(
             views,
-            gradients[name][start : start + length],
+            (units[name][start : start + length].double() * unit).float(),
             group_of[holder],
             int(steps[holder]) if isinstance(optimizer, AdamW) else None,
         )
