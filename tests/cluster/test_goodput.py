@@ -92,8 +92,10 @@ def test_the_parts_of_the_time_are_those_of_the_log(
     job = start(str(tmp_path))
     job.wait_for_step(EVERY + 25)
     (worker, *_) = job.children("ray::Worker")
+    killed_at = time.time()
     os.kill(worker.pid, signal.SIGKILL)
-    while job.step() >= EVERY + 10:  # it goes on from the checkpoint
+    while job.next_step_after(killed_at) is None:  # it goes on from the checkpoint
+        assert job.process.poll() is None, job.text()
         time.sleep(0.02)
     job.wait_for_step(2 * EVERY + 25)
     alive = goodput_of(str(run))
