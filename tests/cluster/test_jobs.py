@@ -258,8 +258,10 @@ def test_watches_bring_a_run_through_a_lost_driver_and_a_lost_head(
     for watch in watches:
         assert watch.finish() == 0, watch.text()
         assert watch.lines[-1] == f"done: step {STEPS}, saved in {run}"
-        assert "ended by signal 9" in watch.text() and "cannot reach" in watch.text()
+        assert "cannot reach" in watch.text()
+    # The one that looks later finds the other's job there already.
     told = "\n".join(watch.text() for watch in watches)
+    assert "ended by signal 9" in told
     assert len(set(re.findall(r"submitted (\S+),", told))) == 2, told
     assert run_status(str(run)).attempt == 3, told
     assert_bitwise(tmp_path / "whole", run)
