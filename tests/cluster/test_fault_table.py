@@ -265,7 +265,8 @@ def test_a_worker_that_fails_at_the_same_step_again_and_again_ends_the_run(
         assert status == 2 and len(happened) == 1, text
         assert "KeyError" in error and "injected" in error
     else:
-        assert status == 75 and len(happened) == 4, text
+        # 5 where the checkpoint of step 20 landed after the first: it is a new one then.
+        assert status == 75 and len(happened) in (4, 5), text
         assert "cluster.max_failures=3" in error and "without a new checkpoint" in error
     assert find_generation(str(tmp_path / "run")).step == 20
     for folder in Path(tempfile.gettempdir()).glob("lxscale-*-failed"):
