@@ -4,10 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much there is in a batch, for the host."""
+
+    longest: int
+    """Tokens of the longest sentence."""
+    most: int
+    """Objects of the image that has most; at least 1 where there is an image."""
+    image_rows: int
+    """Objects of all distinct images, an image without any counted as 1."""
+    pair_rows: int
+    """Objects of all pairs' images, counted likewise."""
+    pair_objects: int
+    """Objects of all pairs' images."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +88,19 @@ class Batch:
         """M."""
         return len(self.image_index)
 
+    @cached_property
+    def extent(self) -> Extent:
+        """Counted at first use, or when the batch leaves the CPU: later it waits for the device."""
+        length, count = self.token_start.diff(), self.num_objects
+        shown = count.clamp(min=1)
+        return Extent(
+            int(length.max()) if len(length) else 0,
+            int(shown.max()) if len(shown) else 0,
+            int(shown.sum()),
+            int(shown[self.image_index].sum()),
+            int(count[self.image_index].sum()),
+        )
+
     def to(self, device: torch.device | str) -> Batch:
         return self._map(lambda t: t.to(device, non_blocking=True))
 
@@ -80,4 +110,6 @@ class Batch:
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         found: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         changed: dict[str, Any] = {k: v if v is None else change(v) for k, v in found.items()}
-        return Batch(**changed)
+        batch = Batch(**changed)
+        vars(batch)["extent"] = self.extent
+        return batch

@@ -1,60 +1,26 @@
 """The layers of LXMERT. Names of modules are those of the released weights.
 
-Shapes: M pairs, L or C places of a sequence, hidden size H. A mask is bool (M, C), True where a
-place is real, None where none is padded. attention_out collects the attention weights
-(M, heads, L, C) in the order of computation; None: they are not computed one by one, with the same
-result.
+All work on packed rows (packing.py): (R, H) with no padding, hidden size H. attention_out collects
+the attention weights (M, heads, L, C) in the order of computation; None: they are not kept, with
+the same result.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attention import Attention
 from model.config import ModelConfig
+from model.dropout import add_dropout, dropout
+from model.packing import Rows, take
 
 LAYER_NORM_EPS = 1e-12  # BERT's, also in every part of LXMERT
 
 
 def layer_norm(size: int) -> nn.LayerNorm:
     return nn.LayerNorm(size, eps=LAYER_NORM_EPS)
-
-
-class Attention(nn.Module):
-    """Multi-head attention of a sequence over a context, before its output projection."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.num_heads = config.num_heads
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = config.attention_dropout
-
-    def forward(
-        self, x: Tensor, context: Tensor, mask: Tensor | None, attention_out: list[Tensor] | None
-    ) -> Tensor:
-        """x (M, L, H), context (M, C, H), mask of the context -> (M, L, H)."""
-        q, k, v = (
-            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for part in (self.query(x), self.key(context), self.value(context))
-        )
-        bias = None if mask is None else mask[:, None, None, :]
-        p = self.dropout if self.training else 0.0
-        if attention_out is None:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p)
-        else:
-            score = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-            if bias is not None:
-                # Finite, so that a query that may see nothing has weights and no NaN.
-                score = score.masked_fill(~bias, torch.finfo(score.dtype).min)
-            weights = score.softmax(-1)
-            attention_out.append(weights.detach())
-            out = F.dropout(weights, p, self.training) @ v
-        return out.transpose(1, 2).flatten(2)
 
 
 class Residual(nn.Module):
@@ -64,29 +30,42 @@ class Residual(nn.Module):
         super().__init__()
         self.dense = nn.Linear(size, config.hidden_size)
         self.LayerNorm = layer_norm(config.hidden_size)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """x (M, L, size), residual (M, L, H) -> (M, L, H)."""
-        out: Tensor = self.LayerNorm(self.dropout(self.dense(x)) + residual)
+        """x (R, size), residual (R, H) -> (R, H)."""
+        p = self.dropout if self.training else 0.0
+        out: Tensor = self.LayerNorm(add_dropout(self.dense(x), residual, p))
         return out
 
 
 class SelfAttention(nn.Module):
-    """Attention of a sequence over itself, with its projection and residual."""
+    """Attention of sequences over themselves, with its projection and residual."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.self = Attention(config)
         self.output = Residual(config.hidden_size, config)
 
-    def forward(self, x: Tensor, mask: Tensor | None, attention_out: list[Tensor] | None) -> Tensor:
-        out: Tensor = self.output(self.self(x, x, mask, attention_out), x)
+    def forward(
+        self,
+        x: Tensor,
+        rows: Rows,
+        read: Tensor | None = None,
+        attention_out: list[Tensor] | None = None,
+    ) -> Tensor:
+        """x (R, H) -> the same, or only its rows `read`, i64."""
+        q, k, v = self.self.project(x)
+        found = self.self.attend(q, k, v, rows, rows, attention_out)
+        if read is not None:
+            found, x = take(found, read), take(x, read)
+        out: Tensor = self.output(found, x)
         return out
 
 
 class CrossAttention(nn.Module):
-    """Attention of one modality over the other, with its projection and residual."""
+    """Attention of each modality over the other, with its projection and residual. Both directions
+    read the layer's inputs and share one set of weights, so their rows are projected together."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -94,10 +73,21 @@ class CrossAttention(nn.Module):
         self.output = Residual(config.hidden_size, config)
 
     def forward(
-        self, x: Tensor, context: Tensor, mask: Tensor | None, attention_out: list[Tensor] | None
-    ) -> Tensor:
-        out: Tensor = self.output(self.att(x, context, mask, attention_out), x)
-        return out
+        self,
+        language: Tensor,
+        vision: Tensor,
+        tokens: Rows,
+        objects: Rows,
+        attention_out: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """language (T, H), vision (V, H) -> the same shapes."""
+        sizes = [len(language), len(vision)]
+        both = torch.cat([language, vision])
+        (ql, qv), (kl, kv), (vl, vv) = (part.split(sizes) for part in self.att.project(both))
+        x = self.att.attend(ql, kv, vv, tokens, objects, attention_out)
+        y = self.att.attend(qv, kl, vl, objects, tokens, attention_out)
+        language, vision = self.output(torch.cat([x, y]), both).split(sizes)
+        return language, vision
 
 
 class Intermediate(nn.Module):
@@ -120,15 +110,16 @@ class Layer(nn.Module):
         self.intermediate = Intermediate(config)
         self.output = Residual(config.intermediate_size, config)
 
-    def forward(self, x: Tensor, mask: Tensor | None, attention_out: list[Tensor] | None) -> Tensor:
-        x = self.attention(x, mask, attention_out)
+    def forward(self, x: Tensor, rows: Rows, attention_out: list[Tensor] | None = None) -> Tensor:
+        """x (R, H) -> (R, H)."""
+        x = self.attention(x, rows, None, attention_out)
         out: Tensor = self.output(self.intermediate(x), x)
         return out
 
 
 class CrossLayer(nn.Module):
-    """A layer of the cross-modality encoder: both directions of cross-attention read the layer's
-    inputs and share one set of weights, then each modality has self-attention and an FFN."""
+    """A layer of the cross-modality encoder: cross-attention, then each modality has self-attention
+    and an FFN."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -143,16 +134,17 @@ class CrossLayer(nn.Module):
     def forward(
         self,
         language: Tensor,
-        language_mask: Tensor | None,
         vision: Tensor,
-        vision_mask: Tensor | None,
-        attention_out: list[Tensor] | None,
+        tokens: Rows,
+        objects: Rows,
+        read: tuple[Tensor, Tensor] | None = None,
+        attention_out: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """language (M, L, H) and vision (M, O, H) with their masks -> the same shapes."""
-        x = self.visual_attention(language, vision, vision_mask, attention_out)
-        y = self.visual_attention(vision, language, language_mask, attention_out)
-        x = self.lang_self_att(x, language_mask, attention_out)
-        y = self.visn_self_att(y, vision_mask, attention_out)
+        """language (T, H), vision (V, H) -> the same, or only the rows of each in `read`, i64."""
+        x, y = self.visual_attention(language, vision, tokens, objects, attention_out)
+        read_x, read_y = read or (None, None)
+        x = self.lang_self_att(x, tokens, read_x, attention_out)
+        y = self.visn_self_att(y, objects, read_y, attention_out)
         return self.lang_output(self.lang_inter(x), x), self.visn_output(self.visn_inter(y), y)
 
 
@@ -165,15 +157,13 @@ class WordEmbedding(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_positions, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = layer_norm(config.hidden_size)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids i64 (M, L) -> (M, L, H)."""
-        position = torch.arange(ids.shape[1], device=ids.device)
-        segment = torch.zeros_like(ids)
-        x = self.word_embeddings(ids) + self.position_embeddings(position)
-        out: Tensor = self.dropout(self.LayerNorm(x + self.token_type_embeddings(segment)))
-        return out
+    def forward(self, ids: Tensor, place: Tensor) -> Tensor:
+        """ids i64 (T,), each one's place in its sentence i64 (T,) -> (T, H)."""
+        x = self.word_embeddings(ids) + self.position_embeddings(place)
+        x = self.LayerNorm(x + self.token_type_embeddings(torch.zeros_like(ids)))
+        return dropout(x, self.dropout if self.training else 0.0)
 
 
 class ObjectEmbedding(nn.Module):
@@ -185,14 +175,15 @@ class ObjectEmbedding(nn.Module):
         self.visn_layer_norm = layer_norm(config.hidden_size)
         self.box_fc = nn.Linear(config.box_dim, config.hidden_size)
         self.box_layer_norm = layer_norm(config.hidden_size)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
-    def forward(self, features: Tensor, boxes: Tensor) -> Tensor:
-        """features (M, O, D), boxes (M, O, 4) -> (M, O, H)."""
+    def forward(self, features: Tensor, boxes: Tensor, feature: Tensor, box: Tensor) -> Tensor:
+        """features (N, D), boxes (N', 4), and which of each an object has, i64 (V,) -> (V, H):
+        what many objects have is embedded once."""
         x = self.visn_layer_norm(self.visn_fc(features))
         y = self.box_layer_norm(self.box_fc(boxes))
-        out: Tensor = self.dropout((x + y) / 2)
-        return out
+        out = (take(x, feature) + take(y, box)) / 2
+        return dropout(out, self.dropout if self.training else 0.0)
 
 
 class Transform(nn.Module):

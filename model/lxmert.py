@@ -17,8 +17,9 @@ from model.batch import Batch
 from model.config import ModelConfig
 from model.heads import AnswerHead, ObjectHead, PreTrainingHeads
 from model.objectives import OBJECTIVES, check_objectives
-from model.objectives.base import Encoded, LossSettings
-from model.trunk import LxmertModel, TrunkOutput
+from model.objectives.base import Encoded, LossSettings, read_objects
+from model.packing import Rows
+from model.trunk import LxmertModel, Pairs
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class LxmertForPreTraining(nn.Module):
         results = {n: o.loss(logits[n], encoded) for n, o in OBJECTIVES.items() if n in active}
         loss_sum = {name: result.loss_sum for name, result in results.items()}
         first = next(iter(loss_sum))
-        loss_sum[first] = loss_sum[first] + _zero(encoded.trunk, logits.values())
+        loss_sum[first] = loss_sum[first] + _zero(encoded, logits.values())
         return PreTrainingOutput(
             loss_sum,
             {name: OBJECTIVES[name].count(batch, encoded.settings) for name in results},
@@ -73,31 +74,20 @@ class LxmertForPreTraining(nn.Module):
         )
 
     def encode(self, batch: Batch, settings: LossSettings | None = None) -> Encoded:
-        """Unpack the tokens, apply the masks to the features and run the trunk."""
-        device = batch.tokens.device
-        length = batch.token_start.diff()
-        pairs, longest = len(length), int(length.max()) if len(length) else 1
-        row = torch.repeat_interleave(
-            torch.arange(pairs, device=device), length, output_size=len(batch.tokens)
+        """Run the trunk on packed rows, with the masks applied to the features, and read what
+        losses need of it."""
+        settings = settings or LossSettings()
+        pairs = pack(batch, self.cls.seq_relationship.weight.dtype)
+        objects, masked = read_objects(batch, settings)
+        first = batch.token_start[:-1]
+        read = (
+            torch.cat([first, batch.lm_position]),
+            pairs.objects.row_of(objects, batch.features.shape[1]),
         )
-        column = torch.arange(len(batch.tokens), device=device) - batch.token_start[row]
-        ids = torch.zeros(pairs, longest, dtype=torch.int64, device=device)
-        ids[row, column] = batch.tokens
-        token_mask = torch.arange(longest, device=device) < length[:, None]
-
-        features = batch.features[batch.image_index]
-        flat = features.flatten(0, 1)
-        flat[batch.zero_position] = 0
-        flat[batch.swap_position] = batch.swap_features
-        objects = features.shape[1]
-        # An image without objects shows its first, empty place: attention needs something to see.
-        seen = batch.num_objects[batch.image_index, None].clamp(min=1)
-        real = torch.arange(objects, device=device) < seen
-        dtype = self.cls.seq_relationship.weight.dtype
-        boxes = batch.boxes[batch.image_index].to(dtype)
-        trunk = self.lxmert(ids, token_mask, features.to(dtype), boxes, real)
-        transform = self.obj_predict_head.transform
-        return Encoded(batch, trunk, row, column, transform, settings or LossSettings())
+        language, vision = self.lxmert.packed(pairs, read)
+        first, words = language.split([batch.pairs, len(batch.lm_position)])
+        pooled, transform = self.lxmert.pooler(first), self.obj_predict_head.transform
+        return Encoded(batch, words, vision, pooled, masked, transform, settings)
 
     def decode(self, encoded: Encoded, active: frozenset[str]) -> dict[str, Tensor]:
         """Each objective's logits, computed at its targets and nowhere else.
@@ -113,10 +103,33 @@ class LxmertForPreTraining(nn.Module):
         return logits
 
 
-def _zero(trunk: TrunkOutput, logits: Iterable[Tensor]) -> Tensor:
+def pack(batch: Batch, dtype: torch.dtype) -> Pairs:
+    """A batch as the trunk takes it: features of masked objects are zero, or another object's.
+    dtype: the model's."""
+    extent, width = batch.extent, batch.features.shape[1]
+    # An image without objects shows its first, empty place: attention needs something to see.
+    shown = batch.num_objects.clamp(min=1)
+    images = Rows(shown, extent.image_rows, extent.most)
+    objects = Rows(shown[batch.image_index], extent.pair_rows, extent.most)
+    features, boxes = batch.features.flatten(0, 1), batch.boxes.flatten(0, 1)
+    if extent.image_rows < len(features):
+        real = images.sequence * width + images.place
+        features, boxes = features[real], boxes[real]
+    box = images.start[batch.image_index][objects.sequence] + objects.place
+    feature, zero = box.clone(), len(features)
+    feature[objects.row_of(batch.zero_position, width)] = zero
+    swapped = torch.arange(len(batch.swap_position), device=box.device)
+    feature[objects.row_of(batch.swap_position, width)] = swapped + (zero + 1)
+    features = torch.cat([features, features.new_zeros(1, features.shape[1]), batch.swap_features])
+    length = batch.token_start.diff()
+    tokens = Rows(length, len(batch.tokens), extent.longest)
+    return Pairs(batch.tokens, tokens, features.to(dtype), boxes.to(dtype), feature, box, objects)
+
+
+def _zero(encoded: Encoded, logits: Iterable[Tensor]) -> Tensor:
     """A zero in fp32 with a gradient path to every head and to the trunk's three outputs: added to
     a loss, it makes all of them take part in its backward."""
-    parts = (trunk.language, trunk.vision, trunk.pooled, *logits)
+    parts = (encoded.words, encoded.objects, encoded.pooled, *logits)
     return torch.stack([part[:0].sum().float() for part in parts]).sum()
 
 

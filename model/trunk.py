@@ -1,4 +1,4 @@
-"""LXMERT's trunk: three encoders, from token ids and regions to hidden vectors."""
+"""LXMERT's trunk: three encoders, from tokens and regions to hidden vectors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.layers import CrossLayer, Layer, ObjectEmbedding, WordEmbedding
+from model.packing import Rows, rows_of_mask
 
 
 @dataclass(frozen=True)
@@ -16,15 +17,35 @@ class TrunkOutput:
     """Hidden vectors of M pairs with at most L tokens and O objects; hidden size H."""
 
     language: Tensor
-    """(M, L, H)."""
+    """(M, L, H), zero where padded."""
     vision: Tensor
-    """(M, O, H)."""
+    """(M, O, H), zero where padded."""
     pooled: Tensor
     """(M, H): the cross-modality vector, from [CLS]."""
     attentions: tuple[Tensor, ...] | None = None
     """On request the weights (M, heads, queries, keys) of every attention in the order of
-    computation: language layers, object layers, then of each cross layer language->vision,
-    vision->language, language self, vision self."""
+    computation, zero where padded: language layers, object layers, then of each cross layer
+    language->vision, vision->language, language self, vision self."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """M pairs of a sentence and an image as packed rows: T tokens, V objects."""
+
+    ids: Tensor
+    """i64[T]."""
+    tokens: Rows
+    """Of each sentence."""
+    features: Tensor
+    """(N, D), each once however many objects have it."""
+    boxes: Tensor
+    """(N', 4), as well."""
+    feature: Tensor
+    """i64[V] which of `features` an object has."""
+    box: Tensor
+    """i64[V] which of `boxes`."""
+    objects: Rows
+    """Of each pair's image."""
 
 
 class Encoder(nn.Module):
@@ -40,21 +61,22 @@ class Encoder(nn.Module):
     def forward(
         self,
         language: Tensor,
-        language_mask: Tensor | None,
-        features: Tensor,
-        boxes: Tensor,
-        vision_mask: Tensor | None,
+        pairs: Pairs,
+        read: tuple[Tensor, Tensor] | None,
         attention_out: list[Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
-        """language (M, L, H), features (M, O, D), boxes (M, O, 4), masks as in layers.py ->
-        language (M, L, H) and vision (M, O, H)."""
-        vision = self.visn_fc(features, boxes)
+        """language (T, H) -> language (T, H) and vision (V, H), or only the rows `read` of both,
+        for which alone the last layer is then computed to its end."""
+        tokens, objects = pairs.tokens, pairs.objects
+        vision = self.visn_fc(pairs.features, pairs.boxes, pairs.feature, pairs.box)
         for layer in self.layer:
-            language = layer(language, language_mask, attention_out)
+            language = layer(language, tokens, attention_out)
         for layer in self.r_layers:
-            vision = layer(vision, vision_mask, attention_out)
-        for layer in self.x_layers:
-            language, vision = layer(language, language_mask, vision, vision_mask, attention_out)
+            vision = layer(vision, objects, attention_out)
+        last = len(self.x_layers) - 1
+        for i, layer in enumerate(self.x_layers):
+            rows = read if i == last else None
+            language, vision = layer(language, vision, tokens, objects, rows, attention_out)
         return language, vision
 
 
@@ -79,6 +101,18 @@ class LxmertModel(nn.Module):
         self.encoder = Encoder(config)
         self.pooler = Pooler(config)
 
+    def packed(
+        self,
+        pairs: Pairs,
+        read: tuple[Tensor, Tensor] | None = None,
+        attention_out: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Language (T, H) and vision (V, H) of packed pairs; of both only the rows `read`, i64,
+        where it is given."""
+        language = self.embeddings(pairs.ids, pairs.tokens.place)
+        found: tuple[Tensor, Tensor] = self.encoder(language, pairs, read, attention_out)
+        return found
+
     def forward(
         self,
         ids: Tensor,
@@ -89,12 +123,15 @@ class LxmertModel(nn.Module):
         return_attention: bool = False,
     ) -> TrunkOutput:
         """ids i64 (M, L); features (M, O, D); boxes (M, O, 4); masks bool (M, L) and (M, O), True
-        where real, or None where nothing is padded."""
+        where real, which is first, or None where nothing is padded."""
+        shown = torch.ones_like(ids, dtype=torch.bool) if token_mask is None else token_mask
+        seen = features.new_ones(features.shape[:2], dtype=torch.bool)
+        seen = seen if object_mask is None else object_mask
+        tokens, objects = rows_of_mask(shown), rows_of_mask(seen)
+        every = torch.arange(objects.total, device=ids.device)
+        pairs = Pairs(ids[shown], tokens, features[seen], boxes[seen], every, every, objects)
         attention_out: list[Tensor] | None = [] if return_attention else None
-        language = self.embeddings(ids)
-        language, vision = self.encoder(
-            language, token_mask, features, boxes, object_mask, attention_out
-        )
-        pooled = self.pooler(language[:, 0])
+        language, vision = self.packed(pairs, None, attention_out)
+        language, vision = tokens.pad(language, ids.shape[1]), objects.pad(vision, seen.shape[1])
         attentions = None if attention_out is None else tuple(attention_out)
-        return TrunkOutput(language, vision, pooled, attentions)
+        return TrunkOutput(language, vision, self.pooler(language[:, 0]), attentions)

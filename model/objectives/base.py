@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model.batch import Batch
-from model.trunk import TrunkOutput
+from model.packing import Rows, take
 
 Family = Literal["masked", "matching", "qa"]
 LabelScope = Literal["masked", "all"]
@@ -31,46 +30,51 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A batch after the trunk: what heads read. M pairs, O objects, T packed tokens, hidden size H.
+    """A batch after the trunk: what heads read. M pairs, hidden size H.
 
     What several objectives share is computed once a forward, when the first asks for it.
     """
 
     batch: Batch
-    trunk: TrunkOutput
-    token_row: Tensor
-    """i64[T] each packed token's row (its pair) in trunk.language."""
-    token_column: Tensor
-    """i64[T] its column there."""
+    words: Tensor
+    """(masked words, H)."""
+    objects: Tensor
+    """(objects that are masked or carry label losses, H): see `read_objects`."""
+    pooled: Tensor
+    """(M, H): the cross-modality vectors."""
+    masked: Tensor | None
+    """i64 which of `objects` are masked; None: all."""
     transform: Callable[[Tensor], Tensor]
     """The part that all visual heads share, (objects, H) -> (objects, H)."""
     settings: LossSettings
 
     @cached_property
-    def masked_objects(self) -> Tensor:
-        """(masked objects, H), after the shared part of the visual heads."""
-        return self.transform(self.trunk.vision.flatten(0, 1)[self.batch.object_position])
-
-    @cached_property
-    def label_position(self) -> Tensor:
-        """i64 flat indices into (M * O) of the objects that carry label losses."""
-        if self.settings.label_scope == "masked":
-            return self.batch.object_position
-        return real_objects(self.batch)
-
-    @cached_property
     def labelled_objects(self) -> Tensor:
         """(objects that carry label losses, H), after the shared part of the visual heads."""
-        if self.settings.label_scope == "masked":
-            return self.masked_objects
-        return self.transform(self.trunk.vision.flatten(0, 1)[self.label_position])
+        return self.transform(self.objects)
+
+    @cached_property
+    def masked_objects(self) -> Tensor:
+        """(masked objects, H), likewise."""
+        found = self.labelled_objects
+        return found if self.masked is None else take(found, self.masked)
 
 
-def real_objects(batch: Batch) -> Tensor:
-    """i64 flat indices into (M * O) of the objects that are not padding."""
-    column = torch.arange(batch.features.shape[1], device=batch.num_objects.device)
-    real = column < batch.num_objects[batch.image_index, None]
-    return real.flatten().nonzero().squeeze(1)
+def read_objects(batch: Batch, settings: LossSettings) -> tuple[Tensor, Tensor | None]:
+    """i64 flat indices into (M * O) of the objects that losses read, and which of them are masked;
+    None: all."""
+    if settings.label_scope == "masked":
+        return batch.object_position, None
+    count = batch.num_objects[batch.image_index]
+    real = Rows(count, batch.extent.pair_objects, batch.extent.most)
+    width = batch.features.shape[1]
+    return real.sequence * width + real.place, real.row_of(batch.object_position, width)
+
+
+def of_image(batch: Batch, values: Tensor, position: Tensor) -> Tensor:
+    """values (U, O, …) of the objects at i64 flat indices into (M * O) -> (objects, …)."""
+    width = values.shape[1]
+    return values[batch.image_index[position // width], position % width]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from model.batch import Batch
 from model.errors import ModelError
-from model.objectives.base import Encoded, LossSettings, Objective, Result, classify
+from model.objectives.base import (
+    Encoded,
+    LossSettings,
+    Objective,
+    Result,
+    classify,
+    of_image,
+    read_objects,
+)
 
 
 def label_objective(
@@ -23,11 +31,13 @@ def label_objective(
     a batch. Its head is called `head` in the object head's decoder."""
 
     def loss(logits: Tensor, encoded: Encoded) -> Result:
-        label, conf = labels(encoded.batch)
+        batch = encoded.batch
+        label, conf = labels(batch)
         if label is None or conf is None:
             raise ModelError(f"the batch has no labels for {name}: leave the objective out")
-        image, position = encoded.batch.image_index, encoded.label_position
-        return classify(logits, label[image].flatten()[position], conf[image].flatten()[position])
+        position, _ = read_objects(batch, encoded.settings)
+        target, weight = (of_image(batch, values, position) for values in (label, conf))
+        return classify(logits, target, weight)
 
     path = f"obj_predict_head.decoder_dict.{head}"
     return Objective(name, "masked", path, _rows, _count, loss, needs="labels")
@@ -40,4 +50,4 @@ def _rows(encoded: Encoded) -> Tensor:
 def _count(batch: Batch, settings: LossSettings) -> int:
     if settings.label_scope == "masked":
         return len(batch.object_position)
-    return int(batch.num_objects[batch.image_index].sum())
+    return batch.extent.pair_objects

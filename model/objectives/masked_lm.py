@@ -9,8 +9,7 @@ from model.objectives.base import Encoded, LossSettings, Objective, Result, clas
 
 
 def _rows(encoded: Encoded) -> Tensor:
-    position = encoded.batch.lm_position
-    return encoded.trunk.language[encoded.token_row[position], encoded.token_column[position]]
+    return encoded.words
 
 
 def _count(batch: Batch, settings: LossSettings) -> int:

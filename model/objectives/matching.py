@@ -10,7 +10,7 @@ from model.objectives.base import Encoded, LossSettings, Objective, Result, clas
 
 
 def _rows(encoded: Encoded) -> Tensor:
-    return encoded.trunk.pooled
+    return encoded.pooled
 
 
 def _count(batch: Batch, settings: LossSettings) -> int:

@@ -6,10 +6,11 @@ from torch import Tensor
 
 from model.batch import Batch
 from model.objectives.base import Encoded, LossSettings, Objective, Result, classify
+from model.packing import take
 
 
 def _rows(encoded: Encoded) -> Tensor:
-    return encoded.trunk.pooled[encoded.batch.answer_pair]
+    return take(encoded.pooled, encoded.batch.answer_pair)
 
 
 def _count(batch: Batch, settings: LossSettings) -> int:
