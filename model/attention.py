@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from itertools import groupby
 
 import torch
@@ -56,42 +55,39 @@ class Attention(nn.Module):
 
 def _nested(q: Tensor, k: Tensor, v: Tensor, rows: Rows, context: Rows, p: float) -> Tensor:
     """One kernel for sequences of any lengths, where the device has such."""
-    nested = [
+    q, k, v = (
         torch.nested.nested_tensor_from_jagged(
             x, r.end, min_seqlen=0, max_seqlen=max(r.longest, 1)
         ).transpose(1, 2)
         for x, r in ((q, rows), (k, context), (v, context))
-    ]
-    out = F.scaled_dot_product_attention(*nested, dropout_p=p)
+    )
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=p)
     values: Tensor = out.transpose(1, 2).values()
     return values
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, rows: Rows, context: Rows, p: float) -> Tensor:
     """Sequences of equal lengths, where they lie beside each other, as one batch of matrices."""
-    out = [
-        _attention(_heads(q[a], m), _heads(k[b], m), _heads(v[b], m), p)
-        for m, a, b in _runs(rows, context)
-    ]
+    runs = _runs(rows, context)
+    here, there = [m * n for m, n, _ in runs], [m * c for m, _, c in runs]
+    parts = zip(runs, q.split(here), k.split(there), v.split(there), strict=True)
+    out = [_attention(_heads(a, m), _heads(b, m), _heads(c, m), p) for (m, _, _), a, b, c in parts]
     return torch.cat(out) if out else q[:0]
 
 
-def _runs(rows: Rows, context: Rows) -> Iterator[tuple[int, slice, slice]]:
-    """How many neighbouring sequences have the same lengths, with their rows and their context's."""
-    row = other = 0
-    for (l, c), run in groupby(zip(rows.lengths, context.lengths, strict=True)):
-        m = len(list(run))
-        yield m, slice(row, row + m * l), slice(other, other + m * c)
-        row, other = row + m * l, other + m * c
+def _runs(rows: Rows, context: Rows) -> list[tuple[int, int, int]]:
+    """How many sequences beside each other have the same lengths, these and their contexts'."""
+    pairs = zip(rows.lengths, context.lengths, strict=True)
+    return [(len(list(run)), *lengths) for lengths, run in groupby(pairs)]
 
 
 def _heads(x: Tensor, sequences: int) -> Tensor:
-    """(m * l, heads, d) -> (m, heads, l, d)."""
+    """(m * n, heads, d) -> (m, heads, n, d)."""
     return x.unflatten(0, (sequences, -1)).transpose(1, 2)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-    """(m, heads, l, d) over (m, heads, c, d) -> (m * l, heads, d)."""
+    """(m, heads, n, d) over (m, heads, c, d) -> (m * n, heads, d)."""
     score = q @ k.transpose(-1, -2)
     weights = dropout((score / math.sqrt(q.shape[-1])).softmax(-1), p)
     return (weights @ v).transpose(1, 2).flatten(0, 1)

@@ -174,7 +174,8 @@ def _replay_step(
     step = sampler.step(state, count)
     planned = sampler.plan(step)
     own = planned.without(line.skipped)
-    batch = draw_batch(data, sampler, own, replay.drawn, line.skipped).batch
+    drawn = draw_batch(data, sampler, own, replay.drawn, line.skipped)
+    batch, own = drawn.batch, drawn.plan
     pair = batch.pair_id.numpy()
     found = digest(batch, state.consumed, replay.digest)
     problem = None

@@ -156,10 +156,12 @@ def _qa_pass(forward: Forward, task: Evaluation) -> dict[str, float]:
         out = forward(batch, frozenset({"qa"}))
         loss += [float(out.loss_sum["qa"]), float(out.count["qa"])]
         predicted = out.prediction["qa"].cpu().numpy()
+        asked_in = batch.offset[batch.answer_pair].argsort()
+        pairs = batch.answer_pair[asked_in]
         for pair, source, answer in zip(
-            batch.pair_id[batch.answer_pair].tolist(),
-            batch.source[batch.answer_pair].tolist(),
-            predicted.tolist(),
+            batch.pair_id[pairs].tolist(),
+            batch.source[pairs].tolist(),
+            predicted[asked_in.numpy()].tolist(),
             strict=True,
         ):
             span = slice(int(m.answer_start[pair]), int(m.answer_start[pair + 1]))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +27,8 @@ class Progress:
         self._every = config.train.log_every
         self._total = total_steps
         self._pairs, self._seconds, self._waited = 0, 0.0, 0.0
+        self._losses: defaultdict[str, list[float]] = defaultdict(list)
+        """Of the steps since the last line."""
         self._shares: dict[str, tuple[float, float]] = {}
         self._counted = 0
         self._complained = False
@@ -33,10 +37,14 @@ class Progress:
         self, step: int, values: Mapping[str, float], pairs: int, seconds: float, waited: float
     ) -> None:
         """Journal a finished step: `pairs` over all ranks, `seconds` in all, of which `waited` for
-        data. Validation and saving are not in it."""
+        data. Validation and saving are not in it. What is shown of losses are means over the
+        interval of a line: each over the steps that had it, those without an update left out."""
         with self._spared():
             self._curves.step(json.dumps({"step": step, "pairs": pairs, **values}))
         self._goodput.step(seconds)
+        for name, value in values.items():
+            if name.split("/")[0] == "loss":
+                self._losses[name].append(value)
         self._pairs += pairs
         self._seconds += seconds
         self._waited += waited
@@ -44,7 +52,9 @@ class Progress:
             return
         rate = self._pairs / max(self._seconds, 1e-9)
         share = self._waited / max(self._seconds, 1e-9)
+        values = {**values, **{name: _mean(found) for name, found in self._losses.items()}}
         self._pairs, self._seconds, self._waited = 0, 0.0, 0.0
+        self._losses.clear()
         with self._spared():
             scalars = {f"train/{name}": value for name, value in values.items()}
             for name, (planned, counted) in self._shares.items():
@@ -97,6 +107,12 @@ class Progress:
             if not self._complained:
                 self._complained = True
                 log.error("curves cannot be written, training goes on: %s", error)
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of those that are finite, where any are."""
+    finite = [value for value in values if math.isfinite(value)]
+    return math.fsum(finite) / len(finite) if finite else values[-1]
 
 
 def some_of(names: Sequence[str], most: int = 12) -> str:

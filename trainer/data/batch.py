@@ -90,6 +90,8 @@ class Drawn:
 
     batch: Batch
     """Whose features, boxes and labels are missing: they have no columns."""
+    plan: Plan
+    """Of its pairs, in its order."""
     data: Dataset
     """With an index that has the batch's shards."""
     images: I64
@@ -132,16 +134,26 @@ def draw_batch(
     settings: BatchSettings,
     skipped: Sequence[int] = (),
 ) -> Drawn:
-    """All that is drawn for a plan's pairs, and their words; no tar is needed for it."""
+    """All that is drawn for a plan's pairs, and their words; no tar is needed for it. The batch
+    has them by their objects' and their sentence's lengths."""
     if not plan.masks:
         settings = replace(settings, token_mask=0.0, object_mask=0.0)
     data = data.over(shards_of_text(data, sampler, plan, skipped))
     m = data.index
     pair = data.rows_of(sampler.streams, plan)
     image = data.image_of(pair)
-    pair_id = data.pair_ids(pair)
-    key = pair_keys(settings.order, settings.seed, plan.epoch, pair_id)
+    key = pair_keys(settings.order, settings.seed, plan.epoch, data.pair_ids(pair))
     sentence = sentences_of(data, sampler, plan, Pairs(pair, image, key), skipped)
+    # Equal lengths beside each other, for attention without padding (model/attention.py).
+    length = m.token_start[sentence + 1] - m.token_start[sentence]
+    order = np.lexsort((length, m.image_objects[image]))
+    plan, pair, image, key, sentence = (
+        plan.take(order),
+        pair[order],
+        image[order],
+        key[order],
+        sentence[order],
+    )
     matched = ~plan.mismatched
     tokens, token_start, lm_position, lm_target = _tokens(data, sentence, key, settings)
     distinct, first, image_index = np.unique(image, return_index=True, return_inverse=True)
@@ -164,13 +176,13 @@ def draw_batch(
         matched=_tensor(matched.astype(np.int64)),
         answer_pair=_tensor(answer_pair),
         answer_target=_tensor(answer_target),
-        pair_id=_tensor(pair_id),
+        pair_id=_tensor(data.pair_ids(pair)),
         sentence_id=_tensor(data.pair_ids(sentence)),
         source=_tensor(m.source[pair].astype(np.int64)),
         offset=_tensor(plan.offset),
         dataset=_tensor(plan.dataset),
     )
-    return Drawn(batch, data, distinct, plan.shard[first], masks)
+    return Drawn(batch, plan, data, distinct, plan.shard[first], masks)
 
 
 def _tensor(array: NDArray) -> torch.Tensor:

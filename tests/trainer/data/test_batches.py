@@ -148,18 +148,19 @@ def run(
     pairs: list[dict[str, object]] = []
     try:
         for step in zip(*ranks, strict=True):
-            begin, places = len(pairs), list[int]()
+            begin, places, slices = len(pairs), list[int](), list[int]()
             for loaded in step:
                 if loaded.missing:
                     raise DataError(loaded.missing.message)
                 for batch in loaded.batches:
                     places += batch.offset.tolist()
+                    slices += sorted(batch.offset.tolist())
                     edges = data.dataset_pairs[batch.dataset.numpy()]
                     assert (edges <= batch.pair_id.numpy()).all()
                     edges = data.dataset_pairs[batch.dataset.numpy() + 1]
                     assert (batch.pair_id.numpy() < edges).all()
                     pairs += describe(batch)
-            assert settings.lanes > 1 or places == sorted(places)
+            assert settings.lanes > 1 or slices == sorted(places)
             order = np.argsort(places)
             assert np.sort(places).tolist() == list(range(len(places)))
             pairs[begin:] = [pairs[begin + i] for i in order.tolist()]
@@ -236,6 +237,24 @@ GOLDEN = {
 def test_batches_are_what_their_version_says(data: Dataset, version: int, mode: str) -> None:
     found = run(data, MODES[mode], 1, data.manifest.pairs + 30, version=version)
     assert hashlib.sha256(repr(found).encode()).hexdigest()[:16] == GOLDEN[version, mode]
+
+
+def test_equal_lengths_lie_beside_each_other(data: Dataset) -> None:
+    """For attention over true lengths, which takes those beside each other at once."""
+    sampler = data.sampler(MODES["natural"], SEED)
+    (loaded, *_) = load_steps(
+        data, sampler, drawn(data), RankSlice(0, 1, 1), sampler.start(), 24, 24, IN_PROCESS
+    )
+    (batch,) = loaded.batches
+    lengths = list(
+        zip(
+            batch.num_objects[batch.image_index].tolist(),
+            batch.token_start.diff().tolist(),
+            strict=True,
+        )
+    )
+    assert lengths == sorted(lengths) and len(set(lengths)) > 4
+    assert sorted(batch.offset.tolist()) == list(range(24)) != batch.offset.tolist()
 
 
 @every_mode

@@ -1,0 +1,327 @@
+"""The training step beside Hugging Face's: python benchmarks/train_step.py [--help]
+
+Both models have the same weights and take the same batches in turn: forward of every objective,
+backward, and torch's fused AdamW. Sentences have the lengths of real captions (LENGTHS), padded to
+20 for Hugging Face, as the original does; every image has 36 objects and two sentences. Before any
+timing, losses that both define alike are compared with dropout off.
+
+In bf16 both have bf16 weights, and master weights and moments in fp32, as ZeRO has them; Hugging
+Face's is also run with fp32 weights under autocast. Ratios are to its better one.
+
+Useful FLOP/s are those of model/flops.py, the same number for both, over the rate of a large
+product of matrices that is measured in the same rounds. Needs torch, transformers and pydantic; no
+DeepSpeed and no Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from model.batch import Batch
+from model.config import ModelConfig
+from model.flops import training_flops
+from model.interchange import config_to_huggingface
+from model.lxmert import LxmertForPreTraining, init_weights
+from model.objectives.base import LossSettings
+
+LENGTHS = {
+    10: 19, 11: 88, 12: 92, 13: 109, 14: 77, 15: 49, 16: 18, 17: 21, 18: 7, 19: 4, 20: 16,
+}  # fmt: skip
+"""Tokens, with [CLS] and [SEP], of the 500 captions of 100 images of COCO 2017 (the data of
+ultralytics' and others' "tiny COCO"), by BERT's uncased vocabulary, cut at 20: mean 13.3."""
+PADDED = 20
+OBJECTS = 36
+_BATCHES = 4
+"""Different ones, taken in turn."""
+
+
+# --- batches ------------------------------------------------------------------------------------
+
+
+def make_batch(config: ModelConfig, pairs: int, seed: int) -> Batch:
+    """Random pairs; masks, mismatches and answers with the probabilities of the recipe."""
+    g = torch.Generator().manual_seed(seed)
+
+    def integers(high: int, *shape: int) -> Tensor:
+        return torch.randint(0, high, shape, generator=g)
+
+    def some(share: float, of: int) -> Tensor:
+        return (torch.rand(of, generator=g) < share).nonzero().squeeze(1)
+
+    weights = torch.tensor([*LENGTHS.values()], dtype=torch.float64)
+    drawn = torch.multinomial(weights, pairs, replacement=True, generator=g)
+    length = torch.tensor([*LENGTHS])[drawn].sort().values
+    start = torch.cat([torch.zeros(1, dtype=torch.int64), length.cumsum(0)])
+    images = -(-pairs // 2)
+    position = some(0.15, pairs * OBJECTS)
+    fate = torch.rand(len(position), generator=g)
+    swap = position[(fate >= 0.8) & (fate < 0.9)]
+    words = some(0.15, int(start[-1]))
+    answered = some(0.5, pairs)
+    return Batch(
+        tokens=1 + integers(config.vocab_size - 1, int(start[-1])),
+        token_start=start,
+        features=torch.rand(images, OBJECTS, config.feature_dim, generator=g).half(),
+        boxes=torch.rand(images, OBJECTS, 4, generator=g),
+        num_objects=torch.full((images,), OBJECTS),
+        image_index=torch.randperm(pairs, generator=g) // 2,
+        lm_position=words,
+        lm_target=integers(config.vocab_size, len(words)),
+        object_position=position,
+        zero_position=position[fate < 0.8],
+        swap_position=swap,
+        swap_features=torch.rand(len(swap), config.feature_dim, generator=g).half(),
+        matched=integers(2, pairs),
+        answer_pair=answered,
+        answer_target=integers(config.num_answers, len(answered)),
+        pair_id=torch.arange(pairs),
+        sentence_id=torch.arange(pairs),
+        source=torch.zeros(pairs, dtype=torch.int64),
+        offset=torch.arange(pairs),
+        dataset=torch.zeros(pairs, dtype=torch.int64),
+        object_label=integers(config.num_object_classes, images, OBJECTS),
+        object_conf=torch.rand(images, OBJECTS, generator=g),
+        attribute_label=integers(config.num_attribute_classes, images, OBJECTS),
+        attribute_conf=torch.rand(images, OBJECTS, generator=g),
+    )
+
+
+def padded(batch: Batch) -> dict[str, Any]:
+    """The batch with all its labels as Hugging Face's model takes it."""
+    length, pairs = batch.token_start.diff(), batch.pairs
+    row = torch.repeat_interleave(torch.arange(pairs), length)
+    column = torch.arange(len(batch.tokens)) - batch.token_start[row]
+    ids, mask = torch.zeros(pairs, PADDED, dtype=torch.int64), torch.zeros(pairs, PADDED)
+    ids[row, column], mask[row, column] = batch.tokens, 1
+    words = torch.full((pairs, PADDED), -100)
+    words[row[batch.lm_position], column[batch.lm_position]] = batch.lm_target
+    features = batch.features[batch.image_index]
+    original = features.clone()
+    features.flatten(0, 1)[batch.zero_position] = 0
+    features.flatten(0, 1)[batch.swap_position] = batch.swap_features
+    chosen = torch.zeros(pairs * OBJECTS)
+    chosen[batch.object_position] = 1
+    answers = torch.full((pairs,), -100)
+    answers[batch.answer_pair] = batch.answer_target
+    assert batch.object_label is not None and batch.object_conf is not None
+    assert batch.attribute_label is not None and batch.attribute_conf is not None
+    at = batch.image_index
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "visual_feats": features,
+        "visual_pos": batch.boxes[at],
+        "labels": words,
+        "matched_label": batch.matched,
+        "ans": answers,
+        "obj_labels": {
+            "feat": (original, chosen.view(pairs, OBJECTS)),
+            "obj": (batch.object_label[at], batch.object_conf[at]),
+            "attr": (batch.attribute_label[at], batch.attribute_conf[at]),
+        },
+    }
+
+
+def moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+    if isinstance(value, dict):
+        return {k: moved(v, device, dtype) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return tuple(moved(v, device, dtype) for v in value)
+    value = value.to(device)
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+# --- steps --------------------------------------------------------------------------------------
+
+
+class Optimizer:
+    """Fused AdamW, on fp32 copies where the weights are bf16."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._own = list(parameters)
+        low = self._own[0].dtype != torch.float32
+        self._master = [p.detach().float().clone() for p in self._own] if low else self._own
+        self._low = low
+        self._adam = torch.optim.AdamW(self._master, lr=1e-5, weight_decay=0.01, fused=True)
+
+    def step(self) -> None:
+        if self._low:
+            for master, own in zip(self._master, self._own, strict=True):
+                master.grad = None if own.grad is None else own.grad.float()
+        self._adam.step()
+        if self._low:
+            torch._foreach_copy_(self._own, self._master)
+        for p in self._own:
+            p.grad = None
+
+
+def ours(
+    model: LxmertForPreTraining, batches: list[Batch], settings: LossSettings
+) -> Callable[[int], None]:
+    optimizer = Optimizer(model.parameters())
+    device = next(model.parameters()).device
+
+    def step(i: int) -> None:
+        out = model(batches[i % len(batches)].to(device), settings=settings)
+        torch.stack([s / max(out.count[n], 1) for n, s in out.loss_sum.items()]).sum().backward()
+        optimizer.step()
+
+    return step
+
+
+def theirs(model: Any, batches: list[Batch], autocast: bool) -> Callable[[int], None]:
+    optimizer = Optimizer(model.parameters())
+    first = next(model.parameters())
+    ready = [padded(b) for b in batches]
+
+    def step(i: int) -> None:
+        inputs = moved(ready[i % len(ready)], first.device, first.dtype)
+        with torch.autocast(first.device.type, torch.bfloat16, enabled=autocast):
+            loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def huggingface(config: ModelConfig, model: LxmertForPreTraining) -> Any:
+    """Hugging Face's model with our weights."""
+    tree = {k: v for k, v in config_to_huggingface(config).items() if k != "architectures"}
+    found = transformers.LxmertForPreTraining(transformers.LxmertConfig(**tree))
+    assert not found.load_state_dict(model.state_dict(), strict=False).missing_keys
+    return found
+
+
+def check_losses(model: LxmertForPreTraining, peer: Any, batch: Batch) -> None:
+    """SystemExit unless both have the same loss of masked words and answers with dropout off."""
+    model.eval(), peer.eval()
+    inputs = moved(padded(batch), torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        found = model(batch)
+        there = peer(**inputs)
+    words, answers = there.prediction_logits, there.question_answering_score
+    for name, logits, target in (
+        ("masked_lm", words.flatten(0, 1), inputs["labels"].flatten()),
+        ("qa", answers, inputs["ans"]),
+        ("matching", there.cross_relationship_score, inputs["matched_label"]),
+    ):
+        mean = float(found.loss_sum[name]) / max(found.count[name], 1)
+        expected = float(F.cross_entropy(logits, target))
+        if abs(mean - expected) > 1e-4 * abs(expected):
+            raise SystemExit(f"{name}: {mean} is not Hugging Face's {expected}")
+    model.train(), peer.train()
+
+
+# --- measuring ----------------------------------------------------------------------------------
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a product of two large square matrices: the best of several."""
+    size = 4096 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(5):
+        best = max(best, 2 * size**3 / timed(lambda: a @ b, device))
+    return best
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def contestants(
+    given: argparse.Namespace, device: torch.device
+) -> dict[str, Callable[[int], None]]:
+    config = ModelConfig()
+    batches = [make_batch(config, given.batch, seed) for seed in range(_BATCHES)]
+    model = LxmertForPreTraining(config)
+    init_weights(model, 0)
+    peer = huggingface(config, model)
+    check_losses(model, peer, batches[0])
+    low = given.precision == "bf16"
+    found: dict[str, Callable[[int], None]] = {}
+    dtype = torch.bfloat16 if low else torch.float32
+    if low and "autocast" in given.arms:
+        copy = huggingface(config, model).to(device).train()
+        found["Hugging Face, autocast"] = theirs(copy, batches, autocast=True)
+    if "theirs" in given.arms:
+        found["Hugging Face"] = theirs(peer.to(device, dtype).train(), batches, autocast=False)
+    found["lxscale"] = ours(model.to(device, dtype).train(), batches, LossSettings())
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=32, help="pairs of a step")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--arms", nargs="+", default=["theirs", "autocast"])
+    parser.add_argument("--out", type=Path, help="a file to which the table is added")
+    given = parser.parse_args()
+    device = torch.device(given.device)
+    dtype = torch.bfloat16 if given.precision == "bf16" else torch.float32
+    steps = contestants(given, device)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    rates = []
+    for i in range(given.rounds + 1):
+        rates.append(matrix_rate(device, dtype))
+        for name, step in steps.items():
+            took = timed(lambda step=step, i=i: step(i), device)
+            if i:  # the first warms up
+                seconds[name].append(took)
+        print(f"round {i} of {given.rounds}", file=sys.stderr, flush=True)
+    text = report(given, seconds, max(rates), device)
+    print(text)
+    if given.out:
+        with given.out.open("a") as file:
+            file.write(text + "\n")
+
+
+def report(
+    given: argparse.Namespace, seconds: dict[str, list[float]], rate: float, device: torch.device
+) -> str:
+    config = ModelConfig()
+    useful = statistics.mean(
+        training_flops(config, make_batch(config, given.batch, seed)) for seed in range(_BATCHES)
+    )
+    best = min(statistics.median(s) for n, s in seconds.items() if n != "lxscale")
+    lines = [
+        f"{date.today()}, batch {given.batch}, {given.precision}, {device}, torch "
+        f"{torch.__version__}, {torch.get_num_threads()} threads; matrix rate "
+        f"{rate / 1e9:,.0f} GFLOP/s; {useful / given.batch / 1e9:.1f} useful GFLOP a pair",
+        "",
+        "| | pairs/s | spread | ratio | of the matrix rate |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, each in seconds.items():
+        middle = statistics.median(each)
+        lines.append(
+            f"| {name} | {given.batch / middle:.2f} | {given.batch / max(each):.2f} to "
+            f"{given.batch / min(each):.2f} | {best / middle:.2f} | {useful / middle / rate:.0%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""How many floating-point operations a batch takes in training, padding not counted."""
+
+from __future__ import annotations
+
+from model.batch import Batch
+from model.config import ModelConfig
+from model.objectives import OBJECTIVES, target_counts
+from model.objectives.base import LossSettings, read_objects
+
+
+def training_flops(
+    config: ModelConfig,
+    batch: Batch,
+    objectives: frozenset[str] = frozenset(OBJECTIVES),
+    settings: LossSettings | None = None,
+) -> int:
+    """Of one forward and backward over a batch on the CPU: those of products of matrices, 2 for
+    each multiplication and addition.
+
+    With hidden size H, FFN size I, T tokens, V objects of all pairs and R of the distinct images,
+    a forward multiplies, in each
+
+    language layer        T (4 H^2 + 2 H I) + H S(t, t) 2
+    object layer          V (4 H^2 + 2 H I) + H S(o, o) 2
+    cross layer           (T + V) (8 H^2 + 2 H I) + H (2 S(t, o) + S(t, t) + S(o, o)) 2
+
+    where S(a, b) is the sum over pairs of the product of their lengths; in the last cross layer the
+    second output projection and the FFN, H^2 + 2 H I, count for the rows alone that a loss reads.
+    The embedding of objects multiplies R (D H + 4 H), heads their own sizes for each target. A
+    backward takes twice as many, and once as many for the embedding, whose inputs have no gradient.
+    """
+    settings = settings or LossSettings()
+    h, wide = config.hidden_size, config.intermediate_size
+    length = batch.token_start.diff()
+    count = batch.num_objects.clamp(min=1)[batch.image_index]
+    tokens, objects = int(length.sum()), int(count.sum())
+    tt, oo, to = (
+        int((a * b).sum()) for a, b in ((length, length), (count, count), (length, count))
+    )
+    block = 4 * h * h + 2 * h * wide
+    trunk = config.language_layers * (tokens * block + 2 * h * tt)
+    trunk += config.object_layers * (objects * block + 2 * h * oo)
+    cross = (tokens + objects) * (block + 4 * h * h) + 2 * h * (2 * to + tt + oo)
+    trunk += config.cross_layers * cross
+    read = batch.pairs + len(batch.lm_position) + len(read_objects(batch, settings)[0])
+    trunk -= (tokens + objects - read) * (h * h + 2 * h * wide)
+
+    targets = {n: c for n, c in target_counts(batch, settings).items() if n in objectives}
+    head = {
+        "masked_lm": h * h + h * config.vocab_size,
+        "masked_feature": h * config.feature_dim,
+        "masked_object": h * config.num_object_classes,
+        "masked_attribute": h * config.num_attribute_classes,
+        "matching": 2 * h,
+        "qa": 2 * h * h + 2 * h * config.num_answers,
+    }
+    heads = sum(head.get(name, 0) * rows for name, rows in targets.items())
+    heads += batch.pairs * h * h  # the pooler
+    heads += len(read_objects(batch, settings)[0]) * h * h  # what visual heads share
+    embedding = (batch.extent.image_rows + len(batch.swap_position)) * config.feature_dim * h
+    embedding += batch.extent.image_rows * config.box_dim * h
+    return 2 * (3 * (trunk + heads) + 2 * embedding)
