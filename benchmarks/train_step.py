@@ -164,7 +164,8 @@ class Optimizer:
                 master.grad = None if own.grad is None else own.grad.float()
         self._adam.step()
         if self._low:
-            torch._foreach_copy_(self._own, self._master)
+            with torch.no_grad():
+                torch._foreach_copy_(self._own, self._master)
         for p in self._own:
             p.grad = None
 

@@ -57,6 +57,7 @@ def training_flops(
     heads = sum(head.get(name, 0) * rows for name, rows in targets.items())
     heads += batch.pairs * h * h  # the pooler
     heads += len(read_objects(batch, settings)[0]) * h * h  # what visual heads share
-    embedding = (batch.extent.image_rows + len(batch.swap_position)) * config.feature_dim * h
+    rows = batch.extent.image_rows + 1 + len(batch.swap_position)  # one of zeros
+    embedding = rows * config.feature_dim * h
     embedding += batch.extent.image_rows * config.box_dim * h
     return 2 * (3 * (trunk + heads) + 2 * embedding)

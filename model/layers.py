@@ -55,8 +55,7 @@ class SelfAttention(nn.Module):
         attention_out: list[Tensor] | None = None,
     ) -> Tensor:
         """x (R, H) -> the same, or only its rows `read`, i64."""
-        q, k, v = self.self.project(x)
-        found = self.self.attend(q, k, v, rows, rows, attention_out)
+        found = self.self(x, [(rows, rows)], attention_out)
         if read is not None:
             found, x = take(found, read), take(x, read)
         out: Tensor = self.output(found, x)
@@ -81,12 +80,9 @@ class CrossAttention(nn.Module):
         attention_out: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """language (T, H), vision (V, H) -> the same shapes."""
-        sizes = [len(language), len(vision)]
         both = torch.cat([language, vision])
-        (ql, qv), (kl, kv), (vl, vv) = (part.split(sizes) for part in self.att.project(both))
-        x = self.att.attend(ql, kv, vv, tokens, objects, attention_out)
-        y = self.att.attend(qv, kl, vl, objects, tokens, attention_out)
-        language, vision = self.output(torch.cat([x, y]), both).split(sizes)
+        found = self.att(both, [(tokens, objects), (objects, tokens)], attention_out)
+        language, vision = self.output(found, both).split([len(language), len(vision)])
         return language, vision
 
 
