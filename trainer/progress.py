@@ -13,6 +13,7 @@ from typing import Any
 from trainer.config import RunConfig
 from trainer.curves import Curves, curves_url
 from trainer.live_goodput import LiveGoodput
+from trainer.profiling import Trace
 from trainer.setup import run_url
 
 log = logging.getLogger("lxscale")
@@ -24,6 +25,8 @@ class Progress:
     def __init__(self, config: RunConfig, attempt: int, start_step: int, total_steps: int) -> None:
         self._curves = Curves(curves_url(config), attempt, start_step)
         self._goodput = LiveGoodput(run_url(config), attempt)
+        steps = config.train.profile
+        self._trace = Trace(steps, curves_url(config), attempt) if steps else None
         self._every = config.train.log_every
         self._total = total_steps
         self._pairs, self._seconds, self._waited = 0, 0.0, 0.0
@@ -42,6 +45,8 @@ class Progress:
         with self._spared():
             self._curves.step(json.dumps({"step": step, "pairs": pairs, **values}))
         self._goodput.step(seconds)
+        if self._trace:
+            self._trace.step()
         for name, value in values.items():
             if name.split("/")[0] == "loss":
                 self._losses[name].append(value)
@@ -95,6 +100,8 @@ class Progress:
         self._curves.publish()
 
     def close(self) -> None:
+        if self._trace:
+            self._trace.close()
         with self._spared():
             self._curves.close()
 

@@ -33,7 +33,7 @@ from trainer.step.mixture import Mixture
 from trainer.step.optimizer import learning_rate
 from trainer.step.strict import strict_step
 from trainer.step.sync import StepSync, Wants
-from trainer.step.train_step import dropout_seed, train_step
+from trainer.step.train_step import Updated, dropout_seed, train_step
 
 log = logging.getLogger("lxscale")
 
@@ -141,7 +141,7 @@ def step(
     taken = loaded.step
     rate = learning_rate(run.config.optimizer, state.consumed, taken.count, run.length.total)
     set_learning_rate(run.engine, rate)
-    sums, updated = _updated(run, state, loaded, active, sync)
+    done = _updated(run, state, loaded, active, sync)
     # The loader cannot know how many pairs earlier steps lacked.
     passed_over = state.sampler.skipped_pairs + taken.count - sync.pairs
     after = replace(taken.after, skipped_pairs=passed_over)
@@ -151,12 +151,13 @@ def step(
         seconds = round(time.monotonic() - began, 3)
         line = StepLine(state.step, taken.count, run.part.world, sync.digest, skipped, seconds)
         run.journal.add(line, after)
-    values = {f"loss/{name}": sums[name] / max(sync.counts[name], 1.0) for name in active}
+    values = {f"loss/{name}": done.sums[name] / max(sync.counts[name], 1.0) for name in active}
     values["loss"] = sum(active[name] * values[f"loss/{name}"] for name in active)
     values["lr"] = rate
+    values["gradient_norm"] = done.norm
     values["epoch"] = state.consumed / run.data.manifest.pairs
-    state = replace(state, not_finite=() if updated else (*state.not_finite, taken))
-    if not updated:
+    state = replace(state, not_finite=() if done.updated else (*state.not_finite, taken))
+    if not done.updated:
         state = _without_update(run, state, values)
     values["skipped_updates"] = state.skipped_updates
     return state, values
@@ -164,8 +165,7 @@ def step(
 
 def _updated(
     run: Run, state: TrainState, loaded: Loaded, active: dict[str, float], sync: StepSync
-) -> tuple[dict[str, float], bool]:
-    """The losses' sums, and whether weights and moments have moved."""
+) -> Updated:
     config, part = run.config, run.part
     losses, seed = config.objectives.losses(), config.run.seed
     if not part.strict:

@@ -238,6 +238,9 @@ class TrainSection(Section):
     """A step whose loss or gradients are not finite makes no update. More of these in a row end the
     run, with an error that names their pairs and shards."""
     log_every: int = Field(10, ge=1, lt=_MANY)
+    profile: int = Field(0, ge=0, lt=1000)
+    """Of each attempt a trace of so many steps, after its first five, beside the curves: a file for
+    Perfetto or TensorBoard's profiler."""
     validate_every: int = Field(0, ge=0, lt=_MANY)
     """Steps between validations; 0 = only at the end."""
     validation_batch: int = Field(256, ge=1, lt=_MANY)

@@ -24,6 +24,7 @@ from shards.order.draws import fold
 from trainer.checkpoint.zero_state import adam_state, list_fragments, refresh_weights
 from trainer.ranks import all_reduce_sum
 from trainer.step.optimizer import AdamW
+from trainer.step.train_step import Updated
 
 _UNIT = 2.0**-44
 """Of the sums. Of an fp32 gradient above 2^-20 all is kept, of a smaller one what is above the
@@ -42,10 +43,9 @@ def strict_step(
     losses: LossSettings,
     seed: int,
     clip_norm: float,
-) -> tuple[dict[str, float], bool]:
-    """Train on this rank's micro-batches, [first, first + len(batches)) of the step's `parts`; the
-    loss sums over all ranks, by objective, and whether weights and moments were updated, as
-    train_step. seed: of dropout, the same on every rank.
+) -> Updated:
+    """Train on this rank's micro-batches, [first, first + len(batches)) of the step's `parts`, as
+    train_step does. seed: of dropout, the same on every rank.
     """
     engine.train()
     parameters = dict(engine.module.named_parameters())
@@ -69,14 +69,18 @@ def strict_step(
     sums_of_all = told[:-1].view(parts, -1).sum(dim=0).tolist()
     # Within bounds, a sum of gradients is finite, and so is its square.
     finite = not told[-1] and all(map(math.isfinite, sums_of_all))
+    norm = math.nan
     if finite:
         for piece in total.split(_AT_ONCE):
             all_reduce_sum(piece)
         units = dict(
             zip(parameters, total.split([p.numel() for p in parameters.values()]), strict=True)
         )
-        _update(engine, units, _UNIT * _clipping(units, clip_norm))
-    return dict(zip(weights, sums_of_all, strict=True)), finite
+        norm = _norm(units)
+        # As by torch.nn.utils.clip_grad_norm_.
+        clipping = min(1.0, clip_norm / (norm + 1e-6)) if clip_norm else 1.0
+        _update(engine, units, _UNIT * clipping)
+    return Updated(dict(zip(weights, sums_of_all, strict=True)), finite, norm)
 
 
 def _add(
@@ -93,13 +97,10 @@ def _add(
     return bool(good)
 
 
-def _clipping(units: dict[str, Tensor], clip_norm: float) -> float:
-    """What all gradients are multiplied by, as by torch.nn.utils.clip_grad_norm_. The norm is in
-    fp64, over the parameters in their order, of what every rank has."""
-    if not clip_norm:
-        return 1.0
+def _norm(units: dict[str, Tensor]) -> float:
+    """Of all gradients, in fp64, over the parameters in their order, of what every rank has."""
     squares = [float((part.double() * _UNIT).square_().sum()) for part in units.values()]
-    return min(1.0, clip_norm / (math.sqrt(math.fsum(squares)) + 1e-6))
+    return math.sqrt(math.fsum(squares))
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,18 @@ from trainer.ranks import all_reduce_sum
 _LARGEST = torch.finfo(torch.float32).max
 
 
+@dataclass(frozen=True)
+class Updated:
+    """What a step has done, the same on every rank."""
+
+    sums: dict[str, float]
+    """The losses' sums over all ranks, by objective."""
+    updated: bool
+    """Whether weights and moments were."""
+    norm: float
+    """Of the gradients before clipping; not finite where that says why they were not."""
+
+
 def train_step(
     engine: Any,
     batches: list[Batch],
@@ -24,10 +37,9 @@ def train_step(
     counts: dict[str, float],
     losses: LossSettings,
     seed: int,
-) -> tuple[dict[str, float], bool]:
-    """Train on this rank's micro-batches; the loss sums over all ranks, by objective, and whether
-    weights and moments were updated. They are not, on no rank, where a loss or the norm of the
-    gradients is not finite on any.
+) -> Updated:
+    """Train on this rank's micro-batches. There is no update, on no rank, where a loss or the norm
+    of the gradients is not finite on any.
 
     The loss of an objective is its sum over the global batch / max(global count, 1), so it does
     not depend on how pairs are spread over ranks and micro-batches. seed: of dropout.
@@ -56,7 +68,9 @@ def train_step(
     engine.basic_optimizer.hold = not finite
     engine.step()
     updated = finite and bool(engine.was_step_applied())
-    return dict(zip(weights, sums_of_all, strict=True)), updated
+    norm = engine.get_global_grad_norm()
+    norm = math.sqrt(square) if norm is None else float(norm)
+    return Updated(dict(zip(weights, sums_of_all, strict=True)), updated, norm)
 
 
 def _unchecked_square(engine: Any) -> torch.Tensor:
