@@ -6,7 +6,6 @@ each verb does: trainer/run.py.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -22,6 +21,7 @@ from trainer.run import (
     TrainState,
     active_objectives,
     finish,
+    flops,
     leave,
     load,
     save,
@@ -31,6 +31,7 @@ from trainer.run import (
     wants,
 )
 from trainer.start import start
+from trainer.step.laps import Laps
 from trainer.step.sync import sync_step
 
 
@@ -89,13 +90,14 @@ def _train(run: Run, state: TrainState, control: Control, phases: Phases) -> Tra
     try:
         while state.consumed < run.length.total:
             phases.enter("data")
-            began = time.monotonic()
+            laps = Laps()
             loaded = next(steps)
-            waited = time.monotonic() - began
+            laps("data")
             phases.enter("step")
             active = active_objectives(run, loaded.step)
             wanted = wants(run, state, control.should_stop())
             sync = sync_step(loaded, [*active], config.objectives.losses(), run.mixture, wanted)
+            laps("agreement")
             if sync.missing:
                 state = skip(run, state, sync.missing)
                 steps.close()
@@ -105,14 +107,14 @@ def _train(run: Run, state: TrainState, control: Control, phases: Phases) -> Tra
                 stopped = True
                 break
             count = loaded.step.count
-            state, values = step(run, state, loaded, active, sync, began)
-            del loaded  # the next is made in its memory
-            seconds = time.monotonic() - began
-            state = replace(state, seconds=state.seconds + seconds)
+            state, values = step(run, state, loaded, active, sync, laps)
+            state = replace(state, seconds=state.seconds + laps.total)
             phases.done(state.step)
             if run.progress:
+                own = flops(run, loaded, active)
                 run.progress.mixture(run.mixture.planned, sync.mixture, count)
-                run.progress.step(state.step, values, count, seconds, waited)
+                run.progress.step(state.step, values, count, laps, own)
+            del loaded  # the next is made in its memory
             if sync.save or sync.snapshot:
                 phases.enter("save")
                 save(run, state, sync)

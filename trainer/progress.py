@@ -12,9 +12,11 @@ from typing import Any
 
 from trainer.config import RunConfig
 from trainer.curves import Curves, curves_url
+from trainer.device import peak_flops, peak_memory
 from trainer.live_goodput import LiveGoodput
 from trainer.profiling import Trace
 from trainer.setup import run_url
+from trainer.step.laps import Laps
 
 log = logging.getLogger("lxscale")
 
@@ -29,21 +31,21 @@ class Progress:
         self._trace = Trace(steps, curves_url(config), attempt) if steps else None
         self._every = config.train.log_every
         self._total = total_steps
-        self._pairs, self._seconds, self._waited = 0, 0.0, 0.0
-        self._losses: defaultdict[str, list[float]] = defaultdict(list)
-        """Of the steps since the last line."""
+        self._peak = peak_flops()
+        self._begin_interval()
         self._shares: dict[str, tuple[float, float]] = {}
         self._counted = 0
         self._complained = False
 
     def step(
-        self, step: int, values: Mapping[str, float], pairs: int, seconds: float, waited: float
+        self, step: int, values: Mapping[str, float], pairs: int, laps: Laps, flops: int
     ) -> None:
-        """Journal a finished step: `pairs` over all ranks, `seconds` in all, of which `waited` for
-        data. Validation and saving are not in it. What is shown of losses are means over the
+        """Journal a finished step: `pairs` over all ranks, `flops` of this one. Validation and
+        saving are not in it. What is shown of losses are means over the
         interval of a line: each over the steps that had it, those without an update left out."""
         with self._spared():
             self._curves.step(json.dumps({"step": step, "pairs": pairs, **values}))
+        seconds = laps.total
         self._goodput.step(seconds)
         if self._trace:
             self._trace.step()
@@ -52,22 +54,22 @@ class Progress:
                 self._losses[name].append(value)
         self._pairs += pairs
         self._seconds += seconds
-        self._waited += waited
+        self._flops += flops
+        self._steps += 1
+        for name, lap in laps.seconds.items():
+            self._laps[name] += lap
         if step % self._every and step != self._total:
             return
         rate = self._pairs / max(self._seconds, 1e-9)
-        share = self._waited / max(self._seconds, 1e-9)
+        speed = self._speed(rate)
         values = {**values, **{name: _mean(found) for name, found in self._losses.items()}}
-        self._pairs, self._seconds, self._waited = 0, 0.0, 0.0
-        self._losses.clear()
+        self._begin_interval()
         with self._spared():
             scalars = {f"train/{name}": value for name, value in values.items()}
             for name, (planned, counted) in self._shares.items():
                 scalars[f"share/{name}/planned"] = planned
                 scalars[f"share/{name}/actual"] = counted / self._counted
-            scalars["speed/pairs_per_second"] = rate
-            scalars["speed/share_waiting_for_data"] = share
-            self._curves.scalars(scalars | self._goodput.scalars(), step)
+            self._curves.scalars(scalars | speed | self._goodput.scalars(), step)
         losses = " ".join(
             f"{name.removeprefix('loss/')} {value:.3f}"
             for name, value in values.items()
@@ -82,6 +84,25 @@ class Progress:
             rate,
             _duration((self._total - step) * (pairs / max(rate, 1e-9))),
         )
+
+    def _begin_interval(self) -> None:
+        """Count anew: what is shown is of the steps since the last line."""
+        self._steps, self._pairs, self._seconds, self._flops = 0, 0, 0.0, 0
+        self._losses: defaultdict[str, list[float]] = defaultdict(list)
+        self._laps: defaultdict[str, float] = defaultdict(float)
+
+    def _speed(self, rate: float) -> dict[str, float]:
+        """rate: pairs per second."""
+        seconds = max(self._seconds, 1e-9)
+        flops = self._flops / seconds
+        scalars = {f"step_seconds/{name}": s / self._steps for name, s in self._laps.items()}
+        scalars["speed/pairs_per_second"] = rate
+        scalars["speed/share_waiting_for_data"] = self._laps["data"] / seconds
+        scalars["speed/model_tflops_per_second"] = flops / 1e12
+        if self._peak:
+            scalars["speed/share_of_device_peak"] = flops / self._peak
+        scalars["memory/peak_gib"] = peak_memory() / 2**30
+        return scalars
 
     def mixture(self, planned: Mapping[str, float], pairs: list[float], count: int) -> None:
         """Count a step's pairs towards the mixture of this attempt; `step` shows it."""

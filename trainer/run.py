@@ -7,11 +7,11 @@ the same steps.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from model.flops import training_flops
 from model.objectives import objectives_of
 from shards.dataset import Dataset
 from shards.errors import DataError
@@ -29,6 +29,7 @@ from trainer.evaluate import Evaluation, evaluate, evaluation_bytes, without_gra
 from trainer.progress import Progress
 from trainer.step.engine import set_learning_rate
 from trainer.step.guard import diverged, skip_report
+from trainer.step.laps import Laps
 from trainer.step.mixture import Mixture
 from trainer.step.optimizer import learning_rate
 from trainer.step.strict import strict_step
@@ -126,29 +127,35 @@ def active_objectives(run: Run, step: Step) -> dict[str, float]:
     }
 
 
+def flops(run: Run, loaded: Loaded, active: dict[str, float]) -> int:
+    """Operations that this rank's part of a step takes."""
+    losses, names = run.config.objectives.losses(), frozenset(active)
+    return sum(training_flops(run.config.model, b, names, losses) for b in loaded.batches)
+
+
 def step(
     run: Run,
     state: TrainState,
     loaded: Loaded,
     active: dict[str, float],
     sync: StepSync,
-    began: float,
+    laps: Laps,
 ) -> tuple[TrainState, dict[str, float]]:
     """Make one optimizer step of what was loaded; the state after it, and what to show of it.
-    began: when it did (time.monotonic), with the wait for its data.
+    laps: since it began, with the wait for its data.
 
     Raises DivergedError on every rank after too many steps in a row that are not finite."""
     taken = loaded.step
     rate = learning_rate(run.config.optimizer, state.consumed, taken.count, run.length.total)
     set_learning_rate(run.engine, rate)
-    done = _updated(run, state, loaded, active, sync)
+    done = _updated(run, state, loaded, active, sync, laps)
     # The loader cannot know how many pairs earlier steps lacked.
     passed_over = state.sampler.skipped_pairs + taken.count - sync.pairs
     after = replace(taken.after, skipped_pairs=passed_over)
     state = replace(state, sampler=after, step=state.step + 1, pairs=state.pairs + taken.count)
     if run.journal:
         skipped = tuple(after.skipped_shards)
-        seconds = round(time.monotonic() - began, 3)
+        seconds = round(laps.total, 3)
         line = StepLine(state.step, taken.count, run.part.world, sync.digest, skipped, seconds)
         run.journal.add(line, after)
     values = {f"loss/{name}": done.sums[name] / max(sync.counts[name], 1.0) for name in active}
@@ -164,13 +171,18 @@ def step(
 
 
 def _updated(
-    run: Run, state: TrainState, loaded: Loaded, active: dict[str, float], sync: StepSync
+    run: Run,
+    state: TrainState,
+    loaded: Loaded,
+    active: dict[str, float],
+    sync: StepSync,
+    laps: Laps,
 ) -> Updated:
     config, part = run.config, run.part
     losses, seed = config.objectives.losses(), config.run.seed
     if not part.strict:
         seed = dropout_seed(seed, state.step, part.rank)
-        return train_step(run.engine, loaded.batches, active, sync.counts, losses, seed)
+        return train_step(run.engine, loaded.batches, active, sync.counts, losses, seed, laps)
     return strict_step(
         run.engine,
         loaded.batches,
@@ -181,6 +193,7 @@ def _updated(
         losses,
         dropout_seed(seed, state.step),
         config.optimizer.clip_norm,
+        laps,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shards.format.build import BuildSettings, build
 from tests.conftest import small_records
@@ -41,6 +42,13 @@ def test_the_norm_is_that_of_the_whole_gradient_and_a_trace_is_written(tmp_path:
         # After the first step an update by clipped gradients is another one.
         steps = slice(0, 1) if name in ("free", "traced") else slice(None)
         assert found[steps] == pytest.approx(norms["zero-1"][steps], rel=1e-4), name
+
+    events = EventAccumulator(str(tmp_path / "traced" / "tensorboard")).Reload()
+    shown = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
+    parts = ("data", "agreement", "copy", "forward", "backward", "reduce", "update")
+    assert all(shown[f"step_seconds/{part}"] > 0 for part in parts)
+    assert shown["speed/model_tflops_per_second"] > 0 and shown["memory/peak_gib"] > 0.1
+    assert "speed/share_of_device_peak" not in shown  # of a CPU that is not known
 
     (path,) = (tmp_path / "traced" / "tensorboard").glob("*.pt.trace.json.gz")
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]

@@ -13,6 +13,7 @@ from tests.ranks import config_tree
 from trainer.config import parse_config
 from trainer.curves import curves_url
 from trainer.progress import Progress
+from trainer.step.laps import Laps
 
 
 def test_a_full_disk_ends_no_training(tmp_path: Path, said: list[logging.LogRecord]) -> None:
@@ -22,7 +23,7 @@ def test_a_full_disk_ends_no_training(tmp_path: Path, said: list[logging.LogReco
     (folder / "steps-a000001-000001.jsonl").symlink_to("/dev/full")
     progress = Progress(config, 1, 0, 3)
     for step in (1, 2, 3):
-        progress.step(step, {"loss": 1.0, "lr": 0.1}, 4, 0.1, 0.0)
+        progress.step(step, {"loss": 1.0, "lr": 0.1}, 4, Laps(), 1000)
     progress.validation(3, {"accuracy": 0.5})
     progress.close()
     (complaint,) = [r.getMessage() for r in said if r.levelno == logging.ERROR]
@@ -45,7 +46,7 @@ def test_losses_shown_are_means_over_the_interval(
         {"loss/masked_lm": 4.0, "loss": 4.0},
     )
     for number, values in enumerate(steps, start=1):
-        progress.step(number, {**values, "lr": 0.1}, 4, 0.1, 0.0)
+        progress.step(number, {**values, "lr": 0.1}, 4, Laps(), 1000)
     progress.close()
     first, second = (r.getMessage() for r in said if "pairs/s" in r.getMessage())
     assert "step 3/6 | masked_lm 7.000 qa 3.000 | lr" in first

@@ -3,6 +3,7 @@
 sync.py        what all ranks agree on before it
 mixture.py     which sets and objectives its pairs serve, planned and counted
 train_step.py  forward, backward, update
+laps.py        how long each of these takes
 guard.py       what is said where a loss or a gradient is not finite
 engine.py      the DeepSpeed engine that does it
 optimizer.py   Adam in two kinds, weight-decay groups, the learning rate

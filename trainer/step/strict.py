@@ -23,6 +23,7 @@ from model.objectives.base import LossSettings
 from shards.order.draws import fold
 from trainer.checkpoint.zero_state import adam_state, list_fragments, refresh_weights
 from trainer.ranks import all_reduce_sum
+from trainer.step.laps import Laps
 from trainer.step.optimizer import AdamW
 from trainer.step.train_step import Updated
 
@@ -43,6 +44,7 @@ def strict_step(
     losses: LossSettings,
     seed: int,
     clip_norm: float,
+    laps: Laps,
 ) -> Updated:
     """Train on this rank's micro-batches, [first, first + len(batches)) of the step's `parts`, as
     train_step does. seed: of dropout, the same on every rank.
@@ -57,14 +59,18 @@ def strict_step(
     bad = torch.zeros(1, dtype=torch.float64)
     for number, batch in enumerate(batches, start=first):
         torch.manual_seed(fold(seed, number) >> 1)
-        out = engine.module(batch.to(engine.device), objectives=frozenset(weights), settings=losses)
+        batch = batch.to(engine.device)
+        laps("copy")
+        out = engine.module(batch, objectives=frozenset(weights), settings=losses)
         sums = torch.stack([out.loss_sum[name] for name in weights])
         scale = sums.new_tensor([w / max(counts[name], 1.0) for name, w in weights.items()])
+        laps("forward")
         # Not backward(): its hooks are DeepSpeed's reduction.
         own = list(parameters.values())
         found = torch.autograd.grad((scale * sums).sum(), own, allow_unused=True)
         bad += not _add(total, found, own, parts)
         slots[number] = sums.detach().double().cpu()
+        laps("backward")
     told = all_reduce_sum(torch.cat([slots.flatten(), bad]))
     sums_of_all = told[:-1].view(parts, -1).sum(dim=0).tolist()
     # Within bounds, a sum of gradients is finite, and so is its square.
@@ -76,10 +82,12 @@ def strict_step(
         units = dict(
             zip(parameters, total.split([p.numel() for p in parameters.values()]), strict=True)
         )
+        laps("reduce")
         norm = _norm(units)
         # As by torch.nn.utils.clip_grad_norm_.
         clipping = min(1.0, clip_norm / (norm + 1e-6)) if clip_norm else 1.0
         _update(engine, units, _UNIT * clipping)
+    laps("update")
     return Updated(dict(zip(weights, sums_of_all, strict=True)), finite, norm)
 
 

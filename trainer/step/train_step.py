@@ -14,6 +14,7 @@ from model.objectives.base import LossSettings
 from shards.order.draws import fold
 from shards.order.keys import Purpose
 from trainer.ranks import all_reduce_sum
+from trainer.step.laps import Laps
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -37,6 +38,7 @@ def train_step(
     counts: dict[str, float],
     losses: LossSettings,
     seed: int,
+    laps: Laps,
 ) -> Updated:
     """Train on this rank's micro-batches. There is no update, on no rank, where a loss or the norm
     of the gradients is not finite on any.
@@ -54,15 +56,20 @@ def train_step(
     )
     for i, batch in enumerate(batches):
         torch.manual_seed(fold(seed, i) >> 1)
-        out = engine(batch.to(device), objectives=frozenset(weights), settings=losses)
+        batch = batch.to(device)
+        laps("copy")
+        out = engine(batch, objectives=frozenset(weights), settings=losses)
         sums = torch.stack([out.loss_sum[name] for name in weights])
+        laps("forward")
         engine.backward((scale * sums).sum(), scale_wrt_gas=False)
         total += sums.detach()
         if i + 1 < len(batches):
             engine.step()
+        laps("backward")
     # Before the update, so that all ranks know whether there is to be one.
     told = torch.cat([total, _unchecked_square(engine)]).double()
     *sums_of_all, square = all_reduce_sum(told).tolist()
+    laps("reduce")
     finite = square <= _LARGEST and all(map(math.isfinite, sums_of_all))
     # DeepSpeed goes through its step all the same, which clears the gradients.
     engine.basic_optimizer.hold = not finite
@@ -70,6 +77,7 @@ def train_step(
     updated = finite and bool(engine.was_step_applied())
     norm = engine.get_global_grad_norm()
     norm = math.sqrt(square) if norm is None else float(norm)
+    laps("update")
     return Updated(dict(zip(weights, sums_of_all, strict=True)), updated, norm)
 
 
