@@ -37,6 +37,7 @@ from model.flops import training_flops
 from model.interchange import config_to_huggingface
 from model.lxmert import LxmertForPreTraining, init_weights
 from model.objectives.base import LossSettings
+from trainer.device import keep_freed_memory
 
 LENGTHS = {
     10: 19, 11: 88, 12: 92, 13: 109, 14: 77, 15: 49, 16: 18, 17: 21, 18: 7, 19: 4, 20: 16,
@@ -170,9 +171,19 @@ class Optimizer:
             p.grad = None
 
 
+def lie_flat(model: torch.nn.Module) -> None:
+    """Have matrices, and vectors, beside each other in memory, as ZeRO has them."""
+    for vectors in (False, True):
+        own = [p for p in model.parameters() if (p.dim() < 2) == vectors]
+        flat = torch.cat([p.detach().flatten() for p in own])
+        for p, piece in zip(own, flat.split([p.numel() for p in own]), strict=True):
+            p.data = piece.view(p.shape)
+
+
 def ours(
     model: LxmertForPreTraining, batches: list[Batch], settings: LossSettings
 ) -> Callable[[int], None]:
+    lie_flat(model)
     optimizer = Optimizer(model.parameters())
     device = next(model.parameters()).device
 
@@ -282,6 +293,7 @@ def main() -> None:
     given = parser.parse_args()
     device = torch.device(given.device)
     dtype = torch.bfloat16 if given.precision == "bf16" else torch.float32
+    keep_freed_memory()
     steps = contestants(given, device)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     rates = []
