@@ -43,7 +43,7 @@ class Attention(nn.Module):
         if attention_out is not None:
             attention_out += _weights(qkv, sides)
         p = self.dropout if self.training else 0.0
-        return (_nested if x.is_cuda else _grouped)(qkv, sides, p).flatten(1)
+        return (_grouped if x.device.type == "cpu" else _nested)(qkv, sides, p).flatten(1)
 
 
 def _places(sides: Sequence[tuple[Rows, Rows]]) -> list[tuple[Rows, int, Rows, int]]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from model import attention
 from model.attention import _grouped, _nested
 from model.batch import Batch
 from model.dropout import add_dropout, dropout
@@ -166,3 +167,20 @@ def permuted(batch: Batch, order: torch.Tensor) -> Batch:
         answer_pair=new[batch.answer_pair],
         **{n: getattr(batch, n)[order] for n in ("pair_id", "sentence_id", "source", "offset")},
     )
+
+
+@pytest.mark.parametrize("scope", ["masked", "all"])
+def test_a_step_asks_a_device_for_nothing(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor of the meta device has no values: to wait for one is an error there, and on a GPU
+    a pause. Of the step only the one kernel is left out that is not for this device."""
+
+    def kernel(qkv: torch.Tensor, sides: list[tuple[Rows, Rows]], p: float) -> torch.Tensor:
+        assert sum(len(side.end) + len(context.end) for side, context in sides)
+        return qkv.sum(1)
+
+    monkeypatch.setattr(attention, "_nested", kernel)
+    model, batch = make_model().to("meta"), make_batch(ragged=True).to("meta")
+    out = model(batch, settings=LossSettings(scope))
+    torch.stack([*out.loss_sum.values()]).sum().backward()
+    assert out.count == make_model()(make_batch(ragged=True), settings=LossSettings(scope)).count
+    assert all(p.grad is not None and p.grad.is_meta for p in model.parameters())
