@@ -139,9 +139,9 @@ class _Grouped(torch.autograd.Function):
                 of_weights = of_weights.mul_(kept).mul_(ctx.scale)
                 shown = (weights * kept).mul_(ctx.scale)
             _heads(out[b, 2], m).copy_(shown.transpose(-1, -2) @ g)
-            of_score = torch.ops.aten._softmax_backward_data(
-                of_weights, weights, -1, weights.dtype
-            ).mul_(q.shape[-1] ** -0.5)
+            # The gradient of a softmax.
+            of_weights.sub_((of_weights * weights).sum(-1, keepdim=True))
+            of_score = of_weights.mul_(weights).mul_(q.shape[-1] ** -0.5)
             _heads(out[a, 0], m).copy_(of_score @ k)
             _heads(out[b, 1], m).copy_(of_score.transpose(-1, -2) @ q)
         return out, None, None
