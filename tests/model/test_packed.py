@@ -118,11 +118,10 @@ def test_dropout_drops_its_share_and_keeps_the_mean(p: float) -> None:
     assert dropout(x, 0.0) is x
 
 
-@pytest.mark.parametrize("scope", ["masked", "all"])
-@pytest.mark.parametrize("ragged", [False, True], ids=["fixed", "ragged"])
+@pytest.mark.parametrize(("scope", "ragged"), [("masked", False), ("all", True)])
 def test_operations_are_those_that_torch_counts(scope: str, ragged: bool) -> None:
     model, batch, settings = make_model(), make_batch(9, ragged=ragged), LossSettings(scope)
-    for active in (ALL, ALL - {"masked_lm", "qa"}, frozenset({"qa"})):
+    for active in (ALL, frozenset({"qa"})):
         with FlopCounterMode(display=False) as counted:
             out = model(batch, active, settings)
             torch.stack([*out.loss_sum.values()]).sum().backward()
