@@ -33,13 +33,13 @@ WARM_UP, STEPS = 4, 12
 def modelled(parameters: int, stage: int, precision: str) -> float:
     """Bytes that a rank of two sends in a step; of n ranks, 2 (n - 1) / n times as many.
 
-    Gradients are reduced in the weights' type and whole copies travel of updated weights. Stages 0
-    and 1 all-reduce gradients (2 P (n - 1) / n), 1 and 2 gather updated weights (P (n - 1) / n), 2
-    reduces each gradient to its owner, and 3 reduce-scatters them and gathers the weights for the
-    forward and again for the backward.
+    Gradients travel in the weights' type, P numbers. An all-reduce of them sends 2 P (n - 1) / n,
+    a gathering of updated weights P (n - 1) / n: stage 0 does the one, 1 and 2 both (2 reduces by
+    all-reduce over gloo, too); 3 reduce-scatters gradients, P (n - 1) / n, and gathers weights for
+    the forward and again for the backward.
     """
     size = 2 if precision == "bf16" else 4
-    passes = {0: 2, 1: 3, 2: 2, 3: 3}[stage]
+    passes = {0: 2, 1: 3, 2: 3, 3: 3}[stage]
     return passes * parameters * size / 2
 
 
