@@ -8,6 +8,9 @@ timing, losses that both define alike are compared with dropout off.
 In bf16 both have bf16 weights, and master weights and moments in fp32, as ZeRO has them; Hugging
 Face's is also run with fp32 weights under autocast. Ratios are to its better one.
 
+Both are in one process, whose C library keeps the memory that is freed (keep_freed_memory), which
+workers of lxscale do not have it do. Our weights lie as in ZeRO 1 and 2.
+
 Useful FLOP/s are those of model/flops.py, the same number for both, over the rate of a large
 product of matrices that is measured in the same rounds. Needs torch, transformers and pydantic; no
 DeepSpeed and no Ray.
@@ -16,6 +19,7 @@ DeepSpeed and no Ray.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import statistics
 import sys
 import time
@@ -37,7 +41,6 @@ from model.flops import training_flops
 from model.interchange import config_to_huggingface
 from model.lxmert import LxmertForPreTraining, init_weights
 from model.objectives.base import LossSettings
-from trainer.device import keep_freed_memory
 
 LENGTHS = {
     10: 19, 11: 88, 12: 92, 13: 109, 14: 77, 15: 49, 16: 18, 17: 21, 18: 7, 19: 4, 20: 16,
@@ -239,6 +242,17 @@ def check_losses(model: LxmertForPreTraining, peer: Any, batch: Batch) -> None:
 
 
 # --- measuring ----------------------------------------------------------------------------------
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what this process frees: the tensors of a step on the CPU are then in
+    the pages of the last one's, and not in new ones that the system has to clear."""
+    # glibc's names in malloc.h; others have no mallopt.
+    trim_threshold, mmap_max = -1, -4
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(trim_threshold, -1)
+        mallopt(mmap_max, 0)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

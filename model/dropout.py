@@ -32,7 +32,7 @@ def keep(x: Tensor, p: float) -> tuple[Tensor | None, float]:
     and type, None where all are; and the scale."""
     if p == 0:
         return None, 1.0
-    dropped = round(p * _STEPS)
+    dropped = min(round(p * _STEPS), _STEPS - 1)
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     bits = words.view(torch.int16)[: x.numel()].view(x.shape)
     kept = bits >= dropped - _STEPS // 2

@@ -42,8 +42,9 @@ def training_flops(
     trunk += config.object_layers * (objects * block + 2 * h * oo)
     cross = (tokens + objects) * (block + 4 * h * h) + 2 * h * (2 * to + tt + oo)
     trunk += config.cross_layers * cross
-    read = batch.pairs + len(batch.lm_position) + len(read_objects(batch, settings)[0])
-    trunk -= (tokens + objects - read) * (h * h + 2 * h * wide)
+    read = len(read_objects(batch, settings)[0])
+    rows = batch.pairs + len(batch.lm_position) + read
+    trunk -= (tokens + objects - rows) * (h * h + 2 * h * wide)
 
     targets = {n: c for n, c in target_counts(batch, settings).items() if n in objectives}
     head = {
@@ -56,7 +57,7 @@ def training_flops(
     }
     heads = sum(head.get(name, 0) * rows for name, rows in targets.items())
     heads += batch.pairs * h * h  # the pooler
-    heads += len(read_objects(batch, settings)[0]) * h * h  # what visual heads share
+    heads += read * h * h  # what visual heads share
     rows = batch.extent.image_rows + 1 + len(batch.swap_position)  # one of zeros
     embedding = rows * config.feature_dim * h
     embedding += batch.extent.image_rows * config.box_dim * h

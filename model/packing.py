@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from model.errors import ModelError
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -61,8 +63,11 @@ class Rows:
 
 
 def rows_of_mask(mask: Tensor) -> Rows:
-    """The rows of a padded (M, L), where a bool mask of that shape is True."""
+    """The rows of a padded (M, L), where a bool mask of that shape is True. ModelError where what
+    is padded is not last: places are counted from the first."""
     length = mask.sum(1)
+    if not torch.equal(mask, torch.arange(mask.shape[1], device=mask.device) < length[:, None]):
+        raise ModelError("a mask has padding before what is real: put the padding last")
     return Rows(length, int(length.sum()), int(length.max()) if len(length) else 0)
 
 

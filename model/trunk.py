@@ -123,7 +123,7 @@ class LxmertModel(nn.Module):
         return_attention: bool = False,
     ) -> TrunkOutput:
         """ids i64 (M, L); features (M, O, D); boxes (M, O, 4); masks bool (M, L) and (M, O), True
-        where real, which is first, or None where nothing is padded."""
+        where real, or None where nothing is padded. ModelError where padding is not last."""
         shown = torch.ones_like(ids, dtype=torch.bool) if token_mask is None else token_mask
         seen = features.new_ones(features.shape[:2], dtype=torch.bool)
         seen = seen if object_mask is None else object_mask

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import resource
 
 import torch
@@ -33,14 +32,3 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what this process frees: the tensors of a step on the CPU are then in
-    the pages of the last one's, and not in new ones that the system has to clear."""
-    # glibc's names in malloc.h; others have no mallopt.
-    trim_threshold, mmap_max = -1, -4
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(trim_threshold, -1)
-        mallopt(mmap_max, 0)

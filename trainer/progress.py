@@ -41,8 +41,8 @@ class Progress:
         self, step: int, values: Mapping[str, float], pairs: int, laps: Laps, flops: int
     ) -> None:
         """Journal a finished step: `pairs` over all ranks, `flops` of this one. Validation and
-        saving are not in it. What is shown of losses are means over the
-        interval of a line: each over the steps that had it, those without an update left out."""
+        saving are not in it. Losses are shown as means over the interval of a line: each over the
+        steps that had it, those without an update left out."""
         with self._spared():
             self._curves.step(json.dumps({"step": step, "pairs": pairs, **values}))
         seconds = laps.total

@@ -12,11 +12,12 @@ from model import attention
 from model.attention import _grouped, _nested
 from model.batch import Batch
 from model.dropout import add_dropout, dropout
+from model.errors import ModelError
 from model.flops import training_flops
 from model.joined import joined_linear
 from model.objectives.base import LossSettings
 from model.packing import Rows
-from tests.model.test_model import ALL, CONFIG, make_batch, make_model
+from tests.model.test_model import ALL, CONFIG, make_batch, make_model, trunk_arguments
 
 
 def rows(*lengths: int) -> Rows:
@@ -183,3 +184,13 @@ def test_a_step_asks_a_device_for_nothing(scope: str, monkeypatch: pytest.Monkey
     torch.stack([*out.loss_sum.values()]).sum().backward()
     assert out.count == make_model()(make_batch(ragged=True), settings=LossSettings(scope)).count
     assert all(p.grad is not None and p.grad.is_meta for p in model.parameters())
+
+
+def test_padding_that_is_not_last_is_refused() -> None:
+    """Where it is counts as a word's place: what a sentence is would change in silence."""
+    model, batch = make_model().eval(), make_batch(ragged=True)
+    ids, shown, features, boxes, seen = trunk_arguments(batch)
+    with pytest.raises(ModelError, match="put the padding last"):
+        model.lxmert(ids, shown.flip(1), features, boxes, seen)
+    with pytest.raises(ModelError, match="put the padding last"):
+        model.lxmert(ids, shown, features, boxes, seen.flip(1))
