@@ -13,7 +13,7 @@ checkpoint/    state onto the store, and back
 evaluate.py    metrics over a data set
 progress.py    what a person sees of a run
 device.py      what a worker's device could do, and its memory
-profiling.py   a trace of some steps
+profiling.py   traces of some steps
 curves.py      TensorBoard's files and the record of steps, in the run's storage
 phases.py      how long a rank is at what
 timeline.py    the groups of workers that a run has had, in its storage

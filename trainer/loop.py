@@ -90,6 +90,8 @@ def _train(run: Run, state: TrainState, control: Control, phases: Phases) -> Tra
     try:
         while state.consumed < run.length.total:
             phases.enter("data")
+            if run.progress:
+                run.progress.begin()
             laps = Laps()
             loaded = next(steps)
             laps("data")

@@ -14,7 +14,7 @@ from trainer.config import RunConfig
 from trainer.curves import Curves, curves_url
 from trainer.device import peak_flops, peak_memory
 from trainer.live_goodput import LiveGoodput
-from trainer.profiling import Trace
+from trainer.profiling import Traces
 from trainer.setup import run_url
 from trainer.step.laps import Laps
 
@@ -28,7 +28,7 @@ class Progress:
         self._curves = Curves(curves_url(config), attempt, start_step)
         self._goodput = LiveGoodput(run_url(config), attempt)
         steps = config.train.profile
-        self._trace = Trace(steps, curves_url(config), attempt) if steps else None
+        self._traces = Traces(steps, curves_url(config), attempt) if steps else None
         self._every = config.train.log_every
         self._total = total_steps
         self._peak = peak_flops()
@@ -36,6 +36,11 @@ class Progress:
         self._shares: dict[str, tuple[float, float]] = {}
         self._counted = 0
         self._complained = False
+
+    def begin(self) -> None:
+        """A step begins, with the wait for its data."""
+        if self._traces:
+            self._traces.begin()
 
     def step(
         self, step: int, values: Mapping[str, float], pairs: int, laps: Laps, flops: int
@@ -47,8 +52,8 @@ class Progress:
             self._curves.step(json.dumps({"step": step, "pairs": pairs, **values}))
         seconds = laps.total
         self._goodput.step(seconds)
-        if self._trace:
-            self._trace.step()
+        if self._traces:
+            self._traces.end(step)
         for name, value in values.items():
             if name.split("/")[0] == "loss":
                 self._losses[name].append(value)
@@ -121,8 +126,8 @@ class Progress:
         self._curves.publish()
 
     def close(self) -> None:
-        if self._trace:
-            self._trace.close()
+        if self._traces:
+            self._traces.close()
         with self._spared():
             self._curves.close()
 

@@ -239,8 +239,8 @@ class TrainSection(Section):
     run, with an error that names their pairs and shards."""
     log_every: int = Field(10, ge=1, lt=_MANY)
     profile: int = Field(0, ge=0, lt=1000)
-    """Of each attempt a trace of so many steps, after its first five, beside the curves: a file for
-    Perfetto or TensorBoard's profiler."""
+    """So many steps of each attempt are traced, after its first five: a file each beside the
+    curves, for Perfetto or TensorBoard's profiler."""
     validate_every: int = Field(0, ge=0, lt=_MANY)
     """Steps between validations; 0 = only at the end."""
     validation_batch: int = Field(256, ge=1, lt=_MANY)
