@@ -185,7 +185,7 @@ def assert_same_state(a: Path, b: Path) -> None:
 @pytest.mark.parametrize(
     "cases",
     [
-        [(0, "fp32", 1.0), (1, "bf16", 0.0), (3, "fp32", 0.0)],
+        [(0, "fp32", 1.0), (1, "bf16", 0.0), (3, "fp32", 0.0), (3, "bf16", 1.0)],
         pytest.param(CASES, marks=pytest.mark.faults),
     ],
     ids=["some", "all"],

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from model.attention import Attention
 from trainer.config import RunConfig
 from trainer.setup import micro_batches
 from trainer.step.optimizer import build_optimizer
@@ -69,7 +70,11 @@ def build_engine(model: nn.Module, config: RunConfig) -> Any:
         # This would fill all fresh memory, for programs that read what they have not written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     optimizer = build_optimizer(model, config.optimizer)
-    engine, *_ = import_deepspeed().initialize(
+    deepspeed = import_deepspeed()
+    if config.train.zero_stage == 3:
+        # It reads the weights of its parts without calling them, which is where ZeRO gathers them.
+        deepspeed.utils.set_z3_leaf_modules(model, [Attention])
+    engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
         config=engine_settings(config, dist.get_world_size()),

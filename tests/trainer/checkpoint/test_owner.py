@@ -66,18 +66,23 @@ def names(run: str, *folder: str) -> list[str]:
     return objects.list_names(objects.join(run, *folder))
 
 
+def files(run: str) -> list[Path]:
+    """Those that are there. A heart that beats at this moment has another, whose name has a dot."""
+    return sorted(p for p in Path(run).rglob("*") if p.is_file() and p.name[0] != ".")
+
+
 # --- one at a time ------------------------------------------------------------------------------
 
 
 def test_a_live_owner_is_told_and_left_alone(run: str) -> None:
     first = claim(run, Claimant())
     save(first, 1, 1.0)
-    before = sorted(p for p in Path(run).rglob("*") if p.is_file())
+    before = files(run)
     who = rf"host {socket.gethostname()}, process {os.getpid()}, since 20\d\d-.* UTC; attempt 1\)"
     for action in (check_free, claim):
         with pytest.raises(OwnedError, match=rf"owned by a live job \({who}.*--take-over"):
             action(run, Claimant())
-    assert sorted(p for p in Path(run).rglob("*") if p.is_file()) == before
+    assert files(run) == before
     assert first.lost() is None
     save(first, 2, 2.0)
     assert newest_whole(run) == 2.0
