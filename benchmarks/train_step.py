@@ -5,15 +5,19 @@ backward, and torch's fused AdamW. Sentences have the lengths of real captions (
 20 for Hugging Face, as the original does; every image has 36 objects and two sentences. Before any
 timing, losses that both define alike are compared with dropout off.
 
-In bf16 both have bf16 weights, and master weights and moments in fp32, as ZeRO has them; Hugging
-Face's is also run with fp32 weights under autocast. Ratios are to its better one.
+In bf16 both have bf16 weights, and master weights and moments in fp32, as ZeRO has them. Hugging
+Face's model is also run with fp32 weights under autocast (autocast), and with its attention written
+as torch's scaled_dot_product_attention (which it lacks) and torch.compile over all of it (compiled;
+--mode says how). Ratios are to its best one.
 
-Both are in one process, whose C library keeps the memory that is freed (keep_freed_memory), which
-workers of lxscale do not have it do. Our weights lie as in ZeRO 1 and 2.
+Batches lie on the device before a step. Both are in one process, whose C library keeps the memory
+that is freed (keep_freed_memory), which workers of lxscale do not have it do. Our weights lie as in
+ZeRO 1 and 2; on a GPU our layers are compiled, as in a run.
 
 Useful FLOP/s are those of model/flops.py, the same number for both, over the rate of a large
-product of matrices that is measured in the same rounds. Needs torch, transformers and pydantic; no
-DeepSpeed and no Ray.
+product of matrices that is measured in the same rounds. Peak memory, of a GPU alone, is what
+torch's allocator has at most in a step, without what the others in the process hold. Needs torch,
+transformers and pydantic; no DeepSpeed and no Ray.
 """
 
 from __future__ import annotations
@@ -23,8 +27,11 @@ import ctypes
 import statistics
 import sys
 import time
+import types
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +46,7 @@ from model.batch import Batch
 from model.config import ModelConfig
 from model.flops import training_flops
 from model.interchange import config_to_huggingface
-from model.lxmert import LxmertForPreTraining, init_weights
+from model.lxmert import LxmertForPreTraining, compile_layers, init_weights
 from model.objectives.base import LossSettings
 
 LENGTHS = {
@@ -51,6 +58,12 @@ PADDED = 20
 OBJECTS = 36
 _BATCHES = 4
 """Different ones, taken in turn."""
+NAMES = {
+    "theirs": "Hugging Face",
+    "autocast": "Hugging Face, autocast",
+    "compiled": "Hugging Face, SDPA and torch.compile",
+    "ours": "lxscale",
+}
 
 
 # --- batches ------------------------------------------------------------------------------------
@@ -164,13 +177,17 @@ class Optimizer:
 
     def step(self) -> None:
         if self._low:
-            for master, own in zip(self._master, self._own, strict=True):
-                master.grad = None if own.grad is None else own.grad.float()
+            found = [(m, p.grad) for m, p in zip(self._master, self._own, strict=True)]
+            low = {m: g for m, g in found if g is not None}
+            high = [torch.empty_like(m) for m in low]
+            torch._foreach_copy_(high, [*low.values()])
+            for master, grad in zip(low, high, strict=True):
+                master.grad = grad
         self._adam.step()
         if self._low:
             with torch.no_grad():
                 torch._foreach_copy_(self._own, self._master)
-        for p in self._own:
+        for p in (*self._own, *self._master):
             p.grad = None
 
 
@@ -189,28 +206,52 @@ def ours(
     lie_flat(model)
     optimizer = Optimizer(model.parameters())
     device = next(model.parameters()).device
+    ready = [b.to(device) for b in batches]
+    if device.type == "cuda":
+        compile_layers(model)
 
     def step(i: int) -> None:
-        out = model(batches[i % len(batches)].to(device), settings=settings)
+        out = model(ready[i % len(ready)], settings=settings)
         torch.stack([s / max(out.count[n], 1) for n, s in out.loss_sum.items()]).sum().backward()
         optimizer.step()
 
     return step
 
 
-def theirs(model: Any, batches: list[Batch], autocast: bool) -> Callable[[int], None]:
+def theirs(
+    model: Any, batches: list[Batch], autocast: bool = False, mode: str | None = None
+) -> Callable[[int], None]:
+    """mode: torch.compile's; None: not compiled."""
     optimizer = Optimizer(model.parameters())
     first = next(model.parameters())
-    ready = [padded(b) for b in batches]
+    ready = [moved(padded(b), first.device, first.dtype) for b in batches]
+    forward = torch.compile(with_sdpa(model), mode=mode) if mode else model
 
     def step(i: int) -> None:
-        inputs = moved(ready[i % len(ready)], first.device, first.dtype)
         with torch.autocast(first.device.type, torch.bfloat16, enabled=autocast):
-            loss = model(**inputs).loss
+            loss = forward(**ready[i % len(ready)]).loss
         loss.backward()
         optimizer.step()
 
     return step
+
+
+def with_sdpa(model: torch.nn.Module) -> torch.nn.Module:
+    """Hugging Face's model with torch's attention."""
+
+    def attend(own: Any, x: Tensor, context: Tensor, mask: Any = None, **_: Any) -> tuple[Tensor]:
+        q, k, v = (
+            part(of).unflatten(-1, (own.num_attention_heads, -1)).transpose(1, 2)
+            for part, of in ((own.query, x), (own.key, context), (own.value, context))
+        )
+        p = own.dropout.p if own.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p)
+        return (out.transpose(1, 2).flatten(2),)
+
+    for module in model.modules():
+        if type(module).__name__ == "LxmertAttention":
+            module.forward = types.MethodType(attend, module)
+    return model
 
 
 def huggingface(config: ModelConfig, model: LxmertForPreTraining) -> Any:
@@ -257,11 +298,12 @@ def keep_freed_memory() -> None:
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a product of two large square matrices: the best of several."""
-    size = 4096 if device.type == "cuda" else 2048
+    size, times = (8192, 5) if device.type == "cuda" else (2048, 1)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = 0.0
     for _ in range(5):
-        best = max(best, 2 * size**3 / timed(lambda: a @ b, device))
+        took = timed(lambda: [torch.mm(a, b) for _ in range(times)], device)
+        best = max(best, times * 2 * size**3 / took)
     return best
 
 
@@ -275,25 +317,61 @@ def timed(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def contestants(
-    given: argparse.Namespace, device: torch.device
-) -> dict[str, Callable[[int], None]]:
+@dataclass
+class Contestant:
+    step: Callable[[int], None]
+    own: int
+    """Bytes on the GPU of its weights, optimizer and batches, which it has between steps."""
+    peak: int = 0
+    """Bytes on the GPU at most."""
+    seconds: list[float] = field(default_factory=list)
+    """Of each step after the first."""
+
+
+def contestants(given: argparse.Namespace, device: torch.device) -> dict[str, Contestant]:
+    """Each after its first steps, which compile and warm up."""
     config = ModelConfig()
     batches = [make_batch(config, given.batch, seed) for seed in range(_BATCHES)]
     model = LxmertForPreTraining(config)
     init_weights(model, 0)
     peer = huggingface(config, model)
-    check_losses(model, peer, batches[0])
-    low = given.precision == "bf16"
-    found: dict[str, Callable[[int], None]] = {}
-    dtype = torch.bfloat16 if low else torch.float32
-    if low and "autocast" in given.arms:
-        copy = huggingface(config, model).to(device).train()
-        found["Hugging Face, autocast"] = theirs(copy, batches, autocast=True)
-    if "theirs" in given.arms:
-        found["Hugging Face"] = theirs(peer.to(device, dtype).train(), batches, autocast=False)
-    found["lxscale"] = ours(model.to(device, dtype).train(), batches, LossSettings())
+    check_losses(model, peer, make_batch(config, min(given.batch, 32), 0))
+    dtype = torch.bfloat16 if given.precision == "bf16" else torch.float32
+
+    def copy(dtype: torch.dtype) -> Any:
+        return huggingface(config, model).to(device, dtype).train()
+
+    makers: dict[str, Callable[[], Callable[[int], None]]] = {
+        "theirs": lambda: theirs(copy(dtype), batches),
+        "autocast": lambda: theirs(copy(torch.float32), batches, autocast=True),
+        "compiled": lambda: theirs(copy(dtype), batches, mode=given.mode),
+        "ours": lambda: ours(model.to(device, dtype).train(), batches, LossSettings()),
+    }
+    found = {}
+    for arm in [*given.arms, "ours"]:
+        if arm == "autocast" and given.precision == "fp32":
+            continue
+        before = allocated(device)
+        step = makers[arm]()
+        began = time.perf_counter()
+        for i in range(_BATCHES):
+            timed(partial(step, i), device)
+        print(f"{NAMES[arm]}: first steps {time.perf_counter() - began:.1f} s", file=sys.stderr)
+        found[NAMES[arm]] = Contestant(step, allocated(device) - before)
     return found
+
+
+def allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
+
+
+def measure(each: Contestant, i: int, device: torch.device) -> None:
+    others = allocated(device) - each.own
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    each.seconds.append(timed(partial(each.step, i), device))
+    if device.type == "cuda":
+        each.peak = max(each.peak, torch.cuda.max_memory_allocated() - others)
 
 
 def main() -> None:
@@ -302,23 +380,21 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--arms", nargs="+", default=["theirs", "autocast"])
+    parser.add_argument("--arms", nargs="+", choices=NAMES, default=["theirs", "autocast"])
+    parser.add_argument("--mode", default="default", help="torch.compile's, of Hugging Face's")
     parser.add_argument("--out", type=Path, help="a file to which the table is added")
     given = parser.parse_args()
     device = torch.device(given.device)
     dtype = torch.bfloat16 if given.precision == "bf16" else torch.float32
     keep_freed_memory()
-    steps = contestants(given, device)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    found = contestants(given, device)
     rates = []
-    for i in range(given.rounds + 1):
+    for i in range(given.rounds):
         rates.append(matrix_rate(device, dtype))
-        for name, step in steps.items():
-            took = timed(lambda step=step, i=i: step(i), device)
-            if i:  # the first warms up
-                seconds[name].append(took)
-        print(f"round {i} of {given.rounds}", file=sys.stderr, flush=True)
-    text = report(given, seconds, max(rates), device)
+        for each in found.values():
+            measure(each, i, device)
+        print(f"round {i + 1} of {given.rounds}", file=sys.stderr, flush=True)
+    text = report(given, found, max(rates), device)
     print(text)
     if given.out:
         with given.out.open("a") as file:
@@ -326,26 +402,31 @@ def main() -> None:
 
 
 def report(
-    given: argparse.Namespace, seconds: dict[str, list[float]], rate: float, device: torch.device
+    given: argparse.Namespace, found: dict[str, Contestant], rate: float, device: torch.device
 ) -> str:
     config = ModelConfig()
     useful = statistics.mean(
         training_flops(config, make_batch(config, given.batch, seed)) for seed in range(_BATCHES)
     )
-    best = min(statistics.median(s) for n, s in seconds.items() if n != "lxscale")
+    ours = NAMES["ours"]
+    best = min(statistics.median(c.seconds) for n, c in found.items() if n != ours)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else str(device)
     lines = [
-        f"{date.today()}, batch {given.batch}, {given.precision}, {device}, torch "
+        f"{date.today()}, batch {given.batch}, {given.precision}, {where}, torch "
         f"{torch.__version__}, {torch.get_num_threads()} threads; matrix rate "
-        f"{rate / 1e9:,.0f} GFLOP/s; {useful / given.batch / 1e9:.1f} useful GFLOP a pair",
+        f"{rate / 1e9:,.0f} GFLOP/s; {useful / given.batch / 1e9:.1f} useful GFLOP a pair"
+        + (f"; Hugging Face's compiled with mode {given.mode}" if "compiled" in given.arms else ""),
         "",
-        "| | pairs/s | spread | ratio | of the matrix rate |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| | pairs/s | spread | ratio | of the matrix rate | peak memory, GB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for name, each in seconds.items():
-        middle = statistics.median(each)
+    for name, each in found.items():
+        middle = statistics.median(each.seconds)
+        peak = f"{each.peak / 1e9:.1f}" if each.peak else "-"
         lines.append(
-            f"| {name} | {given.batch / middle:.2f} | {given.batch / max(each):.2f} to "
-            f"{given.batch / min(each):.2f} | {best / middle:.2f} | {useful / middle / rate:.0%} |"
+            f"| {name} | {given.batch / middle:.2f} | {given.batch / max(each.seconds):.2f} to "
+            f"{given.batch / min(each.seconds):.2f} | {best / middle:.2f} | "
+            f"{useful / middle / rate:.0%} | {peak} |"
         )
     return "\n".join(lines) + "\n"
 

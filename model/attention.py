@@ -43,7 +43,18 @@ class Attention(nn.Module):
         if attention_out is not None:
             attention_out += _weights(qkv, sides)
         p = self.dropout if self.training else 0.0
-        return (_grouped if x.device.type == "cpu" else _nested)(qkv, sides, p).flatten(1)
+        return _attend(qkv, sides, p).flatten(1)
+
+
+def _attend(qkv: Tensor, sides: Sequence[tuple[Rows, Rows]], p: float) -> Tensor:
+    """qkv (R, 3, heads, d) -> (R, heads, d), by what is quickest on the device."""
+    if qkv.device.type == "cuda":
+        from model.tiled_attention import fits, tiled
+
+        parts = [rows for rows, _ in sides]
+        if fits(parts, qkv.shape[-1]):
+            return tiled(qkv, parts, p)
+    return (_grouped if qkv.device.type == "cpu" else _nested)(qkv, sides, p)
 
 
 def _places(sides: Sequence[tuple[Rows, Rows]]) -> list[tuple[Rows, int, Rows, int]]:

@@ -32,8 +32,13 @@ def keep(x: Tensor, p: float) -> tuple[Tensor | None, float]:
     and type, None where all are; and the scale."""
     if p == 0:
         return None, 1.0
-    dropped = min(round(p * _STEPS), _STEPS - 1)
+    dropped = dropped_of(p)
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     bits = words.view(torch.int16)[: x.numel()].view(x.shape)
     kept = bits >= dropped - _STEPS // 2
     return kept.to(x.dtype), _STEPS / (_STEPS - dropped)
+
+
+def dropped_of(p: float) -> int:
+    """How many of 2^16 numbers drop an element."""
+    return min(round(p * _STEPS), _STEPS - 1)

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 def joined_linear(x: Tensor, layers: Sequence[nn.Linear]) -> Tensor:
     """x (R, H) -> (R, sum of the layers' sizes): their outputs beside each other."""
-    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    weights: list[Tensor] = [layer.weight for layer in layers]
+    biases: list[Tensor] = [layer.bias for layer in layers]
+    if torch.compiler.is_compiling():
+        return F.linear(x, torch.cat(weights), torch.cat(biases))
     out: Tensor = _Joined.apply(x, *weights, *biases)
     return out
 

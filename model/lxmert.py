@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from model.batch import Batch
 from model.config import ModelConfig
 from model.heads import AnswerHead, ObjectHead, PreTrainingHeads
+from model.layers import CrossLayer, Layer, ObjectEmbedding, WordEmbedding
 from model.objectives import OBJECTIVES, check_objectives
 from model.objectives.base import Encoded, LossSettings, read_objects
 from model.packing import Rows
@@ -101,6 +102,14 @@ class LxmertForPreTraining(nn.Module):
             head = self.get_submodule(objective.head)
             logits[name] = head(rows if name in active else rows[:0])
         return logits
+
+
+def compile_layers(model: LxmertForPreTraining, backend: str = "inductor") -> None:
+    """Have the layers and the embeddings compiled when they are first called, one piece of code for
+    all layers of a kind and for every number of rows. backend: torch.compile's."""
+    for module in model.modules():
+        if isinstance(module, WordEmbedding | ObjectEmbedding | Layer | CrossLayer):
+            module.compile(dynamic=True, fullgraph=True, backend=backend)
 
 
 def pack(batch: Batch, dtype: torch.dtype) -> Pairs:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.config import ModelConfig
 from model.layers import CrossLayer, Layer, ObjectEmbedding, WordEmbedding
@@ -51,6 +53,9 @@ class Pairs:
 class Encoder(nn.Module):
     """The language, the object-relationship and the cross-modality encoder."""
 
+    recompute = False
+    """Layers keep their inputs alone, and the backward computes the rest again."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.visn_fc = ObjectEmbedding(config)
@@ -70,14 +75,21 @@ class Encoder(nn.Module):
         tokens, objects = pairs.tokens, pairs.objects
         vision = self.visn_fc(pairs.features, pairs.boxes, pairs.feature, pairs.box)
         for layer in self.layer:
-            language = layer(language, tokens, attention_out)
+            language = self._run(layer, language, tokens, attention_out)
         for layer in self.r_layers:
-            vision = layer(vision, objects, attention_out)
+            vision = self._run(layer, vision, objects, attention_out)
         last = len(self.x_layers) - 1
         for i, layer in enumerate(self.x_layers):
             rows = read if i == last else None
-            language, vision = layer(language, vision, tokens, objects, rows, attention_out)
+            language, vision = self._run(
+                layer, language, vision, tokens, objects, rows, attention_out
+            )
         return language, vision
+
+    def _run(self, layer: nn.Module, *inputs: Any) -> Any:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
 
 
 class Pooler(nn.Module):

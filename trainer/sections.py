@@ -234,6 +234,15 @@ class TrainSection(Section):
     of workers, and their gradients are summed exactly. In place of `accumulation`; ZeRO 0 to 2."""
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 1
+    offload: Literal["optimizer", "parameters"] | None = None
+    """What workers keep in host memory in place of the GPU's, and ZeRO moves there and back:
+    masters and moments, which are then updated on the CPU (ZeRO 1 to 3), or weights, too (ZeRO
+    3)."""
+    activation_checkpointing: bool = False
+    """Layers keep their inputs alone for the backward, which computes the rest again: a third more
+    operations, for a fraction of the activations' memory. Results are bitwise the same."""
+    compile: bool = False
+    """On GPUs torch.compile makes the layers' code at the first step, in a minute. ZeRO 0 to 2."""
     max_skipped_updates: int = Field(5, ge=0, lt=_MANY)
     """A step whose loss or gradients are not finite makes no update. More of these in a row end the
     run, with an error that names their pairs and shards."""
@@ -261,9 +270,26 @@ class TrainSection(Section):
         return self
 
     @model_validator(mode="after")
+    def _offload_by_stage(self) -> TrainSection:
+        least = {None: 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(f"train.offload={self.offload} needs train.zero_stage {least} or more")
+        return self
+
+    @model_validator(mode="after")
+    def _compile_by_stage(self) -> TrainSection:
+        if self.compile and (self.zero_stage == 3 or self.strict):
+            raise ValueError(
+                "train.compile goes with train.zero_stage 0 to 2, without train.strict"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _strict_alone(self) -> TrainSection:
         if self.strict and self.zero_stage == 3:
             raise ValueError("train.strict goes with train.zero_stage 0, 1 and 2")
+        if self.strict and self.offload:
+            raise ValueError("train.strict goes without train.offload")
         if self.strict and self.accumulation > 1:
             raise ValueError(
                 f"train.strict={self.strict} says how many micro-batches a step has: leave "

@@ -11,12 +11,14 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from model.attention import Attention
+from model.lxmert import LxmertForPreTraining, compile_layers
 from trainer.config import RunConfig
 from trainer.setup import micro_batches
 from trainer.step.optimizer import build_optimizer
+
+log = logging.getLogger("lxscale")
 
 
 def import_deepspeed() -> Any:
@@ -53,13 +55,21 @@ def engine_settings(config: RunConfig, world: int) -> dict[str, Any]:
         "bf16": {"enabled": bf16},
         # Stages 0 and 1 accept only their own type here in the layout that zero_state.py reads.
         "data_types": {"grad_accum_dtype": "bf16" if bf16 and stage < 2 else "fp32"},
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, **_offload(config.train.offload)},
         "zero_allow_untested_optimizer": True,
+        # It has one of its own for the host, whose code it builds when it is first used.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
 
 
-def build_engine(model: nn.Module, config: RunConfig) -> Any:
+def _offload(what: str | None) -> dict[str, Any]:
+    place = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    parts = {None: (), "optimizer": ("optimizer",), "parameters": ("optimizer", "param")}[what]
+    return {f"offload_{part}": place for part in parts}
+
+
+def build_engine(model: LxmertForPreTraining, config: RunConfig) -> Any:
     """Wrap a model (fp32, on the CPU) in a DeepSpeed engine; torch.distributed must be up."""
     if config.train.strict:
         # On GPUs, some operations have a quicker way whose sums come in any order.
@@ -69,6 +79,11 @@ def build_engine(model: nn.Module, config: RunConfig) -> Any:
         torch.backends.cuda.enable_cudnn_sdp(False)
         # This would fill all fresh memory, for programs that read what they have not written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    model.lxmert.encoder.recompute = config.train.activation_checkpointing
+    if config.train.compile and torch.cuda.is_available():
+        compile_layers(model)
+    elif config.train.compile:
+        log.info("train.compile is left out: it gains on GPUs alone")
     optimizer = build_optimizer(model, config.optimizer)
     deepspeed = import_deepspeed()
     if config.train.zero_stage == 3:
