@@ -25,6 +25,8 @@ class Extent:
     """Objects of all pairs' images, counted likewise."""
     pair_objects: int
     """Objects of all pairs' images."""
+    view_rows: int
+    """Objects of all views, counted as `pair_rows`."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,16 @@ class Batch:
     """i64[U, O] the attribute that the detector found likeliest; None without labels."""
     attribute_conf: Tensor | None = None
     """f32[U, O] the detector's confidence in it."""
+    view: Tensor | None = None
+    """i64[M] the view of each pair: pairs of one view have the same image, and the same of its
+    objects are masked in the same way. None: each has one of its own."""
+    view_pair: Tensor | None = None
+    """i64[W] a pair of each of the W views."""
+
+    @property
+    def view_image(self) -> Tensor:
+        """i64[W] row of each view's image."""
+        return self.image_index if self.view_pair is None else self.image_index[self.view_pair]
 
     @property
     def pairs(self) -> int:
@@ -99,6 +111,7 @@ class Batch:
             int(shown.sum()),
             int(shown[self.image_index].sum()),
             int(count[self.image_index].sum()),
+            int(shown[self.view_image].sum()),
         )
 
     def to(self, device: torch.device | str) -> Batch:

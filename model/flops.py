@@ -17,29 +17,31 @@ def training_flops(
     """Of one forward and backward over a batch on the CPU: those of products of matrices, 2 for
     each multiplication and addition.
 
-    With hidden size H, FFN size I, T tokens, V objects of all pairs and R of the distinct images,
-    a forward multiplies, in each
+    With hidden size H, FFN size I, T tokens, V objects of all pairs, W of all views and R of the
+    distinct images, a forward multiplies, in each
 
     language layer        T (4 H^2 + 2 H I) + H S(t, t) 2
-    object layer          V (4 H^2 + 2 H I) + H S(o, o) 2
+    object layer          W (4 H^2 + 2 H I) + H S'(o, o) 2
     cross layer           (T + V) (8 H^2 + 2 H I) + H (2 S(t, o) + S(t, t) + S(o, o)) 2
 
-    where S(a, b) is the sum over pairs of the product of their lengths; in the last cross layer the
-    second output projection and the FFN, H^2 + 2 H I, count for the rows alone that a loss reads.
+    where S(a, b) is the sum over pairs, S' over views, of the product of lengths; in the last cross
+    layer the second output projection and the FFN, H^2 + 2 H I, count for the rows alone that a
+    loss reads.
     The embedding of objects multiplies R (D H + 4 H), heads their own sizes for each target. A
     backward takes twice as many, and once as many for the embedding, whose inputs have no gradient.
     """
     settings = settings or LossSettings()
     h, wide = config.hidden_size, config.intermediate_size
     length = batch.token_start.diff()
-    count = batch.num_objects.clamp(min=1)[batch.image_index]
+    shown = batch.num_objects.clamp(min=1)
+    count, seen = shown[batch.image_index], shown[batch.view_image]
     tokens, objects = int(length.sum()), int(count.sum())
     tt, oo, to = (
         int((a * b).sum()) for a, b in ((length, length), (count, count), (length, count))
     )
     block = 4 * h * h + 2 * h * wide
     trunk = config.language_layers * (tokens * block + 2 * h * tt)
-    trunk += config.object_layers * (objects * block + 2 * h * oo)
+    trunk += config.object_layers * (int(seen.sum()) * block + 2 * h * int((seen * seen).sum()))
     cross = (tokens + objects) * (block + 4 * h * h) + 2 * h * (2 * to + tt + oo)
     trunk += config.cross_layers * cross
     read = len(read_objects(batch, settings)[0])

@@ -120,19 +120,31 @@ def pack(batch: Batch, dtype: torch.dtype) -> Pairs:
     shown = batch.num_objects.clamp(min=1)
     images = Rows(shown, extent.image_rows, extent.most)
     objects = Rows(shown[batch.image_index], extent.pair_rows, extent.most)
+    views = objects
+    if batch.view is not None:
+        views = Rows(shown[batch.view_image], extent.view_rows, extent.most)
     features, boxes = batch.features.flatten(0, 1), batch.boxes.flatten(0, 1)
     if extent.image_rows < len(features):
         real = images.sequence * width + images.place
         features, boxes = features[real], boxes[real]
-    box = images.start[batch.image_index][objects.sequence] + objects.place
+    box = images.start[batch.view_image][views.sequence] + views.place
     feature, zero = box.clone(), len(features)
-    feature[objects.row_of(batch.zero_position, width)] = zero
+    # Pairs of one view write the same: zero, or features that were drawn alike.
+    first = views.start if batch.view is None else views.start[batch.view]
+    feature[_rows_of(batch.zero_position, first, width)] = zero
     swapped = torch.arange(len(batch.swap_position), device=box.device)
-    feature[objects.row_of(batch.swap_position, width)] = swapped + (zero + 1)
+    feature[_rows_of(batch.swap_position, first, width)] = swapped + (zero + 1)
+    seen = None if batch.view is None else first[objects.sequence] + objects.place
     features = torch.cat([features, features.new_zeros(1, features.shape[1]), batch.swap_features])
     length = batch.token_start.diff()
     tokens = Rows(length, len(batch.tokens), extent.longest)
-    return Pairs(batch.tokens, tokens, features.to(dtype), boxes.to(dtype), feature, box, objects)
+    features, boxes = features.to(dtype), boxes.to(dtype)
+    return Pairs(batch.tokens, tokens, features, boxes, feature, box, views, objects, seen)
+
+
+def _rows_of(position: Tensor, first: Tensor, width: int) -> Tensor:
+    """i64 the rows of flat indices into (M, width); first: i64[M] the first row of each."""
+    return first[position // width] + position % width
 
 
 def _zero(encoded: Encoded, logits: Iterable[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.config import ModelConfig
 from model.layers import CrossLayer, Layer, ObjectEmbedding, WordEmbedding
-from model.packing import Rows, rows_of_mask
+from model.packing import Rows, rows_of_mask, take
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,15 @@ class Pairs:
     boxes: Tensor
     """(N', 4), as well."""
     feature: Tensor
-    """i64[V] which of `features` an object has."""
+    """i64[W] which of `features` an object of a view has."""
     box: Tensor
-    """i64[V] which of `boxes`."""
+    """i64[W] which of `boxes`."""
+    views: Rows
+    """Of each view of an image, W rows in all: what the object-relationship encoder works on."""
     objects: Rows
     """Of each pair's image."""
+    seen: Tensor | None = None
+    """i64[V] the row of a view that each object of a pair is; None: the views are the pairs'."""
 
 
 class Encoder(nn.Module):
@@ -72,12 +76,14 @@ class Encoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """language (T, H) -> language (T, H) and vision (V, H), or only the rows `read` of both,
         for which alone the last layer is then computed to its end."""
-        tokens, objects = pairs.tokens, pairs.objects
+        tokens, objects, views = pairs.tokens, pairs.objects, pairs.views
         vision = self.visn_fc(pairs.features, pairs.boxes, pairs.feature, pairs.box)
         for layer in self.layer:
             language = self._run(layer, language, tokens, attention_out)
         for layer in self.r_layers:
-            vision = self._run(layer, vision, objects, attention_out)
+            vision = self._run(layer, vision, views, attention_out)
+        if pairs.seen is not None:
+            vision = take(vision, pairs.seen)
         last = len(self.x_layers) - 1
         for i, layer in enumerate(self.x_layers):
             rows = read if i == last else None
@@ -141,7 +147,9 @@ class LxmertModel(nn.Module):
         seen = seen if object_mask is None else object_mask
         tokens, objects = rows_of_mask(shown), rows_of_mask(seen)
         every = torch.arange(objects.total, device=ids.device)
-        pairs = Pairs(ids[shown], tokens, features[seen], boxes[seen], every, every, objects)
+        pairs = Pairs(
+            ids[shown], tokens, features[seen], boxes[seen], every, every, objects, objects
+        )
         attention_out: list[Tensor] | None = [] if return_attention else None
         language, vision = self.packed(pairs, None, attention_out)
         language, vision = tokens.pad(language, ids.shape[1]), objects.pad(vision, seen.shape[1])

@@ -36,6 +36,9 @@ def pytest_configure() -> None:
     """A shell's job in the background ignores Ctrl-C, as would the processes that tests start."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Where there is no GPU, Triton's kernels are interpreted. It reads this when it is imported,
+    # which may be by another package.
+    os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidia0").exists() else "1")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

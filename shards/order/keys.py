@@ -32,6 +32,8 @@ class Purpose(IntEnum):
     DONOR = 7
     DONOR_OBJECT = 8
     ANSWER = 9
+    # Of neighbouring pairs of an image in an epoch, which share the masks of its objects.
+    VIEW = 17
     # Of a run, and of an epoch of a stream.
     ORDER = 10
     PAIR = 11
@@ -89,3 +91,9 @@ def arrange_key(version: int, seed: int, consumed: int) -> int:
 def pair_keys(version: int, seed: int, epoch: I64, pair: I64) -> U64:
     """One key a pair: everything drawn for it in an epoch starts here."""
     return draw(fold(seed) if version == 2 else fold(seed, Purpose.PAIR), epoch, pair)
+
+
+def view_keys(seed: int, epoch: I64, stream: I64, shard: I64, image: I64, group: I64) -> U64:
+    """One key a view: the neighbours of a group that have one image, given by its place in its
+    shard."""
+    return draw(fold(seed, Purpose.VIEW), epoch, stream, shard, image, group)

@@ -48,6 +48,10 @@ class SamplerSettings(BaseModel):
     sentences_per_visit: int = Field(1, ge=1, lt=2**31)
     """Neighbouring pairs, most of one image, that come together: fewer features to read and send,
     less of a shuffle (`lxscale shards plan` says how much)."""
+    share_vision: int = Field(1, ge=1, lt=2**31)
+    """So many neighbouring pairs of one image have the same of its objects masked in the same way,
+    so that the object-relationship encoder runs once for those of them that a micro-batch has. They
+    come together with `sentences_per_visit` of as many, or a multiple."""
     lanes: int = Field(1, ge=1, le=1 << 16)
     """Parts of every window that are shuffled for themselves; a step takes from all in turn. A
     worker takes whole lanes where there are as many as workers, so that a node reads the shards of
@@ -55,3 +59,12 @@ class SamplerSettings(BaseModel):
     is an even one and a quarter at most, and a visit or two of each stream."""
     last_batch: Literal["wrap", "short"] = "wrap"
     """A batch at the end of an epoch goes on into the next one, or is short."""
+
+    @model_validator(mode="after")
+    def _shared_come_together(self) -> SamplerSettings:
+        if self.sentences_per_visit % self.share_vision:
+            raise ValueError(
+                f"sampler.share_vision={self.share_vision} needs sampler.sentences_per_visit="
+                f"{self.share_vision}, or a multiple: pairs share what they come with"
+            )
+        return self

@@ -27,7 +27,7 @@ _OF_A_STEP = {
 }
 
 # What a data state of an earlier version says by not saying it.
-_BEFORE = {"data.text": "all", "sampler.lanes": 1}
+_BEFORE = {"data.text": "all", "sampler.lanes": 1, "sampler.share_vision": 1}
 
 
 def check_same_model(generation: Generation, shapes: dict[str, list[int]]) -> None:

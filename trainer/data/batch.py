@@ -19,7 +19,7 @@ from shards.errors import DataError
 from shards.format.index import ranges
 from shards.format.tokenizer import load_tokenizer
 from shards.order.draws import I64, U64, below, chance, draw, halves, uniform
-from shards.order.keys import VERSION, Purpose, pair_keys
+from shards.order.keys import VERSION, Purpose, pair_keys, view_keys
 from shards.order.sampler import Plan, Sampler
 from trainer.data.sentences import Pairs, sentences_of, shards_of_text
 from trainer.data.shared_batches import Empty, fresh_memory
@@ -158,7 +158,11 @@ def draw_batch(
     tokens, token_start, lm_position, lm_target = _tokens(data, sentence, key, settings)
     distinct, first, image_index = np.unique(image, return_index=True, return_inverse=True)
     objects = int(m.image_objects[distinct].max(initial=1))
-    masks = _objects(data, plan, image, objects, key, settings)
+    of_view, view, view_pair = key, None, None
+    if sampler.settings.share_vision > 1:
+        of_view = _view_keys(data, sampler, plan, image, settings)
+        view, view_pair = _views(image, of_view)
+    masks = _objects(data, plan, image, objects, of_view, settings)
     answer_pair, answer_target = _answers(data, pair, matched, key)
     batch = Batch(
         tokens=_tensor(tokens),
@@ -181,6 +185,8 @@ def draw_batch(
         source=_tensor(m.source[pair].astype(np.int64)),
         offset=_tensor(plan.offset),
         dataset=_tensor(plan.dataset),
+        view=None if view is None else _tensor(view),
+        view_pair=None if view_pair is None else _tensor(view_pair),
     )
     return Drawn(batch, plan, data, distinct, plan.shard[first], masks)
 
@@ -244,6 +250,26 @@ def _objects(
         draw(key[row], Purpose.DONOR_OBJECT, column), m.image_objects[donor].astype(np.int64)
     )
     return ObjectMasks(position, position[zero], position[swap], donor, shard[swap], which)
+
+
+def _view_keys(
+    data: Dataset, sampler: Sampler, plan: Plan, image: I64, settings: BatchSettings
+) -> U64:
+    """The key of each pair's view, which does not depend on what else is in the batch."""
+    in_shard = image - data.index.shard_image[data.index.place_of(plan.shard)]
+    stream = np.asarray([s.key for s in sampler.streams])[plan.stream]
+    group = plan.index // sampler.settings.share_vision
+    return view_keys(settings.seed, plan.epoch, stream, plan.shard, in_shard, group)
+
+
+def _views(image: I64, key: U64) -> tuple[I64, I64]:
+    """The view of each pair, numbered as they come, and the first pair of each."""
+    both = np.stack([image, key.view(np.int64)])
+    _, first, which = np.unique(both, axis=1, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    number = np.empty_like(order)
+    number[order] = np.arange(len(order))
+    return number[which.reshape(-1)], first[order]
 
 
 def _answers(data: Dataset, pair: I64, matched: NDArray[np.bool_], key: U64) -> tuple[I64, I64]:
