@@ -1,4 +1,5 @@
-"""Reading from object storage with nothing cached: called by loader.py --cold.
+"""Reading from object storage with nothing cached: called by loader.py --cold, or by itself for the
+readers that need no format of their own: python benchmarks/cold.py [--help]
 
 A Ceph gateway on loopback holds the shards. A round runs each reader once, in a fresh process with
 an empty folder for its cache: plain concurrent reads of whole objects by s3fs into memory and
@@ -13,6 +14,7 @@ AWS's by settings of their own.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import multiprocessing
 import os
@@ -20,11 +22,14 @@ import shutil
 import signal
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import date
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -33,15 +38,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 import peers
-from protocol import THREADS, markdown
+from protocol import THREADS, machine, markdown
 from shards.dataset import open_dataset
+from shards.format.build import BuildSettings, build
 from shards.order.draws import I64
 from shards.store import objects
+from synthetic import records
 
 GATEWAY = Path(__file__).parents[1].parent / "shared" / "tools" / "rgw-up"
 BUCKET = "lxscale-bench"
 WINDOW = 3  # shards per shuffle window of ours
-FETCHES = 8  # downloads at once of ours, as in training
+FETCHES = 8, 2  # downloads at once of ours: as in training, and as suits two cores
 _CONCURRENT = (2, 4, 8, 16)  # of plain reads: the fastest is the bound
 
 # Given the folder in the bucket, an empty local one, and more of its own; returns seconds.
@@ -55,19 +62,19 @@ def plain(url: str, _: Path, concurrent: int) -> float:
     """Whole tars by an asynchronous s3fs, `concurrent` at a time, thrown away."""
     import s3fs
 
-    names = [n for n in objects.list_names(url) if n.endswith(".tar")]
+    tars = _tars(url)
 
     async def read() -> float:
         fs = s3fs.S3FileSystem(asynchronous=True, skip_instance_cache=True)
         session = await fs.set_session()
         slots = asyncio.Semaphore(concurrent)
 
-        async def one(name: str) -> None:
+        async def one(tar: str) -> None:
             async with slots:
-                await fs._cat_file(objects.join(url, name).removeprefix("s3://"))
+                await fs._cat_file(tar.removeprefix("s3://"))
 
         began = time.monotonic()
-        await asyncio.gather(*(one(n) for n in names))
+        await asyncio.gather(*(one(tar) for tar in tars))
         seconds = time.monotonic() - began
         await session.close()
         return seconds
@@ -91,8 +98,18 @@ def _signed(url: str) -> list[str]:
     import s3fs
 
     fs = s3fs.S3FileSystem()
-    names = [n for n in objects.list_names(url) if n.endswith(".tar")]
-    return [fs.url(objects.join(url, name), expires=3600) for name in names]
+    return [fs.url(tar, expires=3600) for tar in _tars(url)]
+
+
+def _tars(url: str) -> list[str]:
+    """The tars of a data set: they lie in the folder of the build that made them."""
+    builds = [objects.join(url, name) for name in objects.list_folder(url)[1]]
+    return [
+        objects.join(build, name)
+        for build in builds
+        for name in objects.list_names(build)
+        if name.endswith(".tar")
+    ]
 
 
 class _AllInTurn:
@@ -113,12 +130,12 @@ class _AllInTurn:
         return ((shard, float(shard), True) for shard in range(self._shards))
 
 
-def fetch(url: str, cache: Path) -> float:
+def fetch(url: str, cache: Path, concurrent: int) -> float:
     """Ours, until every shard is in the cache and verified."""
     data = open_dataset(url, cache)
     began = time.monotonic()
     shards = range(len(data.manifest.shards))
-    data.shards.look_ahead(_AllInTurn(len(shards)), FETCHES)
+    data.shards.look_ahead(_AllInTurn(len(shards)), concurrent)
     for shard in shards:
         data.shards.path(shard)
     return time.monotonic() - began
@@ -170,11 +187,11 @@ def report(
     batches: Callable[..., Iterator[int]],
     say: Callable[[str], None],
 ) -> str:
-    """The table. root: folder with `shards` and `mds` in it; gateway: the script
-    that starts one; batches: ours, see loader.py."""
+    """The table. root: folder with `shards`, and `mds` for mosaicml-streaming, in it; gateway: the
+    script that starts one; batches: ours, see loader.py."""
     with _gateway(gateway, root / "gateway"):
-        sizes = {name: _upload(root / name) for name in ("shards", "mds")}
-        shards, mds = (f"s3://{BUCKET}/{name}" for name in sizes)
+        sizes = {n: _upload(root / n) for n in ("shards", "mds") if (root / n).exists()}
+        shards, mds = (f"s3://{BUCKET}/{name}" for name in ("shards", "mds"))
         megabytes = sizes["shards"] / 1e6
 
         def run(reader: Reader, url: str, *more: Any) -> float:
@@ -188,10 +205,12 @@ def report(
         for i in range(rounds):
             found[bound].append(run(plain, shards, best))
             found[f"curl, {best} at once"].append(run(curl, shards, best))
-            found["lxscale, shards fetched"].append(run(fetch, shards))
+            for n in FETCHES:
+                found[f"lxscale, shards fetched, {n} at once"].append(run(fetch, shards, n))
             found["lxscale, an epoch of batches"].append(run(epoch, shards, batches))
             found["webdataset, an epoch of records"].append(run(webdataset, shards))
-            found["mosaicml-streaming, an epoch of records"].append(run(mosaicml, mds))
+            if "mds" in sizes:
+                found["mosaicml-streaming, an epoch of records"].append(run(mosaicml, mds))
             say(f"cold round {i + 1} of {rounds}")
     medians = {name: statistics.median(values) for name, values in found.items()}
     rows = [
@@ -214,9 +233,9 @@ def report(
 
 def _upload(folder: Path) -> int:
     """Everything in a folder to the bucket; returns the bytes of its tars."""
-    files = [p for p in sorted(folder.iterdir()) if p.is_file()]
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
     for path in files:
-        objects.upload(path, f"s3://{BUCKET}/{folder.name}/{path.name}")
+        objects.upload(path, f"s3://{BUCKET}/{path.relative_to(folder.parent)}")
     return sum(p.stat().st_size for p in files if p.suffix == ".tar")
 
 
@@ -271,3 +290,24 @@ def _gateway(script: Path, folder: Path) -> Iterator[None]:
         os.environ.clear()
         os.environ.update(before)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> None:
+    import loader
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--images", type=int, default=6000, help="0.15 MB each; default 6000")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--gateway", type=Path, default=GATEWAY, help="script that starts it")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="lxscale-bench-") as folder:
+        root = Path(folder)
+        settings = BuildSettings("bench", "random", shard_bytes=64 << 20)
+        build(records(given.images), root / "shards", settings)
+        say = partial(print, file=sys.stderr, flush=True)
+        text = report(root, given.gateway, given.rounds, loader.batches, say)
+    print(f"# From object storage, {date.today()}, {machine()}\n\n{text}")
+
+
+if __name__ == "__main__":
+    main()
