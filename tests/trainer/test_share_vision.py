@@ -80,7 +80,7 @@ def test_pairs_of_a_view_have_one_image_and_its_masks(data: Dataset) -> None:
 
 
 def test_masks_do_not_depend_on_how_a_step_is_cut(data: Dataset) -> None:
-    cuts = [slice(0, 11), slice(11, 12), slice(12, 40)]
+    cuts = [slice(0, 11), slice(11, 11), slice(11, 12), slice(12, 40)]
     (whole,) = batches(data, SHARED, [slice(0, 40)], 40)
     parts = batches(data, SHARED, cuts, 40)
     assert masks_of(whole) == {k: v for part in parts for k, v in masks_of(part).items()}

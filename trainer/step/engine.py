@@ -79,7 +79,8 @@ def build_engine(model: LxmertForPreTraining, config: RunConfig) -> Any:
         torch.backends.cuda.enable_cudnn_sdp(False)
         # This would fill all fresh memory, for programs that read what they have not written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    model.lxmert.encoder.recompute = config.train.activation_checkpointing
+    if config.train.activation_checkpointing:
+        model.lxmert.encoder.recompute = True
     if config.train.compile and torch.cuda.is_available():
         compile_layers(model)
     elif config.train.compile:
@@ -88,7 +89,7 @@ def build_engine(model: LxmertForPreTraining, config: RunConfig) -> Any:
     deepspeed = import_deepspeed()
     if config.train.zero_stage == 3:
         # It reads the weights of its parts without calling them, which is where ZeRO gathers them.
-        deepspeed.utils.set_z3_leaf_modules(model, [Attention])
+        deepspeed.utils.set_z3_leaf_modules(model, [Attention], raise_if_not_found=False)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
