@@ -33,18 +33,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_killed_run_goes_on_bitwise(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [["optimizer-1", "parameters-3"], pytest.param([*OPTIONS], marks=pytest.mark.faults)],
+    ids=["some", "all"],
+)
+def test_a_killed_run_goes_on_bitwise(data: Path, tmp_path: Path, names: list[str]) -> None:
     def runs(kind: str) -> list[dict[str, Any]]:
-        return [
-            config_tree(data, tmp_path, f"{kind}-{name}", train=train)
-            for name, train in OPTIONS.items()
-        ]
+        return [config_tree(data, tmp_path, f"{kind}-{n}", train=OPTIONS[n]) for n in names]
 
     assert not run_ranks(2, [(run, None, False) for run in runs("whole")])
     for run in runs("killed"):
         run_ranks(2, [(run, 5, True)])
     assert not run_ranks(2, [(run, None, False) for run in runs("killed")])
-    for name in OPTIONS:
+    for name in names:
         assert_bitwise(tmp_path / f"whole-{name}", tmp_path / f"killed-{name}")
 
 
