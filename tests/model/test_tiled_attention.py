@@ -121,7 +121,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_compiled_layers_are_the_layers(as_on_a_gpu: None) -> None:
     """Of every shape of batch, by code that is made once for all layers of a kind."""
     model = make_model().eval()
-    batches = [make_batch(pairs, ragged=True) for pairs in (4, 3)]
+    batches = [make_batch(pairs, ragged=True) for pairs in (6, 4)]
 
     def gradients(batch: Batch) -> dict[str, Tensor]:
         model.zero_grad()
