@@ -121,7 +121,7 @@ def adam_state(engine: Any, holder: Tensor) -> dict[str, Tensor]:
     its state at its first step only."""
     state: dict[str, Tensor] = engine.basic_optimizer.state[holder]
     if not state:
-        state["step"] = torch.tensor(0.0)
+        state["step"] = torch.tensor(0.0, device=holder.device)  # where a fused Adam wants it
         state["exp_avg"] = torch.zeros_like(holder)
         state["exp_avg_sq"] = torch.zeros_like(holder)
     return state
@@ -137,7 +137,7 @@ def write(
     if kind != "master":
         state = adam_state(engine, fragment.holder)
         # Every time: a damaged generation that was given up may have set another count.
-        state["step"] = torch.tensor(float(step))
+        state["step"] = torch.full_like(state["step"], step)
     read(engine, fragment, kind).narrow(0, start, len(values)).copy_(values)
 
 

@@ -83,9 +83,7 @@ def build_optimizer(module: nn.Module, section: OptimizerSection) -> AdamW | Ber
     # The rate is 0 until the first step sets it: DeepSpeed makes a dry step for some stages.
     if section.name == "bert_adam":
         return BertAdam(groups, 0.0, section.betas, section.eps, section.weight_decay)
-    return AdamW(
-        groups, 0.0, section.betas, section.eps, section.weight_decay, foreach=False, fused=False
-    )
+    return AdamW(groups, 0.0, section.betas, section.eps, section.weight_decay, fused=True)
 
 
 def learning_rate(section: OptimizerSection, consumed: int, count: int, total: int) -> float:
