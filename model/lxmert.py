@@ -19,7 +19,7 @@ from model.heads import AnswerHead, ObjectHead, PreTrainingHeads
 from model.layers import CrossLayer, Layer, ObjectEmbedding, WordEmbedding
 from model.objectives import OBJECTIVES, check_objectives
 from model.objectives.base import Encoded, LossSettings, read_objects
-from model.packing import Rows
+from model.packing import Rows, row_of
 from model.trunk import LxmertModel, Pairs
 
 
@@ -131,20 +131,15 @@ def pack(batch: Batch, dtype: torch.dtype) -> Pairs:
     feature, zero = box.clone(), len(features)
     # Pairs of one view write the same: zero, or features that were drawn alike.
     first = views.start if batch.view is None else views.start[batch.view]
-    feature[_rows_of(batch.zero_position, first, width)] = zero
+    feature[row_of(first, batch.zero_position, width)] = zero
     swapped = torch.arange(len(batch.swap_position), device=box.device)
-    feature[_rows_of(batch.swap_position, first, width)] = swapped + (zero + 1)
+    feature[row_of(first, batch.swap_position, width)] = swapped + (zero + 1)
     seen = None if batch.view is None else first[objects.sequence] + objects.place
     features = torch.cat([features, features.new_zeros(1, features.shape[1]), batch.swap_features])
     length = batch.token_start.diff()
     tokens = Rows(length, len(batch.tokens), extent.longest)
     features, boxes = features.to(dtype), boxes.to(dtype)
     return Pairs(batch.tokens, tokens, features, boxes, feature, box, views, objects, seen)
-
-
-def _rows_of(position: Tensor, first: Tensor, width: int) -> Tensor:
-    """i64 the rows of flat indices into (M, width); first: i64[M] the first row of each."""
-    return first[position // width] + position % width
 
 
 def _zero(encoded: Encoded, logits: Iterable[Tensor]) -> Tensor:

@@ -53,13 +53,18 @@ class Rows:
 
     def row_of(self, position: Tensor, width: int) -> Tensor:
         """i64 the rows of places that are given as flat indices into (M, width)."""
-        return self.start[position // width] + position % width
+        return row_of(self.start, position, width)
 
     def pad(self, x: Tensor, width: int) -> Tensor:
         """Packed (R, …) -> padded with zeros (M, width, …)."""
         out = x.new_zeros(len(self.length), width, *x.shape[1:])
         out[self.sequence, self.place] = x
         return out
+
+
+def row_of(start: Tensor, position: Tensor, width: int) -> Tensor:
+    """i64 the rows of flat indices into (M, width), where each of M begins at i64[M] `start`."""
+    return start[position // width] + position % width
 
 
 def rows_of_mask(mask: Tensor) -> Rows:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from model.batch import Batch
 from model.config import ModelConfig
 from model.lxmert import LxmertForPreTraining, compile_layers, init_weights
-from train_step import make_batch
+from step_batches import make_batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
