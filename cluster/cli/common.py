@@ -69,6 +69,24 @@ def out_place(text: str) -> str:
     return text.rstrip("/")
 
 
+_MOST = 10**7  # shards of a range, which are listed one by one
+
+
+def ranges(text: str) -> list[int]:
+    """The type of --shards: numbers and ranges of them, as 10-20,25."""
+    out: list[int] = []
+    for part in text.split(","):
+        if not (match := re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part.strip())):
+            raise argparse.ArgumentTypeError(f"{text!r:.80} is no list as 10-20,25")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last - first >= _MOST:
+            raise argparse.ArgumentTypeError(f"{part.strip()!r} is more shards than there are")
+        if last < first:
+            raise argparse.ArgumentTypeError(f"{part.strip()!r} ends before it begins")
+        out += range(first, last + 1)
+    return out
+
+
 def verdict(url: str, problems: list[str], good: str) -> int:
     """Print how many problems there are, or `good`; the exit status."""
     print(f"{shown(url)}: {f'{len(problems)} problems' if problems else good}")

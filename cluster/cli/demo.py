@@ -10,13 +10,15 @@ from pathlib import Path
 from cluster.cli.common import add_run
 from cluster.cli.progress import shown_progress
 from cluster.launch import launch
+from shards.convert.convert import convert
+from shards.convert.inputs import FeatureInput, Inputs, SentenceInput
 from shards.errors import DataError
 from shards.format.answers import load_answers
-from shards.format.build import BuildSettings, build
+from shards.format.build import BuildSettings
 from shards.format.manifest import load_manifest
 from shards.format.record import Report
 from shards.sources.easy_vqa import write_easy_vqa
-from shards.sources.images import EXTRACTOR, read_images
+from shards.sources.features.grid import EXTRACTOR
 from trainer.config import RunConfig, load_config
 from trainer.curves import curves_url
 from trainer.export import evaluate_checkpoint
@@ -24,7 +26,7 @@ from trainer.loop import TrainResult
 from trainer.setup import run_url
 
 # A grid of 1 + 9 overlapping boxes is enough for pictures of 64 x 64 with one shape each.
-BOXES = 10
+BOXES = "10"
 # `--full` goes on with the same run to this many epochs.
 FULL_EPOCHS = 8
 
@@ -66,26 +68,23 @@ def build_data(folder: Path) -> None:
     """Shards of easy-VQA's training and test sets in folder/train and folder/test, where they are
     not there yet."""
     missing = [split for split in ("train", "test") if not _is_built(folder / split)]
-    inputs = write_easy_vqa(folder / "sources") if missing else None
+    written = write_easy_vqa(folder / "sources") if missing else None
     for split in missing:
-        assert inputs is not None
+        assert written is not None
         report = Report()
         settings = BuildSettings(
             f"easy-vqa-{split}",
             EXTRACTOR,
             vocab=None if split == "train" else folder / "train",
-            answers=load_answers(inputs.answers),
+            answers=load_answers(written.answers),
             images_per_shard=500,
         )
         with shown_progress() as progress:
-            records = read_images(
-                inputs.images[split],
-                inputs.sentences[split],
-                boxes=BOXES,
-                report=report,
-                progress=progress,
+            inputs = Inputs(
+                (FeatureInput(str(written.images[split]), "grid", settings={"boxes": BOXES}),),
+                (SentenceInput((written.sentences[split],)),),
             )
-            build(records, folder / split, settings, report=report, progress=progress)
+            convert(inputs, folder / split, settings, report=report, progress=progress)
 
 
 def _is_built(folder: Path) -> bool:

@@ -9,6 +9,7 @@ sentences.py      a shard's sentences as arrays
 table.py          a shard's table: where members are, sentences as numbers; arrays.py: its file
 manifest.py       all shards with hashes, and the fingerprint: the commit point
 build.py          records to all of these; staging.py: nothing appears before it is whole
+foreign.py        the same of tars that others wrote, used where they are
 verify.py         every byte and member against table and manifest
 index.py          the tables of all shards, merged: what the hot path looks things up in
 """

@@ -16,11 +16,8 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
-
 from shards.errors import DataError
 from shards.format.answers import answer_index, count_answers
-from shards.format.arrays import save_arrays
 from shards.format.check import check_record
 from shards.format.manifest import (
     Counts,
@@ -30,14 +27,13 @@ from shards.format.manifest import (
     given_file,
     with_pages,
 )
-from shards.format.members import RECORD, Member, members_of
+from shards.format.members import Member, members_of
 from shards.format.publish import commit_point, publish
 from shards.format.record import QA_SOURCES, ImageRecord, Report, record_json, record_key
 from shards.format.sentences import Document, SentenceEncoder
 from shards.format.shard_list import ShardInfo, ShardList
+from shards.format.shard_writer import ShardWriter, WrittenTar, write_table
 from shards.format.staging import staging_folder
-from shards.format.table import member_columns
-from shards.format.tar import TarWriter
 from shards.format.tokenizer import load_vocab, make_tokenizer, train_vocab
 from shards.progress import Progress, no_progress
 from shards.store.stored import hash_file
@@ -108,7 +104,7 @@ def build(
     Raises DataError naming image, file or place; the output is then as it was before.
     """
     out = str(out_url)
-    _check_settings(settings)
+    check_settings(settings)
     tokens = settings.vocab
     if isinstance(tokens, Path):
         tokens = load_vocab(given_file(tokens, "vocab"))
@@ -120,7 +116,8 @@ def build(
         return publish(folder, out, manifest, _files(manifest), before, progress)
 
 
-def _check_settings(settings: BuildSettings) -> None:
+def check_settings(settings: BuildSettings) -> None:
+    """DataError for settings that no data set can have."""
     if settings.max_tokens < 3:
         raise DataError(f"max_tokens is {settings.max_tokens}: there is no room for a word")
     for name, value in (
@@ -147,17 +144,10 @@ def _files(manifest: Manifest) -> list[str]:
 
 @dataclass
 class _Shard:
-    """A written tar and its images; one entry an image in each list."""
+    """A written tar and the spool of its records' JSON, a line each."""
 
-    name: str
+    tar: WrittenTar
     spool: Path
-    """Of the records' JSON, a line each."""
-    objects: list[int]
-    record_size: list[int]
-    offset: dict[str, list[int]]
-    """By member."""
-    size: int = 0
-    sha256: str = ""
 
     def documents(self) -> Iterator[Document]:
         with open(self.spool, "rb") as f:
@@ -165,39 +155,29 @@ class _Shard:
                 yield json.loads(line)
 
 
-class _ShardWriter:
+class _Spooled:
     """A tar that is being written, and its spool beside it."""
 
     def __init__(self, folder: Path, number: int, members: list[Member]) -> None:
         name = f"shard-{number:06d}.tar"
-        self.shard = _Shard(name, folder / f"{name}.spool", [], [], {m.name: [] for m in members})
-        self._members = members
-        self._tar = TarWriter(folder / name)
-        self._spool = open(self.shard.spool, "wb")  # noqa: SIM115  closed by `close` or `abort`
+        self._path = folder / f"{name}.spool"
+        self._writer = ShardWriter(folder, name, members)
+        self._spool = open(self._path, "wb")  # noqa: SIM115  closed by `close` or `abort`
 
     def append(self, record: ImageRecord, text: bytes) -> None:
-        """Add a record, whose JSON is `text`."""
-        key = record_key(record.image)
-        for member in self._members:
-            payload = text if member is RECORD else member.payload(record)
-            offset = self._tar.add(f"{key}.{member.suffix}", payload)
-            self.shard.offset[member.name].append(offset)
-        self.shard.objects.append(len(record.boxes))
-        self.shard.record_size.append(len(text))
+        self._writer.append(record, text)
         self._spool.write(text + b"\n")
 
     def is_full(self, settings: BuildSettings) -> bool:
-        images = len(self.shard.objects)
-        return self._tar.size >= settings.shard_bytes or images == settings.images_per_shard
+        full = self._writer.size >= settings.shard_bytes
+        return full or self._writer.images == settings.images_per_shard
 
     def close(self) -> _Shard:
         self._spool.close()
-        self.shard.sha256 = self._tar.finish()
-        self.shard.size = self._tar.size
-        return self.shard
+        return _Shard(self._writer.close(), self._path)
 
     def abort(self) -> None:
-        self._tar.abort()
+        self._writer.abort()
         self._spool.close()
 
 
@@ -205,11 +185,11 @@ def _write_tars(job: _Job, records: Iterable[ImageRecord]) -> tuple[list[_Shard]
     """Write all tars and spools; the schema has everything but the vocabulary's size."""
     shards: list[_Shard] = []
     schema: Schema | None = None
-    writer: _ShardWriter | None = None
+    writer: _Spooled | None = None
     most, images = 0, 0
     try:
         for schema, record, text in _checked(job, records):
-            writer = writer or _ShardWriter(job.folder, len(shards), members_of(schema))
+            writer = writer or _Spooled(job.folder, len(shards), members_of(schema))
             writer.append(record, text)
             most, images = max(most, len(record.boxes)), images + 1
             job.progress("images written", images, None)
@@ -238,7 +218,7 @@ def _checked(
     for record in left:
         try:
             if job.settings.skip_bad:
-                check_record(record, _schema_of(record, job.settings))
+                check_record(record, schema_of(record, job.settings))
         except DataError as error:
             job.report.add("bad image records", str(error))
             continue
@@ -247,12 +227,12 @@ def _checked(
             break
     if not first:
         return
-    schema = Counter(_schema_of(r, job.settings) for r in first).most_common(1)[0][0]
+    schema = vote(first, job.settings)
     keys: set[str] = set()
     for record in chain(first, left):
         try:
             check_record(record, schema)
-            key, text = record_key(record.image), _json(record)
+            key, text = record_key(record.image), checked_json(record)
             if key in keys:
                 raise DataError(f"image {record.image!r:.120} comes twice: name its sources once")
         except DataError as error:
@@ -264,7 +244,14 @@ def _checked(
         yield schema, record, text
 
 
-def _schema_of(record: ImageRecord, settings: BuildSettings) -> Schema:
+def vote(records: Sequence[ImageRecord], settings: BuildSettings) -> Schema:
+    """The schema, but for the vocabulary's size, that most of these records have; of as many, that
+    of the earliest."""
+    return Counter(schema_of(r, settings) for r in records).most_common(1)[0][0]
+
+
+def schema_of(record: ImageRecord, settings: BuildSettings) -> Schema:
+    """The schema, but for the vocabulary's size, of a data set of records like this one."""
     labels = record.labels is not None
     return Schema(
         feature_dim=int(record.features.shape[1]) if record.features.ndim == 2 else 0,
@@ -277,7 +264,8 @@ def _schema_of(record: ImageRecord, settings: BuildSettings) -> Schema:
     )
 
 
-def _json(record: ImageRecord) -> bytes:
+def checked_json(record: ImageRecord) -> bytes:
+    """The JSON of a record; DataError where it is not valid Unicode."""
     try:
         return record_json(record)
     except UnicodeEncodeError:
@@ -318,8 +306,7 @@ def _write_rest(job: _Job, shards: list[_Shard], schema: Schema, tokens: list[st
     for shard in shards:
         infos.append(_write_table(job, shard, encoder))
         job.progress("tables written", len(infos), len(shards))
-    (folder / VOCAB).write_bytes("".join(f"{t}\n" for t in tokens).encode())
-    (folder / ANSWERS).write_bytes((json.dumps(answers, indent=0) + "\n").encode())
+    vocab_file, answers_file = write_words(folder, tokens, answers)
     totals = {s: sum(i.pairs_per_source.get(s, 0) for i in infos) for s in sources}
     manifest = Manifest(
         name=settings.name,
@@ -327,8 +314,8 @@ def _write_rest(job: _Job, shards: list[_Shard], schema: Schema, tokens: list[st
         schema=schema,
         sources=tuple(sources),
         question_sources=tuple(s for s in sources if s in with_answers | QA_SOURCES),
-        vocab=_file_info(folder, VOCAB, len(tokens)),
-        answers=_file_info(folder, ANSWERS, len(answers)),
+        vocab=vocab_file,
+        answers=answers_file,
         counts=Counts(sum(i.images for i in infos), sum(i.pairs for i in infos), totals),
         shards=ShardList.of(infos, sources),
     )
@@ -362,26 +349,18 @@ def _write_table(job: _Job, shard: _Shard, encoder: SentenceEncoder) -> ShardInf
             )
         job.report.add("answers that are not in the answer table", answer)
 
-    arrays = {
-        **member_columns(shard.objects, shard.record_size, shard.offset),
-        **encoder.arrays(shard.documents(), unknown),
-    }
-    path = job.folder / f"{shard.name.removesuffix('.tar')}.table.safetensors"
-    save_arrays(path, arrays)
+    info = write_table(job.folder, shard.tar, shard.documents(), encoder, unknown)
     shard.spool.unlink()
-    sources = encoder.sources
-    pairs = np.bincount(arrays["sentence_source"], minlength=len(sources)).tolist()
-    return ShardInfo(
-        name=shard.name,
-        size=shard.size,
-        sha256=shard.sha256,
-        table=path.name,
-        table_size=path.stat().st_size,
-        table_sha256=hash_file(path),
-        images=len(arrays["image_objects"]),
-        pairs=len(arrays["sentence_source"]),
-        pairs_per_source={s: n for s, n in zip(sources, pairs, strict=True) if n},
-    )
+    return info
+
+
+def write_words(
+    folder: Path, tokens: Sequence[str], answers: Sequence[str]
+) -> tuple[FileInfo, FileInfo]:
+    """Write a vocabulary and an answer table; how a manifest names them."""
+    (folder / VOCAB).write_bytes("".join(f"{t}\n" for t in tokens).encode())
+    (folder / ANSWERS).write_bytes((json.dumps(list(answers), indent=0) + "\n").encode())
+    return _file_info(folder, VOCAB, len(tokens)), _file_info(folder, ANSWERS, len(answers))
 
 
 def _file_info(folder: Path, name: str, count: int) -> FileInfo:

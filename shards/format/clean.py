@@ -26,7 +26,7 @@ from shards.store.objects import Listed
 # somebody else's.
 _FOLDER = re.compile(r"(build-[a-f][0-9a-f]{7})/(.+)", re.DOTALL)
 _IN_FOLDER = re.compile(
-    r"shard-\d{6,}\.(tar|table\.safetensors)|shards-\d{6,}\.safetensors|vocab\.txt|answers\.json"
+    r"shard-(?:[0-9a-f]{8}-)?\d{6,}\.(tar|table\.safetensors|part\.json)|shards-(?:[0-9a-f]{8}-)?\d{6,}\.safetensors|vocab\.txt|answers\.json"
     r"|\.[^/]+\.tmp"
 )
 # What builds wrote before each had a folder: shards, each with its table, and with them the others.
@@ -34,6 +34,11 @@ _SHARD = re.compile(r"(shard-\d{6})\.(tar|table\.safetensors)")
 _WITH_SHARDS = {"vocab.txt", "answers.json"}
 # What marked them. All these only beside a manifest.
 _MARKS = {".unfinished", ".publishing"}
+# What an index has beside the tars of others; never these (shards/tools/index.py).
+_OF_INDEX = re.compile(
+    r"index-[a-f][0-9a-f]{7}-(?:[A-Za-z0-9_][A-Za-z0-9_.\-]*\.table\.safetensors"
+    r"|shards-\d{6,}\.safetensors|vocab\.txt|answers\.json)"
+)
 # What any build tries the store with, and writes a manifest by.
 _BRIEFLY = re.compile(r"probe-[0-9a-f]{16}|\.manifest\.json\.[0-9a-f]{8}\.tmp")
 
@@ -89,7 +94,7 @@ def _of_builds(found: list[Listed], tag: str | None) -> set[str]:
     parts = {name: match for name in names if (match := _FOLDER.fullmatch(name))}
     others = {m[1] for m in parts.values() if not _IN_FOLDER.fullmatch(m[2])}
     out = {name for name, m in parts.items() if m[1] not in others}
-    out |= {name for name in names if _BRIEFLY.fullmatch(name)}
+    out |= {name for name in names if _BRIEFLY.fullmatch(name) or _OF_INDEX.fullmatch(name)}
     if tag is not None:
         # Somebody's own tars, of which a data set was made, have no tables.
         stems = {m[1] for name in names if (m := _SHARD.fullmatch(name))}

@@ -200,15 +200,16 @@ def _fingerprint(document: dict[str, Any]) -> str:
 # --- writing ------------------------------------------------------------------------------------
 
 
-def with_pages(manifest: Manifest, folder: Path) -> Manifest:
-    """The manifest, with the list of its shards in files in `folder` if it is a long one."""
+def with_pages(manifest: Manifest, folder: Path, stem: str = "shards-") -> Manifest:
+    """The manifest, with the list of its shards in files in `folder` if it is a long one; stem: of
+    their names."""
     shards = manifest.shards
     if len(shards) <= INLINE:
         return manifest
     pages = []
     for i in range(0, len(shards), PAGE):
         part = shards[i : i + PAGE]
-        path = folder / f"shards-{i // PAGE:06d}.safetensors"
+        path = folder / f"{stem}{i // PAGE:06d}.safetensors"
         part.save_page(path)
         pages.append(FileInfo(path.name, hash_file(path), path.stat().st_size, len(part)))
     return dataclasses.replace(manifest, pages=tuple(pages))

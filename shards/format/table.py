@@ -54,6 +54,10 @@ class Table:
     """[A]: index into the answer table."""
     answer_score: NDArray[np.float32]
     """[A]."""
+    sample_offset: I64 | None = None
+    """[I]: bytes from the start of the tar to an image's first header, in the tables of tars that
+    others wrote (foreign.py). Its members are then anywhere before the next image's first header,
+    in any order, with others between them. None: they lie as a build writes them."""
 
 
 def member_columns(
@@ -74,8 +78,8 @@ def open_table(path: str | Path) -> Table:
     arrays = map_arrays(path)
     offsets = {m.offset_column for m in MEMBERS}
     due = {m.offset_column for m in MEMBERS if not m.optional}
-    due |= {f.name for f in fields(Table)} - {"offset"}
-    if wrong := due - set(arrays) | set(arrays) - due - offsets:
+    due |= {f.name for f in fields(Table)} - {"offset", "sample_offset"}
+    if wrong := due - set(arrays) | set(arrays) - due - offsets - {"sample_offset"}:
         raise DataError(f"{path} has missing or unknown arrays {sorted(wrong)}: build it again")
     for name, array in arrays.items():
         if array.dtype not in _TYPES.get(name, (np.dtype("<i8"),)):
@@ -86,7 +90,7 @@ def open_table(path: str | Path) -> Table:
     )
     images, sentences = table.image_objects.size, table.sentence_source.size
     lengths = {
-        **dict.fromkeys(sorted(offsets & set(arrays)), images),
+        **dict.fromkeys(sorted((offsets | {"sample_offset"}) & set(arrays)), images),
         "image_objects": images,
         "record_size": images,
         "image_sentences": images + 1,
@@ -153,7 +157,13 @@ def _check_offsets(
     refuse: Callable[[str], None],
     within: Callable[[str, NDArray, float, float], None],
 ) -> None:
-    """Members lie in a tar of `size` bytes one after the other, each with a header before it."""
+    """Members lie in a tar of `size` bytes one after the other, each with a header before it.
+
+    In a tar of others they lie in any order, with anything between them, and begin where their
+    values do, which a .npy has behind a header of its own. What keeps a batch safe holds of them,
+    too: each lies within the tar and its own sample, none overlaps another, and values begin at a
+    multiple of their size.
+    """
     members = members_of(schema)
     if missing := [m.name for m in members if m.name not in table.offset]:
         refuse(f"it has no {missing[0]}_offset")
@@ -166,6 +176,10 @@ def _check_offsets(
         length = objects * member.object_bytes(schema) if member.columns else table.record_size
         begins.append(begin)
         ends.append(begin + length)
+    if table.sample_offset is not None:
+        sizes = [np.dtype(m.columns[0].type).itemsize if m.columns else 1 for m in members]
+        _check_samples(table.sample_offset, begins, ends, sizes, size, refuse)
+        return
     begin, end = np.stack(begins, 1).reshape(-1), np.stack(ends, 1).reshape(-1)
     before = np.concatenate([[0], end[:-1]])
     wrong = np.flatnonzero((begin < before + BLOCK) | (begin % BLOCK != 0) | (end > size))
@@ -174,4 +188,32 @@ def _check_offsets(
         refuse(
             f"{members[m].offset_column}[{image}] is {begin[wrong[0]]}, which overlaps what lies "
             f"before it, is no multiple of {BLOCK}, or leads beyond the tar's {size} bytes"
+        )
+
+
+def _check_samples(
+    sample: I64,
+    begins: list[I64],
+    ends: list[I64],
+    sizes: list[int],
+    size: int,
+    refuse: Callable[[str], None],
+) -> None:
+    """The members of a tar of others: `begins` and `ends` of each member's payloads, whose values
+    have `sizes` bytes."""
+    limit = np.append(sample, size)
+    # No sum of these is beyond int64, as all are within the tar.
+    if bool(((sample < 0) | (sample > size) | (sample % BLOCK != 0)).any()):
+        refuse(f"a sample_offset is outside of the tar's {size} bytes, or no multiple of {BLOCK}")
+    begin, end = np.stack(begins, 1), np.stack(ends, 1)
+    order = np.argsort(begin, axis=1, kind="stable")
+    begin, end = (np.take_along_axis(a, order, axis=1) for a in (begin, end))
+    before = np.concatenate([limit[:-1, None], end[:, :-1]], axis=1)
+    after = limit[1:, None]
+    wrong = (begin < before + BLOCK) | (end > after) | (begin % np.asarray(sizes)[order] != 0)
+    if wrong.any():
+        image = int(np.flatnonzero(wrong.any(1))[0])
+        refuse(
+            f"the members of image {image} overlap, lie outside of its sample or of the tar's "
+            f"{size} bytes, or begin at no multiple of a value's size"
         )

@@ -12,7 +12,7 @@ from shards.errors import DataError
 
 @dataclass(frozen=True)
 class EasyVqa:
-    """Inputs of two builds by `shards.sources.images`, by split (`train`, `test`). The test set is
+    """Inputs of two builds of a grid of regions, by split (`train`, `test`). The test set is
     to be built with the vocabulary of the training set; both share the answers."""
 
     images: dict[str, Path]
@@ -23,7 +23,7 @@ class EasyVqa:
 
 
 def write_easy_vqa(folder: str | Path) -> EasyVqa:
-    """Write train.json, test.json and answers.json for `shards.sources.images` into `folder`.
+    """Write train.json, test.json and answers.json into `folder`, for the format `pictures`.
 
     The source of all sentences is `easy_vqa`; a question's id is its place in the package's list.
     Raises DataError naming the `demo` extra when the package is absent.

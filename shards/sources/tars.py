@@ -55,6 +55,12 @@ class Sample:
     problem: str | None = None
     """Why it cannot be used, where that is known."""
 
+    offset: int = 0
+    """Where its first member begins in the tar."""
+
+    places: dict[str, int] = field(default_factory=dict)
+    """Where the contents of `members` begin in the tar."""
+
 
 def expand(patterns: Iterable[str]) -> list[str]:
     """The tars of brace patterns (`{000..009}`): paths or s3:// URLs. Nothing is run: DataError for
@@ -137,19 +143,41 @@ def samples(f: IO[bytes], wanted: Callable[[str], bool]) -> Iterator[Sample]:
     Raises TarError at damage; the sample that was read then is not yielded, as it may have lost
     members.
     """
+    return _grouped(_members(f, lambda name: wanted(_split(name)[1])), wanted)
+
+
+def sample_at(f: IO[bytes], offset: int, wanted: Callable[[str], bool]) -> Sample | None:
+    """The sample whose first member begins there; None where none does. Of what comes after it, one
+    header is read at most: damage there is another sample's."""
+    f.seek(offset)
+    first = ""
+
+    def of_it(name: str) -> bool:
+        nonlocal first
+        key, suffix = _split(name)
+        first = first or key
+        return key == first and wanted(suffix)
+
+    return next(_grouped(_members(f, of_it), wanted), None)
+
+
+def _grouped(
+    members: Iterator[tuple[tarfile.TarInfo, bytes | None]], wanted: Callable[[str], bool]
+) -> Iterator[Sample]:
     sample: Sample | None = None
-    for info, payload in _members(f, lambda name: wanted(_split(name)[1])):
+    for info, payload in members:
         key, suffix = _split(info.name)
         if not key or _META.match(info.name):
             continue
         if sample is None or sample.key != key:
             if sample is not None:
                 yield sample
-            sample = Sample(key)
+            sample = Sample(key, offset=info.offset)
         if suffix in sample.members:
             sample.problem = f"{suffix} is there twice"
         elif payload is not None:
             sample.members[suffix] = payload
+            sample.places[suffix] = info.offset_data
         elif wanted(suffix):
             sample.problem = f"{suffix} has {info.size:,} bytes, or is no plain file"
     if sample is not None:

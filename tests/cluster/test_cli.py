@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 
 from cluster.cli.main import COMMANDS, main, parse
-from shards.sources import SOURCES
 from tests.conftest import subprocess_environment
 
-_SHARDS = ("verify", "info", "plan", "audit", "easy-vqa")
+_TOOLS = ("merge", "split", "subset", "push", "pull", "index", "migrate")
+_SHARDS = (*_TOOLS, "formats", "inspect", "dump", "verify", "info", "plan", "audit", "easy-vqa")
 _LINES = [
     *([name] for name in COMMANDS),
     *(["shards", name] for name in ("build", *_SHARDS)),
-    *(["shards", "build", name] for name in SOURCES),
     *(["checkpoint", name] for name in ("ls", "verify", "rm", "export")),
 ]
 
@@ -64,12 +63,19 @@ def test_commands_on_data_do_without_torch(tmp_path: Path) -> None:
         assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
-def test_what_a_source_needs_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in SOURCES:
-        with pytest.raises(SystemExit) as end:
-            parse(["shards", "build", name, "--out", "x"])
-        assert end.value.code == 2
-        assert "the following arguments are required" in capsys.readouterr().err
+def test_what_a_build_needs_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse(["shards", "build", "--features", "x"])
+    assert end.value.code == 2
+    assert "the following arguments are required: --out" in capsys.readouterr().err
+    for line, message in (
+        ("--out x", "give --features, or a --recipe"),
+        ("--out x --features y --recipe z", "give --features, or a --recipe"),
+        ("--out x --recipe y --append", "a --recipe names the sentences"),
+        ("--out x --features y --append --overwrite", "--overwrite replaces"),
+    ):
+        assert main(["shards", "build", *line.split()]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_overrides_may_come_after_options() -> None:
@@ -98,7 +104,7 @@ def test_overrides_may_come_after_options() -> None:
     ],
 )
 @pytest.mark.parametrize(
-    "command", ["shards build images --images x --sentences y", "checkpoint export x"]
+    "command", ["shards build --features x --sentences y", "checkpoint export x"]
 )
 def test_an_output_that_is_no_place_is_refused(
     command: str, out: str, capsys: pytest.CaptureFixture[str]
@@ -109,22 +115,17 @@ def test_an_output_that_is_no_place_is_refused(
     assert f"argument --out: {out!r}" in capsys.readouterr().err.splitlines()[-1]
 
 
-BUILD = {
-    "images": "shards build images --images x --sentences y --out z",
-    "webdataset": "shards build webdataset --tars x --out z",
-    "tsv": "shards build tsv --features x --sentences y --out z",
-}
+BUILD = "shards build --features x --sentences y --out z"
 NO_NUMBER = ("nan", "inf", "-inf", "1e400", "-1", "x", "''", "9" * 5000)
 # Every option that takes a number: where it is, and what of it makes no sense beside all these.
 NUMBERS = [
-    *((line, "--shard-mb", ("0", "1e-9", "1e300")) for line in BUILD.values()),
-    *((line, "--images-per-shard", ("0", "1.5")) for line in BUILD.values()),
-    (BUILD["images"], "--feature-dim", ("0", "1.5", str(1 << 21))),
-    (BUILD["images"], "--max-tokens", ("0", "2", str(1 << 17))),
-    (BUILD["images"], "--vocab-size", ("0", "1.5")),
-    (BUILD["images"], "--min-answer-count", ("0", "1.5")),
-    (BUILD["images"], "--boxes", ("0", "1.5")),
-    (BUILD["images"], "--workers", ("1.5",)),
+    (BUILD, "--shard-mb", ("0", "1e-9", "1e300")),
+    (BUILD, "--images-per-shard", ("0", "1.5")),
+    (BUILD, "--feature-dim", ("0", "1.5", str(1 << 21))),
+    (BUILD, "--max-tokens", ("0", "2", str(1 << 17))),
+    (BUILD, "--vocab-size", ("0", "1.5")),
+    (BUILD, "--min-answer-count", ("0", "1.5")),
+    (BUILD, "--workers", ("0", "1.5")),
     ("shards plan x", "--window", ("0.5",)),
     ("shards plan x", "--sentences-per-visit", ("0", str(2**63))),
     ("shards plan x", "--lanes", ("0", "-4", "1e400")),
@@ -157,22 +158,21 @@ def test_every_number_is_tried() -> None:
             name
             for name, value in found.items()
             if isinstance(value, int | float | list) and not isinstance(value, bool)
-            if not (isinstance(value, list) and not all(isinstance(v, int) for v in value))
+            if not (isinstance(value, list) and not (value and all(type(v) is int for v in value)))
         }
         assert numbers <= tried
 
 
 def test_sizes_are_bytes() -> None:
     for given, count in (("128", 128 << 20), ("0.5", 1 << 19), ("1e3", 1000 << 20)):
-        assert parse(shlex.split(f"{BUILD['tsv']} --shard-mb {given}")).shard_mb == count
-    assert parse(shlex.split(BUILD["tsv"])).shard_mb == 128 << 20
+        assert parse(shlex.split(f"{BUILD} --shard-mb {given}")).shard_mb == count
+    assert parse(shlex.split(BUILD)).shard_mb == 128 << 20
 
 
 def test_a_source_without_a_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for kind in ("images", "webdataset"):
-        with pytest.raises(SystemExit):
-            parse([*shlex.split(BUILD[kind]), "--source", ""])
-        assert "argument --source: " in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(SystemExit):
+        parse([*shlex.split(BUILD), "--source", ""])
+    assert "argument --source: " in capsys.readouterr().err.splitlines()[-1]
 
 
 # --- places -------------------------------------------------------------------------------------
@@ -181,11 +181,11 @@ def test_a_source_without_a_name_is_refused(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("line", "name"),
     [
-        (f"{BUILD['tsv']} --staging=~/p", "staging"),
-        (f"{BUILD['tsv']} --answers=~/p", "answers"),
-        (f"{BUILD['tsv']} --vocab=~/p", "vocab"),
-        ("shards build images --images=~/p --sentences y --out z", "images"),
-        ("shards build images --images x --sentences y --out=~/p", "out"),
+        (f"{BUILD} --staging=~/p", "staging"),
+        (f"{BUILD} --answers=~/p", "answers"),
+        (f"{BUILD} --vocab=~/p", "vocab"),
+        (f"{BUILD} --vg-images=~/p", "vg_images"),
+        (f"{BUILD} --out=~/p", "out"),
         ("shards easy-vqa '~/p'", "folder"),
         *((f"shards {command} '~/p'", "url") for command in ("verify", "info")),
         ("shards plan x --cache=~/p", "cache"),
@@ -207,7 +207,7 @@ def test_a_home_folder_that_the_shell_left_is_found(
 
 def test_a_home_of_nobody_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse(shlex.split(f"{BUILD['tsv']} --staging=~nobody-has-this-name/x"))
+        parse(shlex.split(f"{BUILD} --staging=~nobody-has-this-name/x"))
     assert "no user 'nobody-has-this-name'" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -224,8 +224,8 @@ _WITH_PASSWORD = "s3://me:hunter2/x@bucket/x"
         *(["checkpoint", c, "PLACE"] for c in ("ls", "verify")),
         ["checkpoint", "rm", "PLACE", "--step", "1"],
         ["evaluate", "PLACE", "--data", "x"],
-        ["shards", "build", "webdataset", "--tars", "PLACE/a.tar", "--out", "x"],
-        ["shards", "build", "images", "--images", "a", "--sentences", "b", "--out", "PLACE"],
+        ["shards", "build", "--features", "PLACE/a.tar", "--out", "x"],
+        ["shards", "build", "--features", "a", "--features-format", "tsv", "--out", "PLACE"],
         ["train", "configs/tiny.yaml", "data.train=PLACE"],
         ["train", "configs/tiny.yaml", "run.storage=PLACE"],
         ["train", "configs/tiny.yaml", "data.train=[PLACE"],

@@ -11,13 +11,12 @@ import pytest
 from shards.errors import DataError
 from shards.format.answers import load_answers
 from shards.format.record import Report
-from shards.sources.aggregated import SentenceStore
-from shards.sources.images import read_entries
+from shards.sources.sentences import aggregated, pictures
 
 READERS: list[Callable[[Path], object]] = [
     load_answers,
-    lambda path: SentenceStore.load([path], Report()),
-    lambda path: read_entries(path.parent, path),
+    lambda path: list(aggregated.FORMAT.read([path], "x", Report())),
+    lambda path: list(pictures.FORMAT.read([path], "x", Report())),
 ]
 
 
@@ -26,8 +25,8 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, read: Callable[[Path]
     path = tmp_path / "given.json"
     for content, message in (
         (None, f"cannot read the .* {path}: No such file"),
-        ("{", f"{path} is not JSON: "),
-        ("[" * 100_000, f"{path} is not JSON: "),
+        ("[{", f"{path} is not JSON"),
+        ("[" * 100_000, f"{path} is not JSON"),
         (json.dumps({"a": 1}), f"{path} is not a list"),
     ):
         if content is not None:

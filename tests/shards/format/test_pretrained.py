@@ -115,9 +115,10 @@ def test_what_cannot_be_had(
     pictures = tmp_path / "s.json"
     pictures.write_text("[]")
     for name in ("nobody/nothing", str(tmp_path / "none")):
-        arguments = ["--images", str(tmp_path), "--sentences", str(pictures)]
+        arguments = ["--features", str(tmp_path), "--features-format", "grid"]
+        arguments += ["--sentences", str(pictures)]
         arguments += ["--tokenizer", name, "--out", str(tmp_path / "out")]
-        assert main(["shards", "build", "images", *arguments]) == 2
+        assert main(["shards", "build", *arguments]) == 2
         (error,) = capsys.readouterr().err.splitlines()
         assert error.startswith(f"error: there is no folder {name}, and no tokenizer of that name")
     assert time.monotonic() - began < 30
@@ -146,12 +147,13 @@ def test_a_build_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     sentences = [{"text": "the red", "source": "coco_cap"}]
     (tmp_path / "s.json").write_text(json.dumps([{"image": "0.png", "sentences": sentences}]))
     arguments = [
-        *("--images", str(tmp_path), "--sentences", str(tmp_path / "s.json"), "--boxes", "1"),
-        *("--workers", "0", "--quiet", "--out", str(tmp_path / "out")),
+        *("--features", str(tmp_path), "--sentences", str(tmp_path / "s.json")),
+        *("--feature-option", "boxes=1", "--workers", "1", "--quiet"),
+        *("--out", str(tmp_path / "out")),
     ]
     folder = bert(tmp_path)
-    assert main(["shards", "build", "images", *arguments, "--tokenizer", folder]) == 0
+    assert main(["shards", "build", *arguments, "--tokenizer", folder]) == 0
     assert (files_of(tmp_path / "out") / "vocab.txt").read_text().split("\n")[:-1] == VOCAB
     with pytest.raises(SystemExit):
-        main(["shards", "build", "images", *arguments, "--tokenizer", folder, "--vocab", "v.txt"])
+        main(["shards", "build", *arguments, "--tokenizer", folder, "--vocab", "v.txt"])
     assert "not allowed with argument" in capsys.readouterr().err

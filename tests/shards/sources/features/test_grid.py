@@ -15,11 +15,13 @@ import pytest
 from PIL import Image
 
 from cluster.cli.main import parse
+from shards.convert.convert import records
+from shards.convert.inputs import FeatureInput, Inputs, SentenceInput
 from shards.errors import DataError
 from shards.format.manifest import load_manifest
 from shards.format.record import Report
 from shards.sources.easy_vqa import write_easy_vqa
-from shards.sources.images import LAYOUTS, describe, grid_boxes, read_images
+from shards.sources.features.grid import LAYOUTS, describe, grid_boxes
 from tests.conftest import contents, files_of, subprocess_environment
 
 
@@ -47,18 +49,23 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def inputs(folder: Path, sentences: Path) -> Inputs:
+    features = FeatureInput(str(folder), "grid", settings={"boxes": "1"})
+    return Inputs((features,), (SentenceInput((sentences,), "pictures"),))
+
+
 def test_two_processes_build_the_same_bytes(tmp_path: Path, pictures: Path) -> None:
     script = (
         "import sys\nfrom cluster.cli.main import main\n"
         "if __name__ == '__main__':\n    sys.exit(main())\n"
     )
     (tmp_path / "run.py").write_text(script)
-    for seed, workers, out in (("1", "0", "a/data"), ("2", "2", "b/data")):
+    for seed, workers, out in (("1", "1", "a/data"), ("2", "2", "b/data")):
         subprocess.run(
             [
-                *(sys.executable, tmp_path / "run.py", "shards", "build", "images", "--quiet"),
-                *("--images", pictures, "--sentences", pictures / "sentences.json"),
-                *("--source", "vqa", "--boxes", "5", "--images-per-shard", "3"),
+                *(sys.executable, tmp_path / "run.py", "shards", "build", "--quiet"),
+                *("--features", pictures, "--sentences", pictures / "sentences.json"),
+                *("--source", "vqa", "--feature-option", "boxes=5", "--images-per-shard", "3"),
                 *("--workers", workers, "--out", tmp_path / out),
             ],
             env=subprocess_environment(PYTHONHASHSEED=seed),
@@ -97,7 +104,7 @@ def test_bad_pictures_and_sentences(pictures: Path, tmp_path: Path) -> None:
 
     def read(entries: object, **options: bool) -> list:
         file.write_text(json.dumps(entries))
-        return list(read_images(pictures, file, boxes=1, workers=0, **options))
+        return list(records(inputs(pictures, file), **options))
 
     sentence = {"text": "x", "source": "vqa"}
     cases: list[tuple[object, str]] = [
@@ -107,8 +114,7 @@ def test_bad_pictures_and_sentences(pictures: Path, tmp_path: Path) -> None:
         ([{"image": "0.png", "sentences": [sentence]}] * 2, "same image as entry 0"),
         ([{"image": "0.png", "sentences": [sentence], "x": 1}], "unknown key 'x'"),
         ([{"image": "0.png", "sentences": [{**sentence, "answers": {"a": 2}}]}], "not 0..1"),
-        ([{"image": "no.png", "sentences": [sentence]}], "cannot read the picture .*no.png"),
-        ([{"image": "sentences.json", "sentences": [sentence]}], "cannot read the picture"),
+        ([{"image": "no.png", "sentences": [sentence]}], "no features .first: no"),
     ]
     for entries, message in cases:
         with pytest.raises(DataError, match=message):
@@ -120,12 +126,18 @@ def test_bad_pictures_and_sentences(pictures: Path, tmp_path: Path) -> None:
                 {"image": "no.png", "sentences": [sentence]},
                 {"image": "1.png", "sentences": []},
                 {"image": "2.png", "sentences": [sentence]},
+                {"image": "6.png", "sentences": [sentence]},
             ]
         )
     )
-    kept = read_images(pictures, file, boxes=1, workers=0, skip_bad=True, report=report)
+    (pictures / "6.png").write_bytes(b"no picture")
+    kept = records(inputs(pictures, file), skip_bad=True, report=report)
     assert [r.image for r in kept] == ["2.png"]
-    assert report.counts == {"images without sentences": 1, "images that cannot be read": 1}
+    assert report.counts == {
+        "images with sentences but without features": 1,
+        "images without sentences": 5,
+        "bad records": 1,
+    }
 
 
 def test_easy_vqa_and_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,8 +148,9 @@ def test_easy_vqa_and_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture
     few.write_text(json.dumps(entries[:8]))
     out = tmp_path / "data"
     code = cli(
-        *("build", "images", "--images", written.images["test"], "--sentences", few, "--boxes", 10),
-        *("--answers", written.answers, "--workers", 0, "--vocab-size", 300, "--out", out),
+        *("build", "--features", written.images["test"], "--sentences", few, "--skip-bad"),
+        *("--feature-option", "boxes=10", "--answers", written.answers, "--workers", 1),
+        *("--vocab-size", 300, "--out", out),
     )
     assert code == 0 and "source       easy_vqa" in capsys.readouterr().out
     assert cli("info", out) == 0
@@ -148,32 +161,38 @@ def test_easy_vqa_and_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "answers.json has 2 bytes" in capsys.readouterr().out
 
 
-_READER = """
-import sys, time
+_BUILDER = """
+import sys
 from pathlib import Path
-from shards.sources.images import read_images
+from shards.convert.convert import convert
+from shards.convert.inputs import FeatureInput, Inputs, SentenceInput
+from shards.convert.pool import in_processes
+from shards.format.build import BuildSettings
 if __name__ == "__main__":
-    for record in read_images(Path(sys.argv[1]), Path(sys.argv[2]), boxes=10, workers=2):
-        try:
+    def progress(what, done, total):
+        if what == "images written":
             print("up", flush=True)
             sys.stdin.read()
-        except KeyboardInterrupt:
-            time.sleep(1)
-            sys.exit(130)
+    inputs = Inputs((FeatureInput(sys.argv[1], "grid"),), (SentenceInput((Path(sys.argv[2]),)),))
+    settings = BuildSettings("set", "test", images_per_shard=1)
+    try:
+        convert(inputs, sys.argv[3], settings, run_parts=in_processes(2), progress=progress)
+    except KeyboardInterrupt:
+        sys.exit(130)
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_processes_end_with_the_one_that_they_read_for(tmp_path: Path, number: int) -> None:
+def test_processes_end_with_the_one_that_they_work_for(tmp_path: Path, number: int) -> None:
     """And say nothing of a Ctrl-C, which a terminal sends to all of them."""
     entries = []
     for i in range(100):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
         entries.append({"image": f"{i}.png", "sentences": [{"text": "a"}]})
     (tmp_path / "s.json").write_text(json.dumps(entries))
-    (tmp_path / "reader.py").write_text(_READER)
+    (tmp_path / "builder.py").write_text(_BUILDER)
     process = subprocess.Popen(
-        [sys.executable, tmp_path / "reader.py", tmp_path, tmp_path / "s.json"],
+        [sys.executable, *(tmp_path / n for n in ("builder.py", "", "s.json", "out"))],
         env=subprocess_environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Image records from WebDataset tars of anybody's: RoI features, boxes and sentences by member.
+"""WebDataset tars of anybody's RoI records: features, boxes and sentences by member.
 
 Where in a sample each part of a record is, is a place (shards/sources/members.py). `PARTS` has the
 places that are tried where the user names none; those of our own tars are among them.
@@ -6,23 +6,22 @@ places that are tried where the user names none; those of our own tars are among
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Iterator, Mapping
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.arguments import given_name, given_place
 from shards.errors import DataError
-from shards.format.record import ImageRecord, Labels, Report, Sentence, check_sentence
-from shards.progress import Progress, no_progress
+from shards.format.record import Labels, Sentence, check_sentence
 from shards.sources import checks, tars
-from shards.sources.checks import Expected, PartError, checked
+from shards.sources.checks import PartError, checked
 from shards.sources.members import LABEL_COLUMNS, check_place, lowered, value_at
-from shards.sources.source import Source
+from shards.sources.regions import Entry, FeatureFormat, Options, Reader, Regions
+from shards.store import objects
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Layout:
     source: str = "webdataset"
     """Set of the sentences that name none."""
 
-    expected: Expected = field(default_factory=Expected)
+    options: Options = field(default_factory=Options)
 
     def places_of(self, part: str) -> tuple[str, ...]:
         return (lowered(self.places[part]),) if part in self.places else PARTS[part].places
@@ -86,113 +85,124 @@ class Layout:
         return {p.partition(":")[0] for part in PARTS for p in self.places_of(part)}
 
 
-def read_webdataset(
-    urls: Iterable[str],
-    layout: Layout | None = None,
-    *,
-    room: Path | None = None,
-    skip_bad: bool = False,
-    report: Report | None = None,
-    progress: Progress = no_progress,
-) -> Iterator[ImageRecord]:
-    """Records of the samples, in the order of the tars.
-
-    urls: paths and s3:// URLs, brace patterns among them; of the latter one at a time is copied to
-    `room` (default: the system's temporary folder).
-    skip_bad: bad samples, and what follows damage in a tar, are left out and reported.
-    Raises DataError naming tar, key and member. Images without sentences are reported.
-    """
-    layout, report = layout or Layout(), report if report is not None else Report()
-    for place in layout.places.values():
-        check_place(lowered(place))
-    names = tars.expand(urls)
-    seen: dict[str, str] = {}
-    for done, url in enumerate(names):
-        progress("tars read", done, len(names))
-        with tars.opened(url, room) as f:
-            try:
-                yield from _records(f, url, layout, skip_bad, report, seen)
-            except tars.TarError as error:
-                if not skip_bad:
-                    raise DataError(
-                        f"{url}: {error}; copy it again, or take what is before with --skip-bad"
-                    ) from None
-                report.add("damaged tars, read up to the damage", f"{url}: {error}")
-    progress("tars read", len(names), len(names))
+def _detect(place: str) -> bool:
+    if place.split("{")[0].endswith(".tar") or ("{" in place and place.endswith(".tar")):
+        return True
+    path = objects.local_path(place)
+    return path is not None and path.is_dir() and any(_tars(str(path)))
 
 
-def _records(
-    f: IO[bytes],
-    url: str,
-    layout: Layout,
-    skip_bad: bool,
-    report: Report,
-    seen: dict[str, str],
-) -> Iterator[ImageRecord]:
-    """The records of one tar; TarError at damage. seen: the tar of every image so far."""
-    for sample in tars.samples(f, layout.suffixes().__contains__):
-        where = f"{url}, {sample.key}"
+def _files(place: str) -> list[str]:
+    path = objects.local_path(place)
+    if path is None or not path.is_dir():
+        return tars.expand([place])
+    if not (found := _tars(str(path))):
+        raise DataError(f"the folder {place} has no .tar: give the folder or the paths of tars")
+    return found
+
+
+def _tars(folder: str) -> list[str]:
+    try:
+        return sorted(e.path for e in os.scandir(folder) if e.name.endswith(".tar"))
+    except OSError as error:
+        raise DataError(f"cannot read the folder {folder}: {error.strerror}") from None
+
+
+def _entries(url: str, options: Options) -> Iterator[Entry]:
+    layout = _layout(options)
+    parts = ("image", "sentences", "split")
+    suffixes = {p.partition(":")[0] for part in parts for p in layout.places_of(part)}
+    with tars.opened(url, options.room) as f:
         try:
-            record = _record(sample, layout, where, report)
-            if record and (other := seen.get(record.image)):
-                raise DataError(
-                    f"{where}: image {record.image!r:.120} is in {other} already; give each image "
-                    "once, or leave further ones out with --skip-bad"
-                )
-        except DataError as error:
-            if not skip_bad:
+            for sample in tars.samples(f, suffixes.__contains__):
+                yield _entry(sample, layout)
+        except tars.TarError as error:
+            problem = f"{error}; copy it again, or take what is before with --skip-bad"
+            yield Entry("", "", "", problem=problem)
+
+
+def _entry(sample: tars.Sample, layout: Layout) -> Entry:
+    at = str(sample.offset)
+    try:
+        if sample.problem:
+            raise ValueError(sample.problem)
+        image = _name(sample, layout, "image") or sample.key
+        split = _name(sample, layout, "split")
+        sentences, empty = _sentences(sample, layout)
+    except ValueError as error:
+        where = f"{sample.key}, {error.part}" if isinstance(error, PartError) else sample.key
+        return Entry(sample.key, at, where, problem=f"{error}; {_CORRECT}")
+    return Entry(image, at, sample.key, sentences=sentences, split=split, empty_sentences=empty)
+
+
+@contextlib.contextmanager
+def _reader(url: str, options: Options) -> Iterator[Reader]:
+    layout = _layout(options)
+    wanted = layout.suffixes().__contains__
+    with tars.opened(url, options.room) as f:
+
+        def read(entry: Entry) -> Regions:
+            sample = tars.sample_at(f, int(entry.position), wanted)
+            if sample is None:
+                raise ValueError("it is not there any more: leave files as they are during a build")
+            if sample.problem:
+                raise ValueError(sample.problem)
+            try:
+                return _decode(sample, layout)
+            except PartError as error:
+                raise PartError(error.part, f"{error}; {_CORRECT}") from None
+            except DataError:
                 raise
-            report.add("bad samples", str(error))
-            continue
-        if record:
-            seen[record.image] = url
-            yield record
-        else:
-            report.add("images without sentences", where)
+            except ValueError as error:
+                raise ValueError(f"{error}; {_CORRECT}") from None
+
+        yield read
+
+
+_CORRECT = (
+    "correct it, name other members (`lxscale shards formats`), or leave such samples out with "
+    "--skip-bad"
+)
+
+
+def _layout(options: Options) -> Layout:
+    given = dict(options.settings)
+    boxes_in = given.pop("boxes-in", "fractions")
+    if boxes_in not in ("fractions", "pixels"):
+        raise DataError(f"boxes-in={boxes_in:.40}: give fractions or pixels")
+    source = given.pop("source", "webdataset")
+    labels = given.pop("labels", "yes")
+    if labels not in ("yes", "no"):
+        raise DataError(f"labels={labels:.40}: give yes or no")
+    places = {name.replace("-", "_"): place for name, place in given.items()}
+    for place in places.values():
+        check_place(lowered(place))
+    return Layout(places, boxes_in == "pixels", labels == "yes", source, options)
 
 
 # --- a sample -----------------------------------------------------------------------------------
 
 
-def _record(sample: tars.Sample, layout: Layout, where: str, report: Report) -> ImageRecord | None:
-    """The record of a sample; None for an image without sentences."""
-    try:
-        if sample.problem:
-            raise ValueError(sample.problem)
-        sentences = _sentences(sample, layout, where, report)
-        return _decode(sample, layout, sentences) if sentences else None
-    except ValueError as error:
-        if isinstance(error, DataError):
-            raise
-        member = f", {error.part}" if isinstance(error, PartError) else ""
-        raise DataError(
-            f"{where}{member}: {error}; correct it, name other members (see --help), or leave such "
-            "samples out with --skip-bad"
-        ) from None
-
-
-def _decode(sample: tars.Sample, layout: Layout, sentences: tuple[Sentence, ...]) -> ImageRecord:
+def _decode(sample: tars.Sample, layout: Layout) -> Regions:
     width, height = (_positive(sample, layout, part) for part in ("width", "height"))
     place, raw = _needed(sample, layout, "boxes")
     boxes = _rows(place, raw, "boxes", 4)
     fractions = checked(place, _fractions, boxes, width, height, layout.pixels)
     place, raw = _needed(sample, layout, "features")
-    dim = layout.expected.feature_dim
+    dim = layout.options.feature_dim
     features = _rows(place, raw, "features", dim)
     if len(features) != len(boxes):
         raise PartError(
             place,
             f"{len(features)} objects of width {dim}, but {len(boxes)} boxes; see --feature-dim",
         )
-    return ImageRecord(
+    return Regions(
         image=_name(sample, layout, "image") or sample.key,
         width=width,
         height=height,
         boxes=fractions,
-        features=checked(place, checks.half, features),
-        sentences=sentences,
+        features=features,
         labels=_labels(sample, layout, len(boxes)) if layout.labels else None,
-        split=_name(sample, layout, "split"),
     )
 
 
@@ -200,7 +210,7 @@ def _fractions(boxes: NDArray, width: int, height: int, pixels: bool) -> NDArray
     try:
         return checks.fractions(boxes, width, height, pixels)
     except ValueError as error:
-        raise ValueError(f"{error}; see --boxes-in") from None
+        raise ValueError(f"{error}; see --feature-option boxes-in=") from None
 
 
 def _name(sample: tars.Sample, layout: Layout, part: str) -> str | None:
@@ -229,9 +239,9 @@ def _labels(sample: tars.Sample, layout: Layout, n: int) -> Labels | None:
         values = _rows(place, value, part, 1).reshape(-1)
         if len(values) != n:
             raise PartError(place, f"{len(values)} of {part}, but {n} boxes")
-        classes = layout.expected.object_classes
+        classes = layout.options.object_classes
         if part.startswith("attribute"):
-            classes = layout.expected.attribute_classes
+            classes = layout.options.attribute_classes
         if part.endswith("_id"):
             columns[part] = checked(place, checks.ids, values, classes)
         else:
@@ -239,21 +249,23 @@ def _labels(sample: tars.Sample, layout: Layout, n: int) -> Labels | None:
     return Labels(**columns)
 
 
-def _sentences(
-    sample: tars.Sample, layout: Layout, where: str, report: Report
-) -> tuple[Sentence, ...]:
-    place, value = _needed(sample, layout, "sentences")
+def _sentences(sample: tars.Sample, layout: Layout) -> tuple[tuple[Sentence, ...], int]:
+    """The sentences of a sample, none where it has no such member, and how many are empty."""
+    place, value = _find(sample, layout, "sentences") or ("", [])
     entries = [value] if isinstance(value, str | dict) else value
     if not isinstance(entries, list):
         raise PartError(place, f"the sentences are {value!r:.40}")
-    out = []
+    out, empty = [], 0
     for i, entry in enumerate(entries):
         given = {"text": entry} if isinstance(entry, str) else entry
         if isinstance(given, dict) and not str(given.get("text", "x")).strip():
-            report.add("empty sentences", where)
-        else:
-            out.append(check_sentence(given, f"{where}, {place}, sentence {i}", layout.source))
-    return tuple(out)
+            empty += 1
+            continue
+        try:
+            out.append(check_sentence(given, f"sentence {i}", layout.source))
+        except DataError as error:
+            raise PartError(place, str(error)) from None
+    return tuple(out), empty
 
 
 def _find(sample: tars.Sample, layout: Layout, part: str) -> tuple[str, Any] | None:
@@ -292,51 +304,21 @@ def _rows(suffix: str, value: Any, part: str, width: int) -> NDArray:
     return array.reshape(-1, width)
 
 
-# --- `lxscale shards build webdataset` ----------------------------------------------------------
-
-
-def _add_arguments(parser: ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--tars",
-        nargs="+",
-        type=given_place,
-        required=True,
-        metavar="URL",
-        help="paths, s3:// URLs, {000..009}",
-    )
-    for name, part in PARTS.items():
-        flag, default = f"--{name.replace('_', '-')}", ", ".join(part.places)
-        add(flag, metavar="SUFFIX[:NAME]", help=f"{part.help} (default: {default})")
-    add(
-        "--boxes-in", choices=("fractions", "pixels"), default="fractions",
-        help="fractions: 0..1 of width and height (default: %(default)s)",
-    )  # fmt: skip
-    add("--no-labels", action="store_true", help="leave labels of objects out")
-    add("--source", type=given_name, default="webdataset", help="set of sentences that name none")
-
-
-def _read(args: Namespace, report: Report, progress: Progress) -> Iterator[ImageRecord]:
-    layout = Layout(
-        places={part: given for part in PARTS if (given := getattr(args, part))},
-        pixels=args.boxes_in == "pixels",
-        labels=not args.no_labels,
-        source=args.source,
-        expected=Expected(feature_dim=args.feature_dim),
-    )
-    return read_webdataset(
-        args.tars,
-        layout,
-        room=args.staging,
-        skip_bad=args.skip_bad,
-        report=report,
-        progress=progress,
-    )
-
-
-SOURCE = Source(
-    help="WebDataset tars of RoI features, boxes and sentences",
+FORMAT = FeatureFormat(
+    name="webdataset",
+    help="WebDataset tars of RoI features, boxes, perhaps sentences; a folder of them, or URLs",
     extractor="unknown",
-    add_arguments=_add_arguments,
-    read=_read,
+    detect=_detect,
+    files=_files,
+    entries=_entries,
+    reader=_reader,
+    settings={
+        **{
+            name.replace("_", "-"): f"{part.help}: SUFFIX[:NAME] ({', '.join(part.places)})"
+            for name, part in PARTS.items()
+        },
+        "boxes-in": "fractions (of width and height) or pixels (fractions)",
+        "labels": "yes or no: take those of objects where there are any (yes)",
+        "source": "set of the sentences that name none (webdataset)",
+    },
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,38 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 
+from shards.convert.convert import convert, records
+from shards.convert.inputs import FeatureInput, Inputs, SentenceInput
+from shards.convert.pool import in_processes
 from shards.errors import DataError
 from shards.format.answers import load_answers
-from shards.format.build import BuildSettings, build
+from shards.format.build import BuildSettings
 from shards.format.record import ImageRecord, Report
 from shards.format.table import open_table
 from shards.format.verify import verify
-from shards.sources.tsv import COLUMNS, Expected, read_tsv
+from shards.sources.features import feature_format
 from tests.conftest import files_of
-
-DIM = 6
-
-
-def b64(array: Any, dtype: str) -> str:
-    return base64.b64encode(np.asarray(array, dtype).tobytes()).decode()
+from tests.shards.convert.inputs import DIM, OPTIONS, b64, make_row, tsv_bytes
 
 
-def make_row(image: str, columns: int = 10, n: int = 3, **changes: str) -> list[str]:
-    """Cells of a good row with some of them replaced."""
-    prefix = "img" if columns == 10 else "image"
-    cells = {
-        f"{prefix}_id": image,
-        f"{prefix}_h": "100",
-        f"{prefix}_w": "200",
-        "objects_id": b64(range(n), "<i8"),
-        "objects_conf": b64([0.5] * n, "<f4"),
-        "attrs_id": b64(range(n), "<i8"),
-        "attrs_conf": b64([0.25] * n, "<f4"),
-        "num_boxes": str(n),
-        "boxes": b64([[0, 0, 200.5, 100.5], [10, 20, 30, 40], [-0.5, 0, 200, 50]][:n], "<f4"),
-        "features": b64(np.arange(n * DIM) / 8, "<f4"),
-    }
-    return [(cells | changes)[c] for c in COLUMNS[columns]]
+def inputs(tsv: Path, sentences: Path) -> Inputs:
+    return Inputs((FeatureInput(str(tsv), "tsv"),), (SentenceInput((sentences,), "lxmert"),))
 
 
 class Source:
@@ -52,14 +35,13 @@ class Source:
         self.tsv, self.json = folder / "f.tsv", folder / "s.json"
 
     def write(self, rows: list[list[str]], images: list[str] | None = None) -> None:
-        self.tsv.write_bytes("".join("\t".join(r) + "\r\n" for r in rows).encode())
+        self.tsv.write_bytes(tsv_bytes(rows))
         images = [r[0] for r in rows] if images is None else images
         entries = [{"img_id": i, "sentf": {"mscoco": [f"image {i}"]}} for i in images]
         self.json.write_text(json.dumps(entries))
 
     def read(self, **options: Any) -> list[ImageRecord]:
-        expected = Expected(feature_dim=DIM)
-        return list(read_tsv([self.tsv], [self.json], expected=expected, **options))
+        return list(records(inputs(self.tsv, self.json), options=OPTIONS, **options))
 
 
 @pytest.fixture
@@ -90,6 +72,7 @@ def test_a_last_row_without_line_end_is_good_when_whole(source: Source) -> None:
     assert [r.image for r in source.read()] == ["a", "b"]
 
 
+TWICE = "images that are there twice"
 NAN = b64([np.nan] + [1.0] * (3 * DIM - 1), "<f4")
 HUGE = b64([1e6] + [1.0] * (3 * DIM - 1), "<f4")
 BAD_ROWS: list[tuple[dict[str, str], str]] = [
@@ -100,15 +83,15 @@ BAD_ROWS: list[tuple[dict[str, str], str]] = [
     ({"num_boxes": "4"}, "column features: 72 bytes, where 4 boxes"),
     ({"num_boxes": "0"}, "column num_boxes: '0' is no positive integer"),
     ({"img_w": "x"}, "column img_w: 'x' is no positive integer"),
-    ({"features": NAN}, "column features: object 0 has nan"),
-    ({"features": HUGE}, "column features: object 0 has 1000000.0"),
+    ({"features": NAN}, "features: object 0 has nan"),
+    ({"features": HUGE}, "features: object 0 has 1000000.0"),
     ({"boxes": b64([[0, 0, 202, 50]] * 3, "<f4")}, "column boxes: box 0 is .* outside of"),
     ({"boxes": b64([[0, np.nan, 1, 1]] * 3, "<f4")}, "column boxes: box 0"),
     ({"boxes": b64([[0, 0, 0.5, 1]] * 3, "<f4")}, "column boxes: all boxes lie in 0..1"),
     ({"boxes": b64([[20, 0, 10, 1]] * 3, "<f4")}, "column boxes: .* not x1 y1 x2 y2"),
     ({"objects_id": b64([1600] * 3, "<i8")}, "column objects_id: ids run from 1600"),
     ({"attrs_conf": b64([np.nan] * 3, "<f4")}, "column attrs_conf: a confidence"),
-    ({"img_id": "a"}, r"column img_id: image a has a row already \(.*f.tsv, line 1\)"),
+    ({"img_id": "a"}, r"image 'a' is there already \(.*f.tsv, line 1\)"),
 ]
 
 
@@ -117,22 +100,22 @@ def test_bad_rows_are_named_by_file_line_and_column(
     source: Source, change: dict[str, str], message: str
 ) -> None:
     source.write([make_row("a"), make_row("b", **change), make_row("c")], ["a", "b", "c"])
-    with pytest.raises(DataError, match=f"f.tsv, line 2, {message}"):
+    with pytest.raises(DataError, match=f"f.tsv, line 2[,:] {message}"):
         source.read()
     report = Report()
     assert [r.image for r in source.read(skip_bad=True, report=report)] == ["a", "c"]
-    assert report.counts["bad rows"] == 1
+    assert report.counts.get("bad records", 0) + report.counts.get(TWICE, 0) == 1
 
 
 def test_missing_columns(source: Source) -> None:
     source.write([make_row("a"), make_row("b")[:-1]])
-    with pytest.raises(DataError, match=r"f.tsv, line 2: column features is missing"):
+    with pytest.raises(DataError, match=r"f.tsv, line 2, column features: it is missing"):
         source.read()
     source.write([make_row("a")[:-1]])
     with pytest.raises(DataError, match=r"f.tsv, line 1: 9 columns, where"):
         source.read()
     source.write([make_row("a"), [*make_row("b"), "x"]])
-    with pytest.raises(DataError, match=r"f.tsv, line 2: 11 columns instead of 10"):
+    with pytest.raises(DataError, match=r"f.tsv, line 2, .*11 columns instead of 10"):
         source.read()
 
 
@@ -179,16 +162,16 @@ def test_bad_sentence_files(source: Source, entries: object, message: str) -> No
 
 def test_absent_files(source: Source, tmp_path: Path) -> None:
     source.write([make_row("a")])
-    for features, sentences in (([tmp_path / "no"], [source.json]), ([source.tsv], ["no"])):
+    for features, sentences in ((tmp_path / "no", source.json), (source.tsv, tmp_path / "no")):
         with pytest.raises(DataError, match=r"cannot read .*no: No such file"):
-            list(read_tsv(features, sentences))
+            list(records(inputs(features, sentences)))
 
 
 def test_real_rows(shared_data: Path, tmp_path: Path) -> None:
     """Ten rows of COCO train2014, the joint answer table and BERT's vocabulary."""
     tsv = shared_data / "butd_train2014_obj36_10rows.tsv"
     ids = [line.split(b"\t", 1)[0].decode() for line in tsv.read_bytes().splitlines()]
-    assert len(ids) == 10
+    assert len(ids) == 10 and feature_format(str(tsv), None).name == "tsv"
     entry: Callable[[str], dict[str, Any]] = lambda i: {  # noqa: E731
         "img_id": i,
         "sentf": {
@@ -208,8 +191,8 @@ def test_real_rows(shared_data: Path, tmp_path: Path) -> None:
         answers=load_answers(shared_data / "lxmert_all_ans.json"),
         skip_bad=True,
     )
-    records = list(read_tsv([tsv], [sentences], report=report))
-    manifest = build(records, tmp_path / "data", settings, report=report)
+    given, here = inputs(tsv, sentences), in_processes(1)
+    manifest = convert(given, tmp_path / "data", settings, run_parts=here, report=report)
     assert manifest.schema.vocab_size == 30522 and manifest.answers.count == 9500
     assert (manifest.images, manifest.pairs) == (10, 40)
     assert manifest.counts.sentences == {"coco_cap": 20, "gqa": 10, "vgqa": 10}
@@ -221,7 +204,7 @@ def test_real_rows(shared_data: Path, tmp_path: Path) -> None:
     answers = json.loads((files_of(tmp_path / "data") / "answers.json").read_text())
     assert [answers[i] for i in table.answer_id[:2].tolist()] == ["gray", "yes"]
     # LXMERT.md: features are >= 0, with 24–39 % exact zeros and maxima of 25–35.
-    for record in records:
+    for record in records(given):
         assert record.features.shape == (36, 2048) and record.features.min() == 0
         assert 0.2 < (record.features == 0).mean() < 0.45 and record.features.max() < 40
 

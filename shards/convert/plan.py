@@ -1,0 +1,114 @@
+"""The plan of a build: every image that it takes, with its sentences, dealt to parts.
+
+It is a temporary SQLite file (planning.py fills it), so that memory does not grow with the data.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shards.format.record import Sentence
+from shards.sources.regions import Entry, FeatureFormat, Options
+
+
+@dataclass(frozen=True)
+class FeatureFile:
+    """A file of features: what a reader of it needs."""
+
+    url: str
+    format: FeatureFormat
+    options: Options
+
+
+@dataclass(frozen=True)
+class PlannedImage:
+    """An image of the plan, with all its sentences."""
+
+    file: int
+    """Index into `Plan.files`."""
+    entry: Entry
+    sentences: tuple[Sentence, ...]
+    split: str | None
+
+
+class Plan:
+    """What the inputs hold. Open while its SQLite file is needed."""
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database
+        self.files: list[FeatureFile] = []
+        self.parts = 0
+        self.digest = ""
+        """sha256 (hex) of all that the bytes of the shards follow from."""
+
+    # --- what is asked of it --------------------------------------------------------------------
+
+    @property
+    def images(self) -> int:
+        return int(self.one("select count(*) from image where part is not null"))
+
+    def part(self, number: int) -> list[PlannedImage]:
+        """The images of a part, in order."""
+        return list(self._images("where part = ?", (number,)))
+
+    def part_sizes(self) -> list[int]:
+        """Images of each part."""
+        rows = self._database.execute(
+            "select count(*) from image where part is not null group by part order by part"
+        )
+        return [n for (n,) in rows]
+
+    def first(self) -> Iterator[PlannedImage]:
+        """The images from the first one on."""
+        return self._images("where part is not null")
+
+    def bytes(self) -> int:
+        """About what the records take."""
+        return int(self.one("select sum(bytes) from image where part is not null") or 0)
+
+    def sentences(self) -> Iterator[Sentence]:
+        """All sentences of images that are taken."""
+        rows = self._database.execute(
+            "select text.body from image join text on text.image = image.id "
+            "where image.part is not null order by image.number, text.rowid"
+        )
+        for (body,) in rows:
+            yield from _parsed(body)
+
+    def one(self, query: str, values: Sequence[Any] = ()) -> Any:
+        """The first column of the first row that a query finds; None where it finds none."""
+        row = self._database.execute(query, values).fetchone()
+        return row[0] if row else None
+
+    def _images(self, where: str, values: Sequence[Any] = ()) -> Iterator[PlannedImage]:
+        rows = self._database.execute(
+            f"select name, id, file, position, place, objects, split from image {where} "
+            "order by number",
+            values,
+        )
+        for name, image, file, position, place, count, split in rows:
+            texts = self._database.execute(
+                "select body, split from text where image = ? order by rowid", (image,)
+            ).fetchall()
+            found = tuple(s for body, _ in texts for s in _parsed(body))
+            split = next((s for _, s in texts if s is not None), split)
+            yield PlannedImage(file, Entry(name, position, place, count), found, split)
+
+
+def _parsed(body: str) -> tuple[Sentence, ...]:
+    return tuple(Sentence(*row) for row in json.loads(body))
+
+
+def source_counts(plan: Plan) -> tuple[Counter[str], Counter[str]]:
+    """Sentences of each set, and those with answers."""
+    every: Counter[str] = Counter()
+    answered: Counter[str] = Counter()
+    for sentence in plan.sentences():
+        every[sentence.source] += 1
+        answered[sentence.source] += bool(sentence.answers)
+    return every, answered

@@ -1,0 +1,255 @@
+"""Bottom-up-attention TSVs.
+
+No header, one row an image, and base64 of raw little-endian memory in the array columns. Both
+layouts are read, told apart by the number of columns:
+
+    10: img_id img_h img_w objects_id objects_conf attrs_id attrs_conf num_boxes boxes features
+     6: image_id image_w image_h num_boxes boxes features          (plain release, no labels)
+
+ids are int64, all else float32; boxes (n, 4) in pixels, features (n, 2048). Rows are split by hand:
+csv has a limit on fields and quoting rules that this format does not.
+"""
+
+from __future__ import annotations
+
+import binascii
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+import numpy as np
+import pybase64
+from numpy.typing import NDArray
+
+from shards.errors import DataError
+from shards.format.record import Labels
+from shards.sources import checks
+from shards.sources.checks import PartError
+from shards.sources.regions import Entry, FeatureFormat, Options, Reader, Regions, one_file
+from shards.store import objects
+
+_LABELS = ("objects_id", "objects_conf", "attrs_id", "attrs_conf")
+COLUMNS = {
+    10: ("img_id", "img_h", "img_w", *_LABELS, "num_boxes", "boxes", "features"),
+    6: ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features"),
+}
+_LONGEST_ROW = 64 << 20  # bytes; 1,000 boxes have 11 MB: a longer row has lost its line end
+_READ = 8 << 20  # bytes at a time
+_HEAD = 1 << 18  # bytes in which the columns before the boxes are; those of 1,000 boxes take 64 K
+_AGAIN = "extract or copy the file again, or leave such rows out with --skip-bad"
+
+
+def _detect(place: str) -> bool:
+    path = objects.local_path(place)
+    if path is None or not path.is_file():
+        return False
+    with open(path, "rb") as f:
+        head = f.read(1 << 16)
+    cells = head.split(b"\n")[0].split(b"\t")
+    if len(cells) == 10:  # VinVL's and others' rows have two or three
+        return all(c.strip().isdigit() for c in cells[1:3]) and _is_base64(cells[3])
+    whole = len(cells) == 6 or (b"\n" not in head and len(cells) >= 5)
+    return whole and all(c.isdigit() for c in cells[1:4]) and _is_base64(cells[4])
+
+
+def _is_base64(cell: bytes) -> bool:
+    return bool(cell) and not cell[:64].strip(b"=").translate(None, _BASE64)
+
+
+_BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+
+
+@contextlib.contextmanager
+def _opened(path: str, buffering: int = 1 << 20) -> Iterator[IO[bytes]]:
+    try:
+        with open(path, "rb", buffering=buffering) as f:
+            yield f
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _entries(path: str, options: Options) -> Iterator[Entry]:
+    columns = 0
+    with _opened(path, 0) as f:
+        for number, (at, head, tabs, whole) in enumerate(_lines(f, path), 1):
+            where = f"line {number}"
+            if not columns and tabs + 1 not in COLUMNS:
+                problem = (
+                    f"{tabs + 1} columns, where a bottom-up-attention TSV has 10 (with labels) or 6"
+                )
+                yield Entry("", str(at), where, problem=problem)
+                continue
+            columns = columns or tabs + 1
+            names = COLUMNS[columns]
+            try:
+                _check_columns(tabs + 1, columns, whole)
+                row = dict(zip(names, head.split(b"\t"), strict=False))
+                if "num_boxes" not in row:
+                    raise _bad("num_boxes", "the columns before it are far too long")
+                yield Entry(_text(row, names[0]), str(at), where, _integer(row, "num_boxes"))
+            except PartError as error:
+                yield Entry("", str(at), f"{where}, {error.part}", problem=str(error))
+
+
+def _lines(f: IO[bytes], path: str) -> Iterator[tuple[int, bytes, int, bool]]:
+    """Of each line: where it begins, its first bytes, its tabs, and whether it has its end.
+    DataError at one that does not end. Nothing is copied of the long columns: a file is listed as
+    fast as it can be read."""
+    buffer, begin, end, at, number = bytearray(_READ), 0, 0, 0, 0
+    while True:
+        stop = buffer.find(b"\n", begin, end)
+        if stop < 0:
+            if begin:
+                buffer[: end - begin] = buffer[begin:end]
+                begin, end = 0, end - begin
+            if end >= _LONGEST_ROW:
+                raise DataError(f"{path}, line {number + 1}: the row does not end: not such a TSV")
+            if end == len(buffer):
+                buffer.extend(bytes(len(buffer)))
+            if count := f.readinto(memoryview(buffer)[end:]):  # type: ignore[attr-defined]
+                end += count
+                continue
+            if begin == end:
+                return
+            stop = end
+        number += 1
+        head = bytes(buffer[begin : min(stop, begin + _HEAD)])
+        yield at, head, _tabs(buffer, begin, stop), stop < end
+        at, begin = at + stop + 1 - begin, min(stop + 1, end)
+
+
+def _tabs(line: bytearray, begin: int, end: int) -> int:
+    """How many there are; more than belong there count as one more."""
+    found, at = 0, begin - 1
+    while found <= max(COLUMNS) and (at := line.find(b"\t", at + 1, end)) >= 0:
+        found += 1
+    return found
+
+
+@contextlib.contextmanager
+def _reader(path: str, options: Options) -> Iterator[Reader]:
+    with _opened(path) as f:
+
+        def read(entry: Entry) -> Regions:
+            f.seek(int(entry.position))
+            line = f.readline(_LONGEST_ROW)
+            cells = line.rstrip(b"\r\n").split(b"\t")
+            columns = len(cells) if len(cells) in COLUMNS else 10
+            row = _row(cells, columns, line)
+            try:
+                return _decode(row, columns == 10, options)
+            except PartError as error:
+                # The last column is the long one: a file cut off mostly ends in it.
+                if not line.endswith(b"\n") and error.part == f"column {COLUMNS[columns][-1]}":
+                    raise _truncated(COLUMNS[columns][-1]) from None
+                raise PartError(error.part, f"{error}; {_AGAIN}") from None
+
+        yield read
+
+
+def _row(cells: list[bytes], columns: int, line: bytes) -> dict[str, bytes]:
+    """The cells of a line by column."""
+    _check_columns(len(cells), columns, line.endswith(b"\n"))
+    return dict(zip(COLUMNS[columns], cells, strict=True))
+
+
+def _check_columns(found: int, columns: int, whole: bool) -> None:
+    names = COLUMNS[columns]
+    if found < columns:
+        if not whole:
+            raise _truncated(names[found - 1])
+        raise _bad(names[found], "it is missing: extract or copy the file again")
+    if found > columns:
+        raise _bad(
+            names[-1], f"{found} columns instead of {columns}: extract or copy the file again"
+        )
+
+
+def _bad(column: str, problem: str) -> PartError:
+    return PartError(f"column {column}", problem)
+
+
+def _checked(column: str, check: Callable[..., NDArray], *arguments: Any) -> NDArray:
+    return checks.checked(f"column {column}", check, *arguments)
+
+
+def _truncated(column: str) -> PartError:
+    return _bad(
+        column,
+        "the last row is truncated: copy the file again, or leave the row out with --skip-bad",
+    )
+
+
+def _decode(row: dict[str, bytes], with_labels: bool, options: Options) -> Regions:
+    prefix = "img" if with_labels else "image"
+    height, width = _integer(row, f"{prefix}_h"), _integer(row, f"{prefix}_w")
+    n = _integer(row, "num_boxes")
+    features = _array(row, "features", "<f4", n, options.feature_dim)
+    pixels = _array(row, "boxes", "<f4", n, 4)
+    return Regions(
+        image=_text(row, f"{prefix}_id"),
+        width=width,
+        height=height,
+        boxes=_checked("boxes", checks.fractions, pixels, width, height),
+        features=features,
+        labels=_labels(row, n, options) if with_labels else None,
+    )
+
+
+def _labels(row: dict[str, bytes], n: int, options: Options) -> Labels:
+    def ids(column: str, classes: int) -> NDArray[np.int32]:
+        values = _array(row, column, "<i8", n, 1).reshape(n)
+        return _checked(column, checks.ids, values, classes)
+
+    def confidences(column: str) -> NDArray[np.float32]:
+        values = _array(row, column, "<f4", n, 1).reshape(n)
+        return _checked(column, checks.confidences, values)
+
+    return Labels(
+        ids("objects_id", options.object_classes),
+        confidences("objects_conf"),
+        ids("attrs_id", options.attribute_classes),
+        confidences("attrs_conf"),
+    )
+
+
+def _text(row: dict[str, bytes], column: str) -> str:
+    try:
+        text = row[column].decode("utf-8")
+    except UnicodeDecodeError:
+        raise _bad(column, f"it is not UTF-8 text; {_AGAIN}") from None
+    if not text:
+        raise _bad(column, f"it is empty; {_AGAIN}")
+    return text
+
+
+def _integer(row: dict[str, bytes], column: str) -> int:
+    cell = row[column]
+    if not cell.isdigit() or len(cell) > 9 or int(cell) == 0:
+        raise _bad(column, f"{cell[:40].decode('ascii', 'replace')!r} is no positive integer")
+    return int(cell)
+
+
+def _array(row: dict[str, bytes], column: str, dtype: str, n: int, width: int) -> NDArray:
+    """The (n, width) array of a base64 cell."""
+    try:
+        data = pybase64.b64decode(row[column], validate=True)
+    except binascii.Error as error:
+        raise _bad(column, f"damaged base64 ({error})") from None
+    due = n * width * np.dtype(dtype).itemsize
+    if len(data) != due:
+        raise _bad(
+            column, f"{len(data)} bytes, where {n} boxes × {width} values of {dtype[1:]} are {due}"
+        )
+    return np.frombuffer(data, dtype).reshape(n, width)
+
+
+FORMAT = FeatureFormat(
+    name="tsv",
+    help="bottom-up-attention TSV, with labels (10 columns) or without (6)",
+    extractor="bottom-up-attention",
+    detect=_detect,
+    files=one_file,
+    entries=_entries,
+    reader=_reader,
+)

@@ -1,0 +1,65 @@
+"""Formats of sentences, a module with a `FORMAT` each; shards.sources.texts says what one is.
+
+    aggregated    LXMERT's aggregated sentences
+    pictures      our JSON of pictures and sentences
+    coco          COCO captions
+    vg_regions    Visual Genome region descriptions
+    vg_qa         Visual Genome questions and answers
+    vqa           VQA v2 questions and annotations
+    gqa           GQA questions
+    nlvr2         NLVR2 statements
+    rows          CSV or JSON lines of image, sentence, answers
+
+A new format is its module and a line of the table below; one of somebody else's is named by its
+module's path: `--sentences package.module:FILE`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from shards.errors import DataError
+from shards.sources.sentences import aggregated, pictures
+from shards.sources.texts import SentenceFormat
+
+FORMATS: dict[str, SentenceFormat] = {
+    f.name: f
+    for f in (
+        aggregated.FORMAT,
+        pictures.FORMAT,
+    )
+}
+"""By name, in the order in which they are tried."""
+
+
+def sentence_format(path: Path, name: str | None) -> SentenceFormat:
+    """The format of that name, a plug-in's module path among them, or the one that a file is
+    detected to be. DataError where there is none."""
+    if name is not None:
+        return FORMATS.get(name) or _plug_in(name)
+    try:
+        for found in FORMATS.values():
+            if found.detect(path):
+                return found
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    raise DataError(
+        f"{path} is of no format of sentences that is known ({', '.join(FORMATS)}): name it, as in "
+        "--sentences FORMAT:FILE, see `lxscale shards formats`"
+    )
+
+
+def _plug_in(name: str) -> SentenceFormat:
+    if "." not in name:
+        raise DataError(
+            f"there is no format of sentences {name!r:.40}: choose one of {', '.join(FORMATS)}, or "
+            "give the path of a module that has a FORMAT"
+        )
+    try:
+        found = importlib.import_module(name).FORMAT
+    except (ImportError, AttributeError) as error:
+        raise DataError(f"{name} is no module with a FORMAT of sentences: {error}") from None
+    if not isinstance(found, SentenceFormat):
+        raise DataError(f"{name}.FORMAT is a {type(found).__name__}, no SentenceFormat")
+    return found
