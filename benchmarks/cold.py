@@ -169,7 +169,7 @@ def webdataset(url: str, _: Path) -> float:
 def mosaicml(url: str, cache: Path) -> float:
     """mosaicml-streaming, one shuffled epoch of its own format."""
     os.environ["S3_ENDPOINT_URL"] = os.environ["AWS_ENDPOINT_URL"]
-    streaming = peers._streaming()
+    streaming = peers.streaming()
     began = time.monotonic()
     data = streaming.StreamingDataset(remote=url, local=str(cache), batch_size=256, shuffle=True)
     for sample in data:

@@ -29,7 +29,6 @@ from typing import Any
 
 import numpy as np
 
-import peers
 from protocol import THREADS, machine, markdown
 from shards.convert.convert import convert, records
 from shards.convert.inputs import FeatureInput, Inputs, SentenceInput
@@ -38,6 +37,7 @@ from shards.format.build import BuildSettings
 from shards.format.members import MEMBERS, RECORD
 from shards.format.record import ImageRecord, record_json, record_key
 from synthetic import records as made_up
+from synthetic import words
 
 
 def write_inputs(folder: Path, images: int) -> None:
@@ -90,13 +90,12 @@ def bare(folder: Path, _out: Path) -> None:
 def ours(workers: int) -> Callable[[Path, Path], None]:
     def run(folder: Path, out: Path) -> None:
         settings = BuildSettings("bench", "bench", vocab=_VOCAB, shard_bytes=64 << 20)
-        convert(_inputs(folder), out, settings, run_parts=in_processes(workers))
+        convert(_inputs(folder), out, settings, workers=in_processes(workers))
 
     return run
 
 
-_VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz0123456789?"]
-_VOCAB += [f"##{c}" for c in _VOCAB[5:]]
+_VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "?", *words(np.random.default_rng(0))]
 
 
 def webdataset(folder: Path, out: Path) -> None:
@@ -115,11 +114,13 @@ def webdataset(folder: Path, out: Path) -> None:
 
 
 def mosaicml(folder: Path, out: Path) -> None:
+    import peers
+
     columns = dict.fromkeys(("features", "document", "boxes", "labels"), "bytes")
-    streaming = peers._streaming()
+    streaming = peers.streaming()
     with streaming.MDSWriter(out=str(out), columns=columns, size_limit="64mb") as writer:
         for record in records(_inputs(folder)):
-            writer.write(peers._fields(record))
+            writer.write(peers.fields(record))
 
 
 def litdata(workers: int) -> Callable[[Path, Path], None]:
@@ -150,8 +151,10 @@ class _Slice:
         names = [f"image{i}" for i in range(worker * size, min((worker + 1) * size, self.count))]
         inputs = _inputs(self.folder)
         only = Inputs(inputs.features, inputs.sentences, only=frozenset(names))
+        import peers
+
         for record in records(only):
-            yield peers._fields(record)
+            yield peers.fields(record)
 
 
 ARMS: dict[str, Callable[[Path, Path], None]] = {
@@ -169,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=6000)
+    parser.add_argument("--images", type=int, default=12_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--arm", help=argparse.SUPPRESS)

@@ -66,7 +66,7 @@ def _of_tar(members: dict[str, Any]) -> Sample:
     return _sample(*(members[name] for name in names))
 
 
-def _fields(record: ImageRecord) -> dict[str, bytes]:
+def fields(record: ImageRecord) -> dict[str, bytes]:
     assert record.labels is not None
     return {
         "features": record.features.tobytes(),
@@ -204,7 +204,7 @@ def _energon(folder: Path) -> Iterator[Sample]:
 
 
 @cache
-def _streaming() -> Any:
+def streaming() -> Any:
     """mosaicml-streaming. It imports torchvision for its picture data sets, which nothing here
     uses: a stand-in takes torchvision's place meanwhile (pyproject.toml says why it is absent)."""
     import transformers  # noqa: F401  looks for torchvision: not for the stand-in
@@ -215,24 +215,24 @@ def _streaming() -> Any:
     vars(stand_in[names[2]])["to_tensor"] = None
     before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     sys.modules.update(stand_in)
-    import streaming
+    import streaming as package
 
     for name in names:
         del sys.modules[name]
     sys.modules.update(before)
-    return streaming
+    return package
 
 
 def _build_mosaicml(images: int, folder: Path) -> None:
     columns = dict.fromkeys(("features", "document", "boxes", "labels"), "bytes")
-    with _streaming().MDSWriter(out=str(folder), columns=columns, size_limit="64mb") as writer:
+    with streaming().MDSWriter(out=str(folder), columns=columns, size_limit="64mb") as writer:
         for record in records(images):
-            writer.write(_fields(record))
+            writer.write(fields(record))
 
 
 def _mosaicml(folder: Path) -> Iterator[Sample]:
     """Its default shuffle (py1e). One epoch after the other, as it has no endless mode."""
-    data = _streaming().StreamingDataset(local=str(folder), batch_size=256, shuffle=True)
+    data = streaming().StreamingDataset(local=str(folder), batch_size=256, shuffle=True)
     while True:
         for s in data:
             yield _sample(s["features"], s["document"], s["boxes"], s["labels"])
@@ -241,7 +241,7 @@ def _mosaicml(folder: Path) -> Iterator[Sample]:
 def _mosaicml_local(folder: Path) -> Iterator[Sample]:
     """Its reader alone, asked for samples in a random order: no shuffle, download or resume of its
     own, and none of the threads that its StreamingDataset spends most of its time waiting for."""
-    data = _streaming().LocalDataset(local=str(folder))
+    data = streaming().LocalDataset(local=str(folder))
     while True:
         for i in np.random.permutation(len(data)).tolist():
             s = data[i]
@@ -256,7 +256,7 @@ def _build_litdata(images: int, folder: Path) -> None:
 
     cache = Cache(str(folder), chunk_bytes="64MB")
     for i, record in enumerate(records(images)):
-        cache[i] = _fields(record)
+        cache[i] = fields(record)
     cache.done()
     cache.merge()
 

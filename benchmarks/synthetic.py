@@ -21,7 +21,7 @@ def records(images: int) -> Iterator[ImageRecord]:
     """`images` records, always the same: 36 x 2048 fp16 features of which about a third are zero,
     boxes, labels, and 5 to 15 sentences of 7 to 13 words with answers where they are questions."""
     rng = np.random.default_rng(0)
-    words = _words(rng)
+    vocabulary = words(rng)
     frequency = 1 / np.arange(1, _WORDS + 1)  # Zipf's law
     frequency /= frequency.sum()
     share = np.asarray(list(_SOURCES.values())) / sum(_SOURCES.values())
@@ -35,7 +35,7 @@ def records(images: int) -> Iterator[ImageRecord]:
         chosen = rng.choice(_WORDS, int(lengths.sum()), p=frequency).tolist()
         sentences, at = [], 0
         for source, length in zip(sources.tolist(), lengths.tolist(), strict=True):
-            text = " ".join(words[w] for w in chosen[at : at + length])
+            text = " ".join(vocabulary[w] for w in chosen[at : at + length])
             at += length
             answer = rng.integers(0, _ANSWERS, 2).tolist()
             answers = {f"answer {answer[0]}": 1.0, f"answer {answer[1]}": 0.3}
@@ -60,10 +60,10 @@ def records(images: int) -> Iterator[ImageRecord]:
         )
 
 
-def _words(rng: np.random.Generator) -> list[str]:
+def words(rng: np.random.Generator) -> list[str]:
     """Distinct words of two to four syllables, so that WordPiece has something to split."""
     syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
-    words: dict[str, None] = {}
-    while len(words) < _WORDS:
-        words["".join(rng.choice(syllables, int(rng.integers(2, 5))))] = None
-    return list(words)
+    found: dict[str, None] = {}
+    while len(found) < _WORDS:
+        found["".join(rng.choice(syllables, int(rng.integers(2, 5))))] = None
+    return list(found)

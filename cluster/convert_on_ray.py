@@ -8,40 +8,42 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 
 import ray
 
 from cluster.errors import LaunchError
-from shards.convert.part import PartSettings, Receipt, make_part
-from shards.convert.plan import PlannedImage
-from shards.convert.pool import Parts, RunParts, in_order
+from shards.convert.part import Part, PartSettings, Receipt, make_part
+from shards.convert.pool import RunParts, Workers, in_order
 
 _RETRIES = 10  # nodes that one part may lose
 
 
-def on_ray(address: str, workers: int | None = None) -> RunParts:
-    """Makes parts on the cluster at `address`, so many at a time (default: one a core)."""
+def on_ray(address: str, workers: int | None = None) -> Workers:
+    """The cluster at `address`, so many parts at a time (default: two a core)."""
 
-    def run(settings: PartSettings, parts: Parts) -> Iterator[Receipt]:
+    @contextlib.contextmanager
+    def start() -> Iterator[RunParts]:
         with _joined(address):
-            cores = int(ray.cluster_resources().get("CPU", 1))
-            at_once = workers or 2 * max(cores, 1)
-            shared = ray.put(settings)
-            task = ray.remote(make_part).options(
-                num_cpus=1, max_retries=_RETRIES, retry_exceptions=False
-            )
+            yield run
 
-            def submit(part: tuple[int, list[PlannedImage]]) -> Future[Receipt]:
-                return task.remote(shared, *part).future()
+    def run(settings: PartSettings, parts: Iterable[Part]) -> Iterator[Receipt]:
+        cores = int(ray.cluster_resources().get("CPU", 1))
+        shared = ray.put(settings)
+        task = ray.remote(make_part).options(
+            num_cpus=1, max_retries=_RETRIES, retry_exceptions=False
+        )
 
-            try:
-                yield from in_order(parts, submit, at_once)
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from None
+        def submit(part: Part) -> Future[Receipt]:
+            return task.remote(shared, part).future()
 
-    return run
+        try:
+            yield from in_order(parts, submit, workers or 2 * max(cores, 1))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+
+    return start
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from cluster.cli.streams import say
 from shards.arguments import given_name, given_path, given_place, size, whole
 from shards.convert.convert import Append, convert, forecast
 from shards.convert.inputs import FeatureInput, Inputs, SentenceInput
-from shards.convert.pool import RunParts, in_processes
+from shards.convert.pool import Workers, in_processes
 from shards.convert.recipe import inputs_of, load_recipe
 from shards.errors import DataError
 from shards.format.answers import load_answers
@@ -191,7 +191,7 @@ def _one(args: argparse.Namespace, inputs: Inputs, out: str, settings: BuildSett
                     settings,
                     options=options,
                     append=append,
-                    run_parts=_run_parts(args),
+                    workers=_workers(args),
                     staging=args.staging,
                     report=report,
                     progress=progress,
@@ -224,7 +224,7 @@ def _forecast_text(out: str, found: Any, workers: int) -> str:
     )
 
 
-def _run_parts(args: argparse.Namespace) -> RunParts:
+def _workers(args: argparse.Namespace) -> Workers:
     if args.ray_address:
         from cluster.convert_on_ray import on_ray
 

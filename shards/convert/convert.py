@@ -26,10 +26,10 @@ import numpy as np
 
 from shards.convert.append import Existing, existing, keys
 from shards.convert.inputs import Inputs
-from shards.convert.part import PartSettings, Receipt, read_records, receipt_url
-from shards.convert.plan import Plan, source_counts
+from shards.convert.part import Part, PartSettings, Receipt, read_records, receipt_url
+from shards.convert.plan import Plan, take_census
 from shards.convert.planning import make_plan
-from shards.convert.pool import RunParts, in_processes
+from shards.convert.pool import RunParts, Workers, in_processes
 from shards.convert.words import Words, make_words
 from shards.errors import DataError
 from shards.format.build import ANSWERS, VOCAB, BuildSettings, check_settings, vote, write_words
@@ -71,7 +71,7 @@ def convert(
     *,
     options: Options | None = None,
     append: Append | None = None,
-    run_parts: RunParts | None = None,
+    workers: Workers | None = None,
     staging: str | Path | None = None,
     report: Report | None = None,
     progress: Progress = no_progress,
@@ -80,7 +80,7 @@ def convert(
 
     append: add the records to the data set there, as shards of their own, with its vocabulary,
     answers and sets: `new`: DataError for an image that it has; `missing`: those are passed over.
-    run_parts: where parts are made (default: in a process a core). staging: room for the plan and
+    workers: who makes the shards (default: in a process a core). staging: room for the plan and
     the shards under way (default: the output folder, or the system's temporary folder). report:
     collects what was left out. The same inputs and settings give the same bytes, however many
     processes made them and however often they were killed.
@@ -91,7 +91,7 @@ def convert(
     check_settings(settings)
     base = existing(out) if append else None
     before = base.tag if base else commit_point(out, settings.overwrite)
-    with staging_folder(out, staging) as folder:
+    with (workers or in_processes())() as run, staging_folder(out, staging) as folder:
         with make_plan(
             inputs,
             replace(options or Options(), room=folder),
@@ -107,7 +107,7 @@ def convert(
             words = make_words(plan, settings, base, report, progress)
             schema = _schema(plan, settings, base, len(words.tokens))
             parts = _part_settings(out, plan, settings, schema, words, before, base, folder)
-            receipts = list(_made(plan, parts, run_parts or in_processes(), progress))
+            receipts = list(_made(plan, parts, run, progress))
         for receipt in receipts:
             receipt.add_to(report)
         return _commit(out, folder, parts, receipts, words, settings, before, base, progress)
@@ -137,7 +137,7 @@ def records(
             progress=progress,
         ) as plan,
     ):
-        yield from read_records(plan.files, plan.first(), None, skip_bad, report)
+        yield from read_records(dict(enumerate(plan.files)), plan.first(), None, skip_bad, report)
 
 
 def forecast(
@@ -164,10 +164,12 @@ def forecast(
             progress=progress,
         ) as plan,
     ):
-        every, _ = source_counts(plan)
+        every = take_census(plan).sentences
         few = list(islice(plan.first(), _TIMED))
         began = time.perf_counter()
-        for record in read_records(plan.files, few, None, settings.skip_bad, Report()):
+        for record in read_records(
+            dict(enumerate(plan.files)), few, None, settings.skip_bad, Report()
+        ):
             hashlib.sha256(record.features.astype(np.float16).tobytes()).digest()
         seconds = (time.perf_counter() - began) / max(len(few), 1)
         return Forecast(
@@ -191,7 +193,7 @@ def _schema(plan: Plan, settings: BuildSettings, base: Existing | None, vocab_si
     first: list[ImageRecord] = []
     report = Report()
     batch = list(islice(plan.first(), 10 * _VOTERS if settings.skip_bad else 1))
-    for record in read_records(plan.files, batch, None, settings.skip_bad, report):
+    for record in read_records(dict(enumerate(plan.files)), batch, None, settings.skip_bad, report):
         first.append(record)
         if len(first) == (_VOTERS if settings.skip_bad else 1):
             break
@@ -226,7 +228,6 @@ def _part_settings(
         place=base.place if base else objects.join(out, build),
         stem=f"shard-{digest[:8]}-" if base else "shard-",
         digest=digest,
-        files=plan.files,
         schema=schema,
         tokens=words.tokens,
         sources=words.sources,
@@ -238,11 +239,18 @@ def _part_settings(
 
 def _made(plan: Plan, parts: PartSettings, run: RunParts, progress: Progress) -> Iterator[Receipt]:
     sizes, done, total = plan.part_sizes(), 0, plan.images
-    jobs = ((number, plan.part(number)) for number in range(plan.parts))
-    for receipt in run(parts, jobs):
+    for receipt in run(parts, plan_parts(plan)):
         done += sizes[receipt.part]
         progress("images written", done, total)
         yield receipt
+
+
+def plan_parts(plan: Plan) -> Iterator[Part]:
+    """The parts of a plan, in order."""
+    for number in range(plan.parts):
+        images = plan.part(number)
+        used = sorted({image.file for image in images})
+        yield Part(number, images, {file: plan.files[file] for file in used})
 
 
 def _commit(

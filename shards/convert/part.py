@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +47,6 @@ class PartSettings:
     """Of their names, before the number."""
     digest: str
     """Of all that their bytes follow from: receipts of another one do not count."""
-    files: list[FeatureFile]
     schema: Schema
     tokens: list[str]
     sources: list[str]
@@ -59,6 +58,16 @@ class PartSettings:
     def name(self, part: int) -> str:
         """Of a part's files, without their ends."""
         return f"{self.stem}{part:06d}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part is made of."""
+
+    number: int
+    images: list[PlannedImage]
+    files: Mapping[int, FeatureFile]
+    """Those that its images are in, by number."""
 
 
 @dataclass(frozen=True)
@@ -86,20 +95,20 @@ def receipt_url(settings: PartSettings, part: int) -> str:
     return objects.join(settings.place, f"{settings.name(part)}.part.json")
 
 
-def make_part(settings: PartSettings, part: int, images: list[PlannedImage]) -> Receipt:
+def make_part(settings: PartSettings, part: Part) -> Receipt:
     """The shard of a part, made unless it is whole already.
 
     DataError naming file and record where one is bad, unless those are left out, and where room or
     rights are missing.
     """
-    if receipt := _earlier(settings, part):
+    if receipt := _earlier(settings, part.number):
         return receipt
     with _workspace(settings) as folder:
-        receipt = _make(settings, part, images, folder)
+        receipt = _make(settings, part, folder)
         if receipt.shard:
             for name in (receipt.shard.name, receipt.shard.table):
                 bring(folder / name, objects.join(settings.place, name))
-        objects.write_bytes(receipt_url(settings, part), _receipt_bytes(receipt))
+        objects.write_bytes(receipt_url(settings, part.number), _receipt_bytes(receipt))
     return receipt
 
 
@@ -116,13 +125,13 @@ def _workspace(settings: PartSettings) -> Iterator[Path]:
         ) from error
 
 
-def _make(settings: PartSettings, part: int, images: list[PlannedImage], folder: Path) -> Receipt:
+def _make(settings: PartSettings, part: Part, folder: Path) -> Receipt:
     report, most = Report(), 0
     documents: list[Document] = []
-    writer = ShardWriter(folder, f"{settings.name(part)}.tar", members_of(settings.schema))
+    writer = ShardWriter(folder, f"{settings.name(part.number)}.tar", members_of(settings.schema))
     try:
         for record in read_records(
-            settings.files, images, settings.schema, settings.skip_bad, report
+            part.files, part.images, settings.schema, settings.skip_bad, report
         ):
             text = checked_json(record)
             writer.append(record, text)
@@ -130,13 +139,13 @@ def _make(settings: PartSettings, part: int, images: list[PlannedImage], folder:
             most = max(most, len(record.boxes))
         if not documents:
             writer.abort()
-            return Receipt(part, settings.digest, None, 0, report.counts, report.examples)
+            return Receipt(part.number, settings.digest, None, 0, report.counts, report.examples)
         tar = writer.close()
     except BaseException:
         writer.abort()
         raise
     shard = write_table(folder, tar, documents, _encoder(settings), _unknown)
-    return Receipt(part, settings.digest, shard, most, report.counts, report.examples)
+    return Receipt(part.number, settings.digest, shard, most, report.counts, report.examples)
 
 
 def _unknown(_document: Document, _text: str, _answer: str) -> None:
@@ -163,7 +172,7 @@ def _encoder(settings: PartSettings) -> SentenceEncoder:
 
 
 def read_records(
-    files: list[FeatureFile],
+    files: Mapping[int, FeatureFile],
     images: Iterable[PlannedImage],
     schema: Schema | None,
     skip_bad: bool,

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shards.format.answers import normalise_answers
 from shards.format.record import Sentence
 from shards.sources.regions import Entry, FeatureFormat, Options
 
@@ -104,11 +105,24 @@ def _parsed(body: str) -> tuple[Sentence, ...]:
     return tuple(Sentence(*row) for row in json.loads(body))
 
 
-def source_counts(plan: Plan) -> tuple[Counter[str], Counter[str]]:
-    """Sentences of each set, and those with answers."""
-    every: Counter[str] = Counter()
-    answered: Counter[str] = Counter()
+@dataclass
+class Census:
+    """How many sentences of images that are taken there are, by set and by answer."""
+
+    sentences: Counter[str]
+    answered: Counter[str]
+    """Those with answers, by set."""
+    answers: Counter[str]
+    """By normal form."""
+
+
+def take_census(plan: Plan) -> Census:
+    """Count the sentences of a plan, in one pass."""
+    census = Census(Counter(), Counter(), Counter())
     for sentence in plan.sentences():
-        every[sentence.source] += 1
-        answered[sentence.source] += bool(sentence.answers)
-    return every, answered
+        census.sentences[sentence.source] += 1
+        if sentence.answers:
+            census.answered[sentence.source] += 1
+            for answer in normalise_answers(sentence.answers):
+                census.answers[answer] += 1
+    return census

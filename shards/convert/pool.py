@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -9,66 +10,71 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Protocol
+from contextlib import AbstractContextManager
 
-from shards.convert.part import PartSettings, Receipt, make_part
-from shards.convert.plan import PlannedImage
+from shards.convert.part import Part, PartSettings, Receipt, make_part
 from shards.errors import DataError
 from shards.processes import end_with_parent, make_home, without_signals
 
-Parts = Iterable[tuple[int, list[PlannedImage]]]
+RunParts = Callable[[PartSettings, Iterable[Part]], Iterator[Receipt]]
+"""Makes parts somewhere: the receipts of all parts, in order; few parts are under way, or waited
+for, at a time. DataError of the first part that has one."""
+
+Workers = Callable[[], AbstractContextManager[RunParts]]
+"""Starts what makes parts, and ends it."""
 
 
-class RunParts(Protocol):
-    """Makes parts somewhere."""
-
-    def __call__(self, settings: PartSettings, parts: Parts) -> Iterator[Receipt]:
-        """The receipts of all parts, in order; few parts are under way, or waited for, at a time.
-        DataError of the first part that has one."""
-
-
-def in_processes(workers: int | None = None) -> RunParts:
-    """Makes parts in so many processes; 0 and 1: in this one; None: one a core."""
+def in_processes(workers: int | None = None) -> Workers:
+    """So many processes; 1: this one; None: one a core. They start while the inputs are listed."""
     count = len(os.sched_getaffinity(0)) if workers is None else workers
-    return _here if count <= 1 else _Pool(count)
 
-
-def _here(settings: PartSettings, parts: Parts) -> Iterator[Receipt]:
-    for part, images in parts:
-        yield make_part(settings, part, images)
-
-
-class _Pool:
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
-
-    def __call__(self, settings: PartSettings, parts: Parts) -> Iterator[Receipt]:
+    @contextlib.contextmanager
+    def start() -> Iterator[RunParts]:
+        if count == 1:
+            yield _here
+            return
         make_home()
         # Spawned: a forked child inherits locks that other threads of this process may hold.
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(
-            self.workers, mp_context=context, initializer=_begin, initargs=(settings,)
-        )
-
-        def submit(part: tuple[int, list[PlannedImage]]) -> Future[Receipt]:
-            with without_signals(signal.SIGINT):  # the first starts the processes
-                return pool.submit(_make, *part)
-
+        pool = ProcessPoolExecutor(count, mp_context=context, initializer=end_with_parent)
         try:
-            yield from in_order(parts, submit, 3 * self.workers)
-        except BrokenProcessPool:
-            raise DataError(
-                "a process of the build was killed (for lack of memory, perhaps): run the same "
-                "command again, with fewer --workers; it goes on with what is whole"
-            ) from None
+            with without_signals(signal.SIGINT):
+                for _ in range(count):
+                    pool.submit(_ready)  # each finds no idle process, and so starts one
+            yield lambda settings, parts: _run(pool, count, settings, parts)
         finally:
             pool.shutdown(cancel_futures=True)
 
+    return start
+
+
+def _here(settings: PartSettings, parts: Iterable[Part]) -> Iterator[Receipt]:
+    for part in parts:
+        yield make_part(settings, part)
+
+
+def _ready() -> None:
+    """Importing this module is what takes a while."""
+
+
+def _run(
+    pool: ProcessPoolExecutor, workers: int, settings: PartSettings, parts: Iterable[Part]
+) -> Iterator[Receipt]:
+    def submit(part: Part) -> Future[Receipt]:
+        with without_signals(signal.SIGINT):  # it may start a process, in place of a dead one
+            return pool.submit(make_part, settings, part)
+
+    try:
+        yield from in_order(parts, submit, 3 * workers)
+    except BrokenProcessPool:
+        raise DataError(
+            "a process of the build was killed (for lack of memory, perhaps): run the same "
+            "command again, with fewer --workers; it goes on with what is whole"
+        ) from None
+
 
 def in_order(
-    parts: Parts,
-    submit: Callable[[tuple[int, list[PlannedImage]]], Future[Receipt]],
-    at_once: int,
+    parts: Iterable[Part], submit: Callable[[Part], Future[Receipt]], at_once: int
 ) -> Iterator[Receipt]:
     """Receipts in the order of the parts, with at most so many parts submitted and not yielded."""
     waiting: deque[Future[Receipt]] = deque()
@@ -78,17 +84,3 @@ def in_order(
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
-
-
-_settings: PartSettings | None = None  # of this process's build
-
-
-def _begin(settings: PartSettings) -> None:
-    global _settings
-    end_with_parent()
-    _settings = settings
-
-
-def _make(part: int, images: list[PlannedImage]) -> Receipt:
-    assert _settings is not None
-    return make_part(_settings, part, images)

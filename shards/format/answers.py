@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -45,11 +46,15 @@ def answer_index(table: Sequence[str]) -> dict[str, int]:
 
 
 def count_answers(all_answers: Iterable[Mapping[str, float]], min_count: int = 1) -> list[str]:
-    """An answer table out of the data: by falling number of sentences, then by name."""
-    counts: dict[str, int] = {}
+    """An answer table out of the data: `answer_table` of how many sentences have each answer."""
+    counts: Counter[str] = Counter()
     for answers in all_answers:
-        for answer in normalise_answers(answers):
-            counts[answer] = counts.get(answer, 0) + 1
+        counts.update(normalise_answers(answers).keys())
+    return answer_table(counts, min_count)
+
+
+def answer_table(counts: Mapping[str, int], min_count: int = 1) -> list[str]:
+    """The answers that enough sentences have: by falling number, then by name."""
     kept = [(-n, answer) for answer, n in counts.items() if n >= min_count]
     return [answer for _, answer in sorted(kept)]
 

@@ -36,7 +36,7 @@ def test_a_lost_node_costs_its_parts_alone(cluster: Cluster, tmp_path: Path) -> 
     cluster.remove_node(nodes[0], allow_graceful=False)
     assert process.communicate(timeout=300)[1] == "" and process.returncode == 0
     settings = BuildSettings("set", "bottom-up-attention", vocab_size=200, images_per_shard=1)
-    convert(inputs, tmp_path / "here", settings, options=OPTIONS, run_parts=in_processes(2))
+    convert(inputs, tmp_path / "here", settings, options=OPTIONS, workers=in_processes(2))
     assert contents(out) == contents(tmp_path / "here")
 
 
@@ -52,5 +52,5 @@ def test_a_bad_record_is_named(cluster: Cluster, tmp_path: Path) -> None:
             tmp_path / "out",
             SETTINGS,
             options=OPTIONS,
-            run_parts=on_ray(cluster.address, 1),
+            workers=on_ray(cluster.address, 1),
         )

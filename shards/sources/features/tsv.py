@@ -35,7 +35,6 @@ COLUMNS = {
 }
 _LONGEST_ROW = 64 << 20  # bytes; 1,000 boxes have 11 MB: a longer row has lost its line end
 _READ = 8 << 20  # bytes at a time
-_HEAD = 1 << 18  # bytes in which the columns before the boxes are; those of 1,000 boxes take 64 K
 _AGAIN = "extract or copy the file again, or leave such rows out with --skip-bad"
 
 
@@ -84,17 +83,15 @@ def _entries(path: str, options: Options) -> Iterator[Entry]:
             try:
                 _check_columns(tabs + 1, columns, whole)
                 row = dict(zip(names, head.split(b"\t"), strict=False))
-                if "num_boxes" not in row:
-                    raise _bad("num_boxes", "the columns before it are far too long")
                 yield Entry(_text(row, names[0]), str(at), where, _integer(row, "num_boxes"))
             except PartError as error:
                 yield Entry("", str(at), f"{where}, {error.part}", problem=str(error))
 
 
 def _lines(f: IO[bytes], path: str) -> Iterator[tuple[int, bytes, int, bool]]:
-    """Of each line: where it begins, its first bytes, its tabs, and whether it has its end.
-    DataError at one that does not end. Nothing is copied of the long columns: a file is listed as
-    fast as it can be read."""
+    """Of each line: where it begins, what is before its last two columns (the long ones, boxes and
+    features), how many tabs it has, and whether it has its end. DataError at one that does not
+    end. A file is listed about as fast as it can be read."""
     buffer, begin, end, at, number = bytearray(_READ), 0, 0, 0, 0
     while True:
         stop = buffer.find(b"\n", begin, end)
@@ -113,16 +110,18 @@ def _lines(f: IO[bytes], path: str) -> Iterator[tuple[int, bytes, int, bool]]:
                 return
             stop = end
         number += 1
-        head = bytes(buffer[begin : min(stop, begin + _HEAD)])
-        yield at, head, _tabs(buffer, begin, stop), stop < end
+        tabs = _tabs(buffer, begin, stop)
+        head = bytes(memoryview(buffer)[begin : tabs[-2]]) if len(tabs) > 1 else b""
+        yield at, head, len(tabs), stop < end
         at, begin = at + stop + 1 - begin, min(stop + 1, end)
 
 
-def _tabs(line: bytearray, begin: int, end: int) -> int:
-    """How many there are; more than belong there count as one more."""
-    found, at = 0, begin - 1
-    while found <= max(COLUMNS) and (at := line.find(b"\t", at + 1, end)) >= 0:
-        found += 1
+def _tabs(line: bytearray, begin: int, end: int) -> list[int]:
+    """Where they are; of more than belong there one more."""
+    found: list[int] = []
+    at = begin - 1
+    while len(found) <= max(COLUMNS) and (at := line.find(b"\t", at + 1, end)) >= 0:
+        found.append(at)
     return found
 
 

@@ -40,13 +40,13 @@ HERE = in_processes(1)
 
 def test_any_number_of_processes_makes_the_same_bytes(tmp_path: Path, s3: str) -> None:
     inputs = write_inputs(tmp_path / "in")
-    one = convert(inputs, tmp_path / "one", SETTINGS, options=OPTIONS, run_parts=HERE)
-    convert(inputs, tmp_path / "three", SETTINGS, options=OPTIONS, run_parts=in_processes(3))
+    one = convert(inputs, tmp_path / "one", SETTINGS, options=OPTIONS, workers=HERE)
+    convert(inputs, tmp_path / "three", SETTINGS, options=OPTIONS, workers=in_processes(3))
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
     assert [s.images for s in one.shards] == [3] * 6 + [2]
     assert verify(str(tmp_path / "one")) == []
     far = f"{s3}/{tmp_path.name}"
-    convert(inputs, far, SETTINGS, options=OPTIONS, run_parts=HERE)
+    convert(inputs, far, SETTINGS, options=OPTIONS, workers=HERE)
     there = {
         o.name.rpartition("/")[2]: hashlib.sha256(objects.read_bytes(f"{far}/{o.name}")).hexdigest()
         for o in objects.list_tree(far)
@@ -58,7 +58,7 @@ def test_any_number_of_processes_makes_the_same_bytes(tmp_path: Path, s3: str) -
 
 def test_it_is_what_a_build_of_the_same_records_is(tmp_path: Path) -> None:
     inputs = write_inputs(tmp_path / "in")
-    made = convert(inputs, tmp_path / "one", SETTINGS, options=OPTIONS, run_parts=HERE)
+    made = convert(inputs, tmp_path / "one", SETTINGS, options=OPTIONS, workers=HERE)
     same = build(records(inputs, options=OPTIONS), tmp_path / "two", SETTINGS)
     assert made.fingerprint == same.fingerprint
     assert made.sources == ("coco_cap", "vqa") and made.question_sources == ("vqa",)
@@ -123,7 +123,7 @@ def test_a_cleaned_place_gets_a_folder_of_another_name(tmp_path: Path) -> None:
     rows = [make_row(f"img-{i:04d}", n=1) for i in range(19)] + [make_row("img-0019", boxes="!")]
     write_inputs(tmp_path / "in", rows=rows)
     with pytest.raises(DataError, match="line 20, column boxes: damaged base64"):
-        convert(inputs, out, SETTINGS, options=OPTIONS, run_parts=HERE)
+        convert(inputs, out, SETTINGS, options=OPTIONS, workers=HERE)
     [left] = out.glob("build-*")
     assert len(list(left.glob("*.tar"))) == 6, "whole shards stay for the same command to go on"
     found = leftovers(str(out))
@@ -131,7 +131,7 @@ def test_a_cleaned_place_gets_a_folder_of_another_name(tmp_path: Path) -> None:
     clean(str(out), found)
     skipping = replace(SETTINGS, skip_bad=True)
     report = Report()
-    made = convert(inputs, out, skipping, options=OPTIONS, run_parts=HERE, report=report)
+    made = convert(inputs, out, skipping, options=OPTIONS, workers=HERE, report=report)
     assert made.folder != left.name and made.images == 19
     assert list(report.counts.items()) == [("bad records", 1)]
     assert verify(str(out)) == []
@@ -139,11 +139,11 @@ def test_a_cleaned_place_gets_a_folder_of_another_name(tmp_path: Path) -> None:
 
 def test_a_replaced_data_set_has_another_folder(tmp_path: Path) -> None:
     inputs, out = write_inputs(tmp_path / "in"), tmp_path / "out"
-    first = convert(inputs, out, SETTINGS, options=OPTIONS, run_parts=HERE)
+    first = convert(inputs, out, SETTINGS, options=OPTIONS, workers=HERE)
     with pytest.raises(DataError, match="there is a data set"):
-        convert(inputs, out, SETTINGS, options=OPTIONS, run_parts=HERE)
+        convert(inputs, out, SETTINGS, options=OPTIONS, workers=HERE)
     over = replace(SETTINGS, overwrite=True)
-    second = convert(inputs, out, over, options=OPTIONS, run_parts=HERE)
+    second = convert(inputs, out, over, options=OPTIONS, workers=HERE)
     assert second.fingerprint == first.fingerprint and second.folder != first.folder
     assert (out / first.folder).is_dir(), "readers go on with it"
 
@@ -178,14 +178,12 @@ def test_what_a_build_finds_before_it_reads_any_array(tmp_path: Path) -> None:
     for rows, message in cases:
         inputs = write_inputs(folder, 2, rows=rows)
         with pytest.raises(DataError, match=message):
-            convert(inputs, tmp_path / "out", SETTINGS, options=OPTIONS, run_parts=HERE)
+            convert(inputs, tmp_path / "out", SETTINGS, options=OPTIONS, workers=HERE)
         assert not list(tmp_path.glob("out/*")), "nothing is left of a build that has made nothing"
     inputs = write_inputs(folder, 3, rows=[make_row(n) for n in ("a", "img-0001", "img-0001")])
     report = Report()
     settings = replace(SETTINGS, skip_bad=True)
-    made = convert(
-        inputs, tmp_path / "out", settings, options=OPTIONS, run_parts=HERE, report=report
-    )
+    made = convert(inputs, tmp_path / "out", settings, options=OPTIONS, workers=HERE, report=report)
     assert made.images == 1
     assert report.counts == {
         "images that are there twice": 1,
@@ -224,14 +222,14 @@ def test_images_that_stay_out(tmp_path: Path) -> None:
 
 def test_append(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    first = convert(write_inputs(tmp_path / "a", 7), out, SETTINGS, options=OPTIONS, run_parts=HERE)
+    first = convert(write_inputs(tmp_path / "a", 7), out, SETTINGS, options=OPTIONS, workers=HERE)
     old = contents(out)
     more = write_inputs(tmp_path / "b", 6, first=5)
     with pytest.raises(DataError, match="has image 'img-0005' already"):
-        convert(more, out, SETTINGS, options=OPTIONS, append="new", run_parts=HERE)
+        convert(more, out, SETTINGS, options=OPTIONS, append="new", workers=HERE)
     report = Report()
     made = convert(
-        more, out, SETTINGS, options=OPTIONS, append="missing", run_parts=HERE, report=report
+        more, out, SETTINGS, options=OPTIONS, append="missing", workers=HERE, report=report
     )
     assert made == load_manifest(str(out))
     assert report.counts == {"images that the data set has already": 2}
@@ -243,15 +241,15 @@ def test_append(tmp_path: Path) -> None:
     texts = [{"img_id": "img-0050", "sentf": {"new": ["a thing"]}}]
     (tmp_path / "c/sentences.json").write_text(json.dumps(texts))
     with pytest.raises(DataError, match="the data set has no sentences of 'new'"):
-        convert(other, out, SETTINGS, options=OPTIONS, append="new", run_parts=HERE)
+        convert(other, out, SETTINGS, options=OPTIONS, append="new", workers=HERE)
     with pytest.raises(DataError, match="there is no data set"):
-        convert(more, tmp_path / "no", SETTINGS, options=OPTIONS, append="new", run_parts=HERE)
+        convert(more, tmp_path / "no", SETTINGS, options=OPTIONS, append="new", workers=HERE)
 
 
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     inputs = write_inputs(tmp_path / "in")
     found = forecast(inputs, SETTINGS, options=OPTIONS, report=Report())
-    made = convert(inputs, tmp_path / "out", SETTINGS, options=OPTIONS, run_parts=HERE)
+    made = convert(inputs, tmp_path / "out", SETTINGS, options=OPTIONS, workers=HERE)
     assert (found.images, found.pairs, found.shards) == (20, 60, 7)
     assert found.pairs_per_source == made.counts.sentences
     size = sum(p.stat().st_size for p in files_of(tmp_path / "out").glob("*.tar"))

@@ -176,7 +176,7 @@ if __name__ == "__main__":
     inputs = Inputs((FeatureInput(sys.argv[1], "grid"),), (SentenceInput((Path(sys.argv[2]),)),))
     settings = BuildSettings("set", "test", images_per_shard=1)
     try:
-        convert(inputs, sys.argv[3], settings, run_parts=in_processes(2), progress=progress)
+        convert(inputs, sys.argv[3], settings, workers=in_processes(2), progress=progress)
     except KeyboardInterrupt:
         sys.exit(130)
 """

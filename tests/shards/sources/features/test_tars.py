@@ -404,7 +404,7 @@ def test_our_own_tars_come_back_equal(
     first = build(make_records(12, labels=labels), tmp_path / "first", settings)
     inputs = Inputs((FeatureInput(first.place(str(tmp_path / "first"))),))
     here, options = in_processes(1), Options(feature_dim=8)
-    second = convert(inputs, tmp_path / "second", settings, options=options, run_parts=here)
+    second = convert(inputs, tmp_path / "second", settings, options=options, workers=here)
     assert second == first and verify(tmp_path / "second") == []
 
 

@@ -192,7 +192,7 @@ def test_real_rows(shared_data: Path, tmp_path: Path) -> None:
         skip_bad=True,
     )
     given, here = inputs(tsv, sentences), in_processes(1)
-    manifest = convert(given, tmp_path / "data", settings, run_parts=here, report=report)
+    manifest = convert(given, tmp_path / "data", settings, workers=here, report=report)
     assert manifest.schema.vocab_size == 30522 and manifest.answers.count == 9500
     assert (manifest.images, manifest.pairs) == (10, 40)
     assert manifest.counts.sentences == {"coco_cap": 20, "gqa": 10, "vgqa": 10}
