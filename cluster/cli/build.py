@@ -6,15 +6,14 @@ import argparse
 import json
 import os
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
-from cluster.cli.common import out_place
+from cluster.cli.common import add_sentences, out_place, sentence_inputs
 from cluster.cli.progress import shown_progress
 from cluster.cli.streams import say
 from shards.arguments import given_name, given_path, given_place, size, whole
 from shards.convert.convert import Append, convert, forecast
-from shards.convert.inputs import FeatureInput, Inputs, SentenceInput
+from shards.convert.inputs import FeatureInput, Inputs
 from shards.convert.pool import Workers, in_processes
 from shards.convert.recipe import inputs_of, load_recipe
 from shards.errors import DataError
@@ -40,9 +39,7 @@ def add_build(parser: argparse.ArgumentParser) -> None:
          type=_option, help="of the format")  # fmt: skip
     what("--numbers", choices=("coco", "vg"),
          help="whose images bare numbers in the features stand for")  # fmt: skip
-    what("--sentences", nargs="+", default=[], metavar="[FORMAT:]FILE",
-         help="files of sentences (default: those in the features)")  # fmt: skip
-    what("--source", type=given_name, help="set of the sentences that name none")
+    add_sentences(parser)
     what("--vg-images", type=given_path, metavar="JSON",
          help="Visual Genome's image_data.json: which of its images are COCO's")  # fmt: skip
     what("--recipe", type=given_path, metavar="YAML",
@@ -88,31 +85,14 @@ def _option(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _sentence_input(text: str, source: str | None) -> SentenceInput:
-    """`FORMAT:FILE`, where no file has that name as a whole."""
-    form, colon, path = text.partition(":")
-    if colon and not Path(text).exists() and (form in sentences.FORMATS or "." in form):
-        return SentenceInput((given_path(path),), form, source)
-    return SentenceInput((given_path(text),), None, source)
-
-
 def _inputs(args: argparse.Namespace) -> Inputs:
-    given = [_sentence_input(text, args.source) for text in args.sentences]
-    # Files of one format may belong together: questions and their annotations.
-    forms = {s.format for s in given}
-    together = tuple(
-        SentenceInput(
-            tuple(p for s in given if s.format == form for p in s.files), form, args.source
-        )
-        for form in sorted(forms, key=str)
-    )
     settings = dict(args.feature_option)
     return Inputs(
         features=tuple(
             FeatureInput(place, args.features_format, args.numbers, None, settings)
             for place in args.features
         ),
-        sentences=together,
+        sentences=sentence_inputs(args),
         vg_images=args.vg_images,
     )
 

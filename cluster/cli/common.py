@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 
 from shards.arguments import given_name, given_path, given_place
+from shards.convert.inputs import SentenceInput
+from shards.sources.sentences import FORMATS
 from shards.urls import shown
 
 CHECKPOINT = "a run's folder or URL, or a checkpoint's manifest"
@@ -26,6 +29,26 @@ def add_take_over(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--take-over", action="store_true", help="take the run from a job that is alive"
     )
+
+
+def add_sentences(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    """Files of sentences, for `sentence_inputs`."""
+    add = parser.add_argument
+    default = "" if required else " (default: those in the features)"
+    add("--sentences", nargs="+", default=[], required=required, metavar="[FORMAT:]FILE",
+        help=f"files of sentences; see `lxscale shards formats`{default}")  # fmt: skip
+    add("--source", type=given_name, help="set of the sentences that name none")
+
+
+def sentence_inputs(args: argparse.Namespace) -> tuple[SentenceInput, ...]:
+    """What --sentences names. Files of one format may belong together, as questions and their
+    annotations do."""
+    groups: dict[str | None, list[Path]] = {}
+    for text in args.sentences:
+        form, colon, path = text.partition(":")
+        named = colon and not Path(text).exists() and (form in FORMATS or "." in form)
+        groups.setdefault(form if named else None, []).append(given_path(path if named else text))
+    return tuple(SentenceInput(tuple(f), form, args.source) for form, f in groups.items())
 
 
 RUN = "a run's URL or folder"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import tarfile
 import tempfile
 import time
@@ -41,6 +42,8 @@ from shards.format.staging import bring, staging_folder
 from shards.progress import Progress, no_progress
 from shards.sources.regions import Options
 from shards.store import objects
+
+log = logging.getLogger("lxscale")
 
 VERSION = 1  # raise it with anything that gives the same inputs other bytes
 _VOTERS = 100  # records whose layouts are compared first, where bad ones are left out
@@ -104,6 +107,8 @@ def convert(
             present=keys(base, folder, progress) if base else (),
             pass_over=append == "missing",
         ) as plan:
+            if base and not plan.parts:
+                return base.manifest  # it has all of these images
             words = make_words(plan, settings, base, report, progress)
             schema = _schema(plan, settings, base, len(words.tokens))
             parts = _part_settings(out, plan, settings, schema, words, before, base, folder)
@@ -238,11 +243,22 @@ def _part_settings(
 
 
 def _made(plan: Plan, parts: PartSettings, run: RunParts, progress: Progress) -> Iterator[Receipt]:
-    sizes, done, total = plan.part_sizes(), 0, plan.images
-    for receipt in run(parts, plan_parts(plan)):
-        done += sizes[receipt.part]
-        progress("images written", done, total)
-        yield receipt
+    sizes, done, whole, total = plan.part_sizes(), 0, 0, plan.images
+    try:
+        for receipt in run(parts, plan_parts(plan)):
+            done, whole = done + sizes[receipt.part], whole + 1
+            progress("images written", done, total)
+            yield receipt
+    except BaseException:
+        if whole:
+            log.warning(
+                "%d of %d shards are whole, in %s: the same command goes on with them, and "
+                "`lxscale shards clean` removes them",
+                whole,
+                plan.parts,
+                parts.place,
+            )
+        raise
 
 
 def plan_parts(plan: Plan) -> Iterator[Part]:

@@ -79,7 +79,8 @@ def make_plan(
             database.executescript(_INDEXES)
             making.leave_out()
             making.pass_over(present, pass_over)
-            making.check_any()
+            if not pass_over:
+                making.check_any()
             making.cut(shard_bytes, images_per_shard)
             yield plan
         except sqlite3.Error as error:
@@ -107,7 +108,7 @@ class _Making:
         vg = load_vg_images(self.inputs.vg_images) if self.inputs.vg_images else None
         count = 0
         for given in self.inputs.sentences:
-            for form, files in _sentence_formats(given):
+            for form, files in sentence_formats(given):
                 for text in form.read(files, given.source or form.source, self.report):
                     image = vg.resolve(text.image) if vg else text.image
                     self._add_text(image, text.split or given.split, text.sentences)
@@ -305,7 +306,7 @@ class _Making:
         return (count or _OBJECTS) * row + text + 4 * (512 + 256)
 
 
-def _sentence_formats(
+def sentence_formats(
     given: SentenceInput,
 ) -> Iterator[tuple[SentenceFormat, list[Path]]]:
     """The files of an input by format, in the order in which formats come first."""

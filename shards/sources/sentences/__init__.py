@@ -20,7 +20,17 @@ import importlib
 from pathlib import Path
 
 from shards.errors import DataError
-from shards.sources.sentences import aggregated, pictures
+from shards.sources.sentences import (
+    aggregated,
+    coco,
+    gqa,
+    nlvr2,
+    pictures,
+    rows,
+    vg_qa,
+    vg_regions,
+    vqa,
+)
 from shards.sources.texts import SentenceFormat
 
 FORMATS: dict[str, SentenceFormat] = {
@@ -28,6 +38,13 @@ FORMATS: dict[str, SentenceFormat] = {
     for f in (
         aggregated.FORMAT,
         pictures.FORMAT,
+        vqa.FORMAT,
+        coco.FORMAT,
+        vg_regions.FORMAT,
+        vg_qa.FORMAT,
+        gqa.FORMAT,
+        nlvr2.FORMAT,
+        rows.FORMAT,
     )
 }
 """By name, in the order in which they are tried."""

@@ -117,13 +117,16 @@ def test_a_killed_build_goes_on_with_what_is_whole(tmp_path: Path) -> None:
     assert verify(str(tmp_path / "out")) == []
 
 
-def test_a_cleaned_place_gets_a_folder_of_another_name(tmp_path: Path) -> None:
+def test_a_cleaned_place_gets_a_folder_of_another_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """What a cleaning has on its list must not be what a later build writes."""
     inputs, out = write_inputs(tmp_path / "in"), tmp_path / "out"
     rows = [make_row(f"img-{i:04d}", n=1) for i in range(19)] + [make_row("img-0019", boxes="!")]
     write_inputs(tmp_path / "in", rows=rows)
     with pytest.raises(DataError, match="line 20, column boxes: damaged base64"):
         convert(inputs, out, SETTINGS, options=OPTIONS, workers=HERE)
+    assert "6 of 7 shards are whole" in caplog.text
     [left] = out.glob("build-*")
     assert len(list(left.glob("*.tar"))) == 6, "whole shards stay for the same command to go on"
     found = leftovers(str(out))
@@ -233,6 +236,8 @@ def test_append(tmp_path: Path) -> None:
     )
     assert made == load_manifest(str(out))
     assert report.counts == {"images that the data set has already": 2}
+    again = convert(more, out, SETTINGS, options=OPTIONS, append="missing", workers=HERE)
+    assert again == made, "there is nothing to add"
     assert made.images == 11 and [s.images for s in made.shards] == [3, 3, 1, 3, 1]
     assert verify(str(out)) == []
     assert old.pop("fingerprint") == first.fingerprint != made.fingerprint

@@ -1,0 +1,59 @@
+"""NLVR2's statements, a line of JSON each: `{"identifier": "train-1-0-0", "sentence", "label"}`.
+
+A statement is about two images, `train-1-0-img0` and `…-img1`: both get it, with the identifier
+as its id (so a pair's halves are found) and its label as the answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from shards.errors import DataError
+from shards.format.record import Report, Sentence
+from shards.sources.image_ids import image_id
+from shards.sources.json_stream import head
+from shards.sources.sentences.rows import json_lines
+from shards.sources.texts import ImageText, SentenceFormat
+
+_LABELS = ("True", "False")
+
+
+def _detect(path: Path) -> bool:
+    try:
+        first = json.loads(head(path).split(b"\n")[0])
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and {"identifier", "sentence"} <= set(first)
+
+
+def _read(files: Sequence[Path], source: str, report: Report) -> Iterator[ImageText]:
+    for path in files:
+        for number, entry in json_lines(path, "file of statements"):
+            where = f"{path}, line {number}"
+            name, text, label = (entry.get(k) for k in ("identifier", "sentence", "label"))
+            parts = name.split("-") if isinstance(name, str) else []
+            if len(parts) != 4 or not isinstance(text, str):
+                raise DataError(
+                    f"{where}: it has no identifier (split-set-pair-sentence) and sentence"
+                )
+            if label is not None and str(label) not in _LABELS:
+                raise DataError(f"{where}: the label is {label!r:.40}, not True or False")
+            if not text.strip():
+                report.add("empty sentences", where)
+                continue
+            answers = None if label is None else {str(label): 1.0}
+            sentence = Sentence(text.strip(), source, answers, name)
+            for side in ("img0", "img1"):
+                image = "-".join([*parts[:3], side])
+                yield ImageText(image_id(image), (sentence,), parts[0])
+
+
+FORMAT = SentenceFormat(
+    name="nlvr2",
+    help="NLVR2's statements (train.json), each for both of its images",
+    source="nlvr2",
+    detect=_detect,
+    read=_read,
+)

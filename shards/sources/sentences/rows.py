@@ -1,0 +1,153 @@
+"""Rows of image and sentence: CSV with a header (commas or tabs), or a line of JSON each.
+
+image      its name, as the features have it
+sentence   a text
+answers    optional: {"answer": score}, as JSON; a list; or answers with `;` between them (score 1)
+source     optional: the name of the sentence's set
+id         optional: of the question
+split      optional: of the image
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shards.errors import DataError
+from shards.format.record import Report, Sentence, check_answers
+from shards.sources.image_ids import image_id
+from shards.sources.json_stream import head
+from shards.sources.texts import ImageText, SentenceFormat
+
+_COLUMNS = {"image", "sentence", "answers", "source", "id", "split"}
+_LONGEST = 1 << 24  # bytes of a line
+
+
+def json_lines(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers from 1 and the objects in them; empty lines do not count. DataError naming file
+    and line for anything else."""
+    try:
+        with open(path, "rb") as f:
+            number = 0
+            while line := f.readline(_LONGEST):
+                number += 1
+                if not line.strip():
+                    continue
+                try:
+                    entry = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise DataError(
+                        f"the {what} {path}, line {number} is not JSON: {error}; copy or make the "
+                        "file again"
+                    ) from None
+                if not isinstance(entry, dict):
+                    raise DataError(f"the {what} {path}, line {number} is not an object")
+                yield number, entry
+    except OSError as error:
+        raise DataError(f"cannot read the {what} {path}: {error.strerror}") from None
+
+
+def _detect(path: Path) -> bool:
+    first = head(path).split(b"\n")[0].decode("utf-8-sig", "replace").strip()
+    if first.startswith("{"):
+        try:
+            entry = json.loads(first)
+        except (ValueError, RecursionError):
+            return False
+        return isinstance(entry, dict) and {"image", "sentence"} <= set(entry)
+    return {"image", "sentence"} <= set(_cells(first, _delimiter(first)))
+
+
+def _delimiter(header: str) -> str:
+    return "\t" if "\t" in header else ","
+
+
+def _cells(line: str, delimiter: str) -> list[str]:
+    return next(csv.reader([line], delimiter=delimiter), [])
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    begin = _head(path).lstrip()
+    if begin[:1] == b"{":
+        yield from json_lines(path, "file of sentences")
+        return
+    delimiter = _delimiter(begin.split(b"\n")[0].decode("utf-8", "replace"))
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            reader = csv.DictReader(f, delimiter=delimiter, strict=True)
+            for row in reader:
+                if None in row or None in row.values():
+                    raise DataError(
+                        f"{path}, line {reader.line_num}: not as many cells as the header has names"
+                    )
+                yield reader.line_num, {k: v for k, v in row.items() if v != ""}
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is no CSV: {error}; quote cells with line ends in them") from None
+
+
+def _head(path: Path) -> bytes:
+    try:
+        return head(path)
+    except OSError as error:
+        raise DataError(f"cannot read the file of sentences {path}: {error.strerror}") from None
+
+
+def _read(files: Sequence[Path], source: str, report: Report) -> Iterator[ImageText]:
+    for path in files:
+        for number, row in _rows(path):
+            where = f"{path}, line {number}"
+            if unknown := set(row) - _COLUMNS:
+                raise DataError(f"{where}: unknown column {sorted(map(str, unknown))[0]!r:.40}")
+            image, text = row.get("image"), row.get("sentence", "")
+            if not isinstance(image, str) or not isinstance(text, str):
+                raise DataError(f"{where}: it has no image and sentence, both texts")
+            if not text.strip():
+                report.add("empty sentences", where)
+                continue
+            sentence = Sentence(
+                text.strip(),
+                _name(row, "source", where) or source,
+                _answers(row.get("answers"), where),
+                row.get("id"),
+            )
+            if isinstance(sentence.id, bool) or not isinstance(sentence.id, str | int | None):
+                raise DataError(f"{where}: the id {sentence.id!r:.40} is no text or whole number")
+            yield ImageText(image_id(image), (sentence,), _name(row, "split", where))
+
+
+def _name(row: Mapping[str, Any], column: str, where: str) -> str | None:
+    value = row.get(column)
+    if value is not None and (not isinstance(value, str) or not value):
+        raise DataError(f"{where}: the {column} {value!r:.40} is no name")
+    return value
+
+
+def _answers(given: object, where: str) -> dict[str, float] | None:
+    if given is None:
+        return None
+    if isinstance(given, str):
+        text = given.strip()
+        if text.startswith(("{", "[")):
+            try:
+                given = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where}: the answers are no JSON: {error}") from None
+        else:
+            given = [part.strip() for part in text.split(";") if part.strip()]
+    if isinstance(given, list):
+        if not all(isinstance(a, str) for a in given):
+            raise DataError(f"{where}: the answers are not all texts")
+        given = dict.fromkeys(given, 1.0)
+    return check_answers(given, where)
+
+
+FORMAT = SentenceFormat(
+    name="rows",
+    help="CSV or JSON lines of image, sentence, answers, source, id, split",
+    source="sentences",
+    detect=_detect,
+    read=_read,
+)
