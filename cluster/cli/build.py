@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from cluster.cli.common import add_sentences, out_place, sentence_inputs
@@ -16,16 +17,20 @@ from shards.convert.convert import Append, convert, forecast
 from shards.convert.inputs import FeatureInput, Inputs
 from shards.convert.pool import Workers, in_processes
 from shards.convert.recipe import inputs_of, load_recipe
-from shards.errors import DataError
+from shards.errors import DataError, explained
 from shards.format.answers import load_answers
 from shards.format.build import BuildSettings
 from shards.format.info import info
 from shards.format.manifest import given_file
 from shards.format.pretrained import pretrained_vocab
 from shards.format.record import Report
+from shards.inspect.summary import Settings as InspectSettings
+from shards.inspect.summary import inspect
+from shards.progress import Progress
 from shards.sources import features, sentences
 from shards.sources.regions import Options
 from shards.store import objects
+from shards.store.atomic import written_whole
 
 
 def add_build(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +78,8 @@ def add_build(parser: argparse.ArgumentParser) -> None:
     add("--retry-failed", action="store_true",
         help="add those images to the data set at --out that it lacks")  # fmt: skip
     add("--dry-run", action="store_true", help="say what would be built, its size and time")
+    add("--report", type=given_path, metavar="FILE",
+        help="write what was left out and why, and what is in the data set, as JSON")  # fmt: skip
     add("--json", action="store_true", help="print a report for scripts")
     add("--quiet", action="store_true", help="no progress")
     parser.set_defaults(func=_build)
@@ -114,7 +121,7 @@ def _build(args: argparse.Namespace) -> int:
         if first and not args.dry_run:  # the words of all are those of the first
             vocab, answers = (given_file(first, which) for which in ("vocab", "answers"))
             settings = replace(settings, vocab=vocab, answers=load_answers(answers))
-        _one(args, inputs, out, settings)
+        _one(args, inputs, out, settings, name)
         first = first or out
     return 0
 
@@ -152,7 +159,10 @@ def _settings(args: argparse.Namespace, out: str) -> BuildSettings:
     )
 
 
-def _one(args: argparse.Namespace, inputs: Inputs, out: str, settings: BuildSettings) -> int:
+def _one(
+    args: argparse.Namespace, inputs: Inputs, out: str, settings: BuildSettings, name: str = ""
+) -> int:
+    """Build one data set; name: of those of a recipe."""
     report, options = Report(), Options(feature_dim=args.feature_dim)
     append: Append | None = None
     if args.append or args.retry_failed:
@@ -180,7 +190,11 @@ def _one(args: argparse.Namespace, inputs: Inputs, out: str, settings: BuildSett
         if not args.json:
             for line in report.lines():
                 say(f"left out: {line}")
-    left_out = {"left_out": report.counts, "examples": report.examples}
+    left_out: dict[str, Any] = {"left_out": report.counts, "examples": report.examples}
+    if args.report and not args.dry_run:
+        with shown_progress(args.quiet) as progress:
+            file = args.report.with_name(f"{name}-{args.report.name}") if name else args.report
+            _write_report(file, out, left_out, progress)
     if args.dry_run:
         workers = args.workers or len(os.sched_getaffinity(0))
         if args.json:
@@ -193,6 +207,14 @@ def _one(args: argparse.Namespace, inputs: Inputs, out: str, settings: BuildSett
     else:
         print(info(out))
     return 0
+
+
+def _write_report(path: Path, out: str, left_out: dict[str, Any], progress: Progress) -> None:
+    """What was built, and what was left out of it."""
+    summary, _ = inspect(out, InspectSettings(), progress=progress)
+    entry = {"out": out, **left_out, "data_set": summary.document()}
+    with explained(path), written_whole(path) as temporary:
+        temporary.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
 
 
 def _forecast_text(out: str, found: Any, workers: int) -> str:

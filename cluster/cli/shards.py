@@ -10,6 +10,7 @@ from cluster.cli import audit
 from cluster.cli.answers import add_answers
 from cluster.cli.build import add_build, add_formats
 from cluster.cli.common import add_cache, out_place, ranges, verdict
+from cluster.cli.extract import add_extract
 from cluster.cli.inspect import add_dump, add_inspect
 from cluster.cli.plan import plan_report
 from cluster.cli.progress import shown_progress
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="shards_command", required=True)
     for name, add, help_ in (
         ("build", add_build, "make a data set of features, or pictures, and sentences"),
+        ("extract", add_extract, "features of pictures, by a detector or for given boxes"),
         ("answers", add_answers, "a joint answer table of several sets"),
         ("formats", add_formats, "the kinds of files that are read"),
         ("verify", _add_verify, "check every byte of a data set"),

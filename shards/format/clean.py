@@ -26,8 +26,8 @@ from shards.store.objects import Listed
 # somebody else's.
 _FOLDER = re.compile(r"(build-[a-f][0-9a-f]{7})/(.+)", re.DOTALL)
 _IN_FOLDER = re.compile(
-    r"shard-(?:[0-9a-f]{8}-)?\d{6,}\.(tar|table\.safetensors|part\.json)|shards-(?:[0-9a-f]{8}-)?\d{6,}\.safetensors|vocab\.txt|answers\.json"
-    r"|\.[^/]+\.tmp"
+    r"shard-(?:[0-9a-f]{8}-)?\d{6,}\.(tar|table\.safetensors|part\.json)"
+    r"|shards-(?:[0-9a-f]{8}-)?\d{6,}\.safetensors|vocab\.txt|answers\.json|\.[^/]+\.tmp"
 )
 # What builds wrote before each had a folder: shards, each with its table, and with them the others.
 _SHARD = re.compile(r"(shard-\d{6})\.(tar|table\.safetensors)")

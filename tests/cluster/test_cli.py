@@ -13,7 +13,19 @@ from cluster.cli.main import COMMANDS, main, parse
 from tests.conftest import subprocess_environment
 
 _TOOLS = ("merge", "split", "subset", "push", "pull", "index", "migrate")
-_SHARDS = (*_TOOLS, "formats", "inspect", "dump", "verify", "info", "plan", "audit", "easy-vqa")
+_SHARDS = (
+    *_TOOLS,
+    "extract",
+    "answers",
+    "formats",
+    "inspect",
+    "dump",
+    "verify",
+    "info",
+    "plan",
+    "audit",
+    "easy-vqa",
+)
 _LINES = [
     *([name] for name in COMMANDS),
     *(["shards", name] for name in ("build", *_SHARDS)),

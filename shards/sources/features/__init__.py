@@ -19,7 +19,17 @@ from __future__ import annotations
 import importlib
 
 from shards.errors import DataError
-from shards.sources.features import grid, tars, tsv
+from shards.sources.features import (
+    arrays,
+    gqa_hdf5,
+    grid,
+    parquet,
+    tars,
+    tsv,
+    uniter_lmdb,
+    vinvl,
+    volta_lmdb,
+)
 from shards.sources.regions import FeatureFormat
 from shards.store import objects
 
@@ -27,7 +37,13 @@ FORMATS: dict[str, FeatureFormat] = {
     f.name: f
     for f in (
         tsv.FORMAT,
+        vinvl.FORMAT,
+        volta_lmdb.FORMAT,
+        uniter_lmdb.FORMAT,
+        gqa_hdf5.FORMAT,
+        parquet.FORMAT,
         tars.FORMAT,
+        arrays.FORMAT,
         grid.FORMAT,
     )
 }
