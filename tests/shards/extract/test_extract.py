@@ -52,21 +52,18 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
         embedding_size=8,
         hidden_sizes=[8, 16, 32, 64],
         depths=[1, 1, 1, 1],
-        out_features=["stage4"],
+        **{"out_features": ["stage4"]},
     )
-    sizes = dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "d_model"), 16)
+    sizes: dict[str, Any] = dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "d_model"), 16)
+    sizes |= {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None}
     config = DetrConfig(
-        use_timm_backbone=False,
-        use_pretrained_backbone=False,
-        backbone=None,
         backbone_config=backbone,
         encoder_layers=1,
         decoder_layers=1,
         encoder_attention_heads=2,
         decoder_attention_heads=2,
         num_queries=20,
-        num_labels=5,
-        **sizes,
+        **sizes | {"num_labels": 5},
     )
     folder = tmp_path_factory.mktemp("detr")
     DetrForObjectDetection(config).save_pretrained(folder)
