@@ -48,14 +48,16 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor, ResNetConfig
 
     torch.manual_seed(0)
+    last: dict[str, Any] = {"out_features": ["stage4"]}
     backbone = ResNetConfig(
         embedding_size=8,
         hidden_sizes=[8, 16, 32, 64],
         depths=[1, 1, 1, 1],
-        **{"out_features": ["stage4"]},
+        **last,
     )
     sizes: dict[str, Any] = dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "d_model"), 16)
     sizes |= {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None}
+    sizes |= {"num_labels": 5}
     config = DetrConfig(
         backbone_config=backbone,
         encoder_layers=1,
@@ -63,7 +65,7 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
         encoder_attention_heads=2,
         decoder_attention_heads=2,
         num_queries=20,
-        **sizes | {"num_labels": 5},
+        **sizes,
     )
     folder = tmp_path_factory.mktemp("detr")
     DetrForObjectDetection(config).save_pretrained(folder)
