@@ -41,7 +41,8 @@ class Batch:
     token_start: Tensor
     """i64[M+1] where each pair's tokens begin; the last entry is T."""
     features: Tensor
-    """f16[U, O, D] as the detector gave them, zero-padded."""
+    """[U, O, D] as the detector gave them, f16 or f32, zero-padded; or u8[U, O, 8 + D] as
+    `model.stored.decoded` takes them."""
     boxes: Tensor
     """f32[U, O, 4] x1 y1 x2 y2 in 0..1, zero-padded."""
     num_objects: Tensor
@@ -59,7 +60,7 @@ class Batch:
     swap_position: Tensor
     """i64 those of them whose features are replaced by `swap_features`."""
     swap_features: Tensor
-    """f16[., D] features of objects of other images, one for each of `swap_position`."""
+    """[., D] features of objects of other images, one for each of `swap_position`, likewise."""
     matched: Tensor
     """i64[M] 1 = the sentence belongs to the image, 0 = it is another image's."""
     answer_pair: Tensor

@@ -20,6 +20,7 @@ from model.layers import CrossLayer, Layer, ObjectEmbedding, WordEmbedding
 from model.objectives import OBJECTIVES, check_objectives
 from model.objectives.base import Encoded, LossSettings, read_objects
 from model.packing import Rows, row_of
+from model.stored import decoded
 from model.trunk import LxmertModel, Pairs
 
 
@@ -138,7 +139,7 @@ def pack(batch: Batch, dtype: torch.dtype) -> Pairs:
     features = torch.cat([features, features.new_zeros(1, features.shape[1]), batch.swap_features])
     length = batch.token_start.diff()
     tokens = Rows(length, len(batch.tokens), extent.longest)
-    features, boxes = features.to(dtype), boxes.to(dtype)
+    features, boxes = decoded(features, dtype), boxes.to(dtype)
     return Pairs(batch.tokens, tokens, features, boxes, feature, box, views, objects, seen)
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from shards.errors import DataError
 from shards.format.index import LAYOUT, DatasetIndex, TableFile, map_index
 from shards.format.manifest import Counts, FileInfo, Manifest, load_manifest
-from shards.format.members import MEMBERS, RECORD, members_of
+from shards.format.members import MEMBERS, RECORD, has_member
 from shards.format.shard_list import ShardList
 from shards.gather import gather_bytes, gather_images, gather_objects
 from shards.order.draws import I64
@@ -177,10 +177,10 @@ class Dataset:
     # --- gathers --------------------------------------------------------------------------------
 
     def gather_images(
-        self, images: I64, shards: I64, features: NDArray[np.float16]
+        self, images: I64, shards: I64, features: NDArray
     ) -> tuple[NDArray[np.float32], tuple[NDArray, ...] | None]:
         """Copy the features of images, which lie in `shards`, into `features`,
-        (images, objects, feature_dim), zero-padded.
+        (images, objects, schema.stored_width), zero-padded.
 
         Returns boxes, (images, objects, 4) f32, and with labels object ids and confidences,
         attribute ids and confidences, each (images, objects), i64 or f32; zero-padded, too.
@@ -188,9 +188,9 @@ class Dataset:
         schema = self.manifest.schema
         return gather_images(self.shards, self.index, schema, images, shards, features)
 
-    def gather_objects(self, images: I64, shards: I64, objects: I64) -> NDArray[np.float16]:
-        """Single objects' features, (n, feature_dim): object `objects[i]` of `images[i]`, which
-        lies in `shards[i]`."""
+    def gather_objects(self, images: I64, shards: I64, objects: I64) -> NDArray:
+        """Single objects' features as stored, (n, schema.stored_width): object `objects[i]` of
+        `images[i]`, which lies in `shards[i]`."""
         schema = self.manifest.schema
         return gather_objects(self.shards, self.index, schema, images, shards, objects)
 
@@ -292,11 +292,12 @@ def _combine(manifests: Sequence[Manifest], specs: Sequence[DatasetSpec]) -> Man
             ("vocabulary", first.vocab.sha256, m.vocab.sha256),
             ("answer table", first.answers.sha256, m.answers.sha256),
             ("feature width", schema.feature_dim, m.schema.feature_dim),
+            ("type of features", schema.feature_type, m.schema.feature_type),
             *(
                 (
                     f"use of {member.name}",
-                    member in members_of(schema),
-                    member in members_of(m.schema),
+                    has_member(schema, member),
+                    has_member(m.schema, member),
                 )
                 for member in MEMBERS
             ),

@@ -7,9 +7,10 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.format.features import NUMPY
 from shards.format.index import DatasetIndex
 from shards.format.manifest import Schema
-from shards.format.members import BOXES, FEATURES, LABELS, RECORD, Member, members_of
+from shards.format.members import BOXES, FEATURES, FEATURES_OF, LABELS, RECORD, Member, members_of
 from shards.order.draws import I64
 from shards.store.prefetch import ShardFiles
 from shards.store.reader import Run
@@ -21,10 +22,10 @@ def gather_images(
     schema: Schema,
     images: I64,
     shards: I64,
-    features: NDArray[np.float16],
+    features: NDArray,
 ) -> tuple[NDArray[np.float32], tuple[NDArray, ...] | None]:
     """Copy the features of images, rows of the index that lie in `shards`, into `features`,
-    (images, objects, feature_dim), zero-padded.
+    (images, objects, schema.stored_width) of the type that they are stored in, zero-padded.
 
     Returns boxes, (images, objects, 4) f32, and with labels object ids and confidences, attribute
     ids and confidences, each (images, objects), i64 or f32; zero-padded, too.
@@ -35,24 +36,29 @@ def gather_images(
     for member in members_of(schema):
         if member is not RECORD:
             size = member.object_bytes(schema)
-            out = features if member is FEATURES else np.empty((count, objects * size), np.uint8)
+            out = (
+                features
+                if member.name == FEATURES.name
+                else np.empty((count, objects * size), np.uint8)
+            )
             runs[member] = Run(index.offset[member.name][images], held * size, out)
     files.read_rows(shards, list(runs.values()))
     found = {
         member.name: _columns(member, schema, run.out, held, objects)
         for member, run in runs.items()
-        if member is not FEATURES
+        if member.name != FEATURES.name
     }
     return found[BOXES.name][0], found.get(LABELS.name)
 
 
 def gather_objects(
     files: ShardFiles, index: DatasetIndex, schema: Schema, images: I64, shards: I64, objects: I64
-) -> NDArray[np.float16]:
-    """Single objects' features, (n, feature_dim): object `objects[i]` of `images[i]`, which lies in
-    `shards[i]`."""
-    size = FEATURES.object_bytes(schema)
-    out = np.empty((len(images), schema.feature_dim), dtype=np.float16)
+) -> NDArray:
+    """Single objects' features as stored, (n, schema.stored_width): object `objects[i]` of
+    `images[i]`, which lies in `shards[i]`."""
+    member = FEATURES_OF[schema.feature_type]
+    size = member.object_bytes(schema)
+    out = np.empty((len(images), schema.stored_width), dtype=NUMPY[schema.feature_type])
     at = index.offset[FEATURES.name][images] + objects * size
     files.read_rows(shards, [Run(at, np.full(len(images), size), out)])
     return out

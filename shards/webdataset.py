@@ -21,14 +21,15 @@ from typing import Any
 
 import webdataset
 
+from shards.format.features import as_numbers
 from shards.format.manifest import Schema, load_manifest
-from shards.format.members import MEMBERS, RECORD, members_of
+from shards.format.members import FEATURES, FEATURES_OF, MEMBERS, RECORD, members_of
 from shards.sources import tars
 from shards.store.cache import cache_folder, local_file
 from shards.store.locks import open_shared
 from shards.store.stored import StoredFile
 
-_SUFFIXES = frozenset(member.suffix for member in MEMBERS)
+_SUFFIXES = frozenset(m.suffix for m in (*MEMBERS, *FEATURES_OF.values()))
 
 
 class Records(webdataset.DataPipeline, webdataset.FluidInterface):
@@ -93,6 +94,8 @@ def _decoded(members: Mapping[str, bytes], schema: Schema) -> dict[str, Any]:
         if member is not RECORD:
             value = member.value(members[member.suffix], n, schema)
             columns = vars(value) if member.holder else {member.name: value}
+            if member.name == FEATURES.name:
+                columns = {member.name: as_numbers(value)}
             # Copies: tensors are made of arrays that may be written to.
             record |= {name: column.copy() for name, column in columns.items()}
     return record

@@ -65,6 +65,8 @@ def add_build(parser: argparse.ArgumentParser) -> None:
     add("--name", help="name of the data set (default: the last part of --out)")
     add("--extractor", help="what made the features (default: as the format says)")
     add("--feature-dim", type=whole(1, 1 << 20), default=2048)
+    add("--feature-type", choices=("fp16", "fp32", "uint8"), default="fp16",
+        help="how features are stored; uint8: with a scale a box (default: fp16)")  # fmt: skip
     add("--shard-mb", type=size(1 << 20), default="128",
         help="size of a shard (default: %(default)s MiB)")  # fmt: skip
     add("--images-per-shard", type=whole(1), help="a shard ends at so many, too")
@@ -154,6 +156,7 @@ def _settings(args: argparse.Namespace, out: str) -> BuildSettings:
         shard_bytes=args.shard_mb,
         images_per_shard=args.images_per_shard,
         max_tokens=args.max_tokens,
+        feature_type=args.feature_type,
         overwrite=args.overwrite,
         skip_bad=args.skip_bad,
     )
@@ -190,7 +193,13 @@ def _one(
         if not args.json:
             for line in report.lines():
                 say(f"left out: {line}")
-    left_out: dict[str, Any] = {"left_out": report.counts, "examples": report.examples}
+            for note in report.notes:
+                say(note)
+    left_out: dict[str, Any] = {
+        "left_out": report.counts,
+        "examples": report.examples,
+        "notes": report.notes,
+    }
     if args.report and not args.dry_run:
         with shown_progress(args.quiet) as progress:
             file = args.report.with_name(f"{name}-{args.report.name}") if name else args.report

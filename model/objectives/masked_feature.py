@@ -3,11 +3,13 @@ dimensions."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model.batch import Batch
 from model.objectives.base import Encoded, LossSettings, Objective, Result, of_image
+from model.stored import decoded
 
 
 def _rows(encoded: Encoded) -> Tensor:
@@ -20,7 +22,7 @@ def _count(batch: Batch, settings: LossSettings) -> int:
 
 def _loss(logits: Tensor, encoded: Encoded) -> Result:
     batch = encoded.batch
-    original = of_image(batch, batch.features, batch.object_position).float()
+    original = decoded(of_image(batch, batch.features, batch.object_position), torch.float32)
     error = F.mse_loss if encoded.settings.feature_loss == "l2" else F.smooth_l1_loss
     return Result(error(logits.float(), original, reduction="none").mean(-1).sum())
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from shards.convert.append import Existing, existing, keys
 from shards.convert.inputs import Inputs
-from shards.convert.part import Part, PartSettings, Receipt, read_records, receipt_url
+from shards.convert.part import Errors, Part, PartSettings, Receipt, read_records, receipt_url
 from shards.convert.plan import Plan, take_census
 from shards.convert.planning import make_plan
 from shards.convert.pool import RunParts, Workers, in_processes
@@ -100,6 +100,7 @@ def convert(
             replace(options or Options(), room=folder),
             folder,
             shard_bytes=settings.shard_bytes,
+            feature_type=settings.feature_type,
             images_per_shard=settings.images_per_shard,
             skip_bad=settings.skip_bad,
             report=report,
@@ -113,8 +114,12 @@ def convert(
             schema = _schema(plan, settings, base, len(words.tokens))
             parts = _part_settings(out, plan, settings, schema, words, before, base, folder)
             receipts = list(_made(plan, parts, run, progress))
+        errors = Errors()
         for receipt in receipts:
             receipt.add_to(report)
+            errors.add(receipt.errors)
+        if errors.values:
+            report.notes.append(errors.line())
         return _commit(out, folder, parts, receipts, words, settings, before, base, progress)
 
 
@@ -136,6 +141,7 @@ def records(
             options or Options(),
             Path(folder),
             shard_bytes=1,
+            feature_type="fp16",
             images_per_shard=None,
             skip_bad=skip_bad,
             report=report,
@@ -163,6 +169,7 @@ def forecast(
             replace(options, room=Path(folder)),
             Path(folder),
             shard_bytes=settings.shard_bytes,
+            feature_type=settings.feature_type,
             images_per_shard=settings.images_per_shard,
             skip_bad=settings.skip_bad,
             report=report,
@@ -198,7 +205,8 @@ def _schema(plan: Plan, settings: BuildSettings, base: Existing | None, vocab_si
     first: list[ImageRecord] = []
     report = Report()
     batch = list(islice(plan.first(), 10 * _VOTERS if settings.skip_bad else 1))
-    for record in read_records(dict(enumerate(plan.files)), batch, None, settings.skip_bad, report):
+    files, kind = dict(enumerate(plan.files)), settings.feature_type
+    for record in read_records(files, batch, None, settings.skip_bad, report, kind):
         first.append(record)
         if len(first) == (_VOTERS if settings.skip_bad else 1):
             break

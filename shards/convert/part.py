@@ -14,14 +14,17 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import numpy as np
 
 from shards.convert.plan import FeatureFile, PlannedImage
 from shards.errors import DataError
 from shards.format.answers import answer_index
 from shards.format.build import checked_json
 from shards.format.check import check_record
+from shards.format.features import FeatureType, from_uint8, to_uint8
 from shards.format.manifest import Schema
 from shards.format.members import members_of
 from shards.format.record import ImageRecord, Report
@@ -70,6 +73,45 @@ class Part:
     """Those that its images are in, by number."""
 
 
+@dataclass
+class Errors:
+    """What storing features as uint8 has cost."""
+
+    largest: float = 0.0
+    """Difference of a value."""
+    total: float = 0.0
+    """Of all differences."""
+    values: int = 0
+    of_range: float = 0.0
+    """Largest difference over the range of its box's values."""
+
+    def stored(self, record: ImageRecord) -> ImageRecord:
+        """The record with its features as uint8, counted."""
+        before = record.features.astype(np.float32)
+        rows = to_uint8(before)
+        error = np.abs(from_uint8(rows) - before)
+        spread = np.ptp(before, axis=1)
+        self.largest = max(self.largest, float(error.max()))
+        self.total += float(error.sum(dtype=np.float64))
+        self.values += error.size
+        share = error.max(axis=1)[spread > 0] / spread[spread > 0]
+        self.of_range = max(self.of_range, float(share.max(initial=0.0)))
+        return replace(record, features=rows)
+
+    def add(self, other: Errors) -> None:
+        self.largest = max(self.largest, other.largest)
+        self.of_range = max(self.of_range, other.of_range)
+        self.total += other.total
+        self.values += other.values
+
+    def line(self) -> str:
+        mean = self.total / max(self.values, 1)
+        return (
+            f"features as uint8 are off by {mean:.2g} in the mean and {self.largest:.2g} at most, "
+            f"{self.of_range:.2%} of the range of a box's values"
+        )
+
+
 @dataclass(frozen=True)
 class Receipt:
     """What a part has become."""
@@ -79,6 +121,7 @@ class Receipt:
     shard: ShardInfo | None
     """None where no record of it was good."""
     max_objects: int = 0
+    errors: Errors = field(default_factory=Errors)
     counts: dict[str, int] = field(default_factory=dict)
     """What was left out, by reason."""
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -126,26 +169,33 @@ def _workspace(settings: PartSettings) -> Iterator[Path]:
 
 
 def _make(settings: PartSettings, part: Part, folder: Path) -> Receipt:
-    report, most = Report(), 0
+    report, most, errors = Report(), 0, Errors()
+    feature_type = settings.schema.feature_type
     documents: list[Document] = []
     writer = ShardWriter(folder, f"{settings.name(part.number)}.tar", members_of(settings.schema))
     try:
         for record in read_records(
-            part.files, part.images, settings.schema, settings.skip_bad, report
+            part.files, part.images, settings.schema, settings.skip_bad, report, feature_type
         ):
+            if feature_type == "uint8":
+                record = errors.stored(record)
             text = checked_json(record)
             writer.append(record, text)
             documents.append(json.loads(text))
             most = max(most, len(record.boxes))
         if not documents:
             writer.abort()
-            return Receipt(part.number, settings.digest, None, 0, report.counts, report.examples)
+            return Receipt(part.number, settings.digest, None, 0, errors, *_told(report))
         tar = writer.close()
     except BaseException:
         writer.abort()
         raise
     shard = write_table(folder, tar, documents, _encoder(settings), _unknown)
-    return Receipt(part.number, settings.digest, shard, most, report.counts, report.examples)
+    return Receipt(part.number, settings.digest, shard, most, errors, *_told(report))
+
+
+def _told(report: Report) -> tuple[dict[str, int], dict[str, list[str]]]:
+    return report.counts, report.examples
 
 
 def _unknown(_document: Document, _text: str, _answer: str) -> None:
@@ -177,8 +227,10 @@ def read_records(
     schema: Schema | None,
     skip_bad: bool,
     report: Report,
+    feature_type: FeatureType = "fp16",
 ) -> Iterator[ImageRecord]:
-    """The records of planned images, in order, checked against the schema if there is one."""
+    """The records of planned images, in order, checked against the schema if there is one. Features
+    are of the type fp16, or as the files have them where another one is asked for."""
     with ExitStack() as stack:
         opened = -1
         read: Reader = _unopened
@@ -189,7 +241,7 @@ def read_records(
                 read = stack.enter_context(file.format.reader(file.url, file.options))
                 opened = image.file
             try:
-                record = _record(files[image.file], read, image)
+                record = _record(files[image.file], read, image, feature_type)
                 if schema:
                     check_record(record, schema)
             except DataError as error:
@@ -204,7 +256,9 @@ def _unopened(_entry: Entry) -> Regions:
     raise AssertionError("no file is open")
 
 
-def _record(file: FeatureFile, read: Reader, image: PlannedImage) -> ImageRecord:
+def _record(
+    file: FeatureFile, read: Reader, image: PlannedImage, feature_type: FeatureType
+) -> ImageRecord:
     where = f"{file.url}, {image.entry.where}"
     try:
         regions = read(image.entry)
@@ -218,7 +272,7 @@ def _record(file: FeatureFile, read: Reader, image: PlannedImage) -> ImageRecord
             width=regions.width,
             height=regions.height,
             boxes=regions.boxes,
-            features=checked("features", checks.half, regions.features),
+            features=checked("features", checks.stored, regions.features, feature_type),
             sentences=image.sentences,
             labels=regions.labels,
             split=image.split,
@@ -249,8 +303,9 @@ def _parse_receipt(data: bytes) -> Receipt | None:
         text = json.dumps(document, sort_keys=True)
         if whole["checksum"] != hashlib.sha256(text.encode()).hexdigest():
             return None
-        shard = document.pop("shard")
-        return Receipt(**document, shard=None if shard is None else ShardInfo(**shard))
+        shard, errors = document.pop("shard"), Errors(**document.pop("errors"))
+        info = None if shard is None else ShardInfo(**shard)
+        return Receipt(**document, shard=info, errors=errors)
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
 

@@ -16,9 +16,12 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from shards.convert.inputs import FeatureInput, Inputs, SentenceInput
 from shards.convert.plan import FeatureFile, Plan
 from shards.errors import DataError
+from shards.format.features import NUMPY, FeatureType, stored_width
 from shards.format.record import Report, Sentence, record_key
 from shards.progress import Progress
 from shards.sources.features import feature_format
@@ -52,6 +55,7 @@ def make_plan(
     folder: Path,
     *,
     shard_bytes: int,
+    feature_type: FeatureType,
     images_per_shard: int | None,
     skip_bad: bool,
     report: Report,
@@ -81,7 +85,7 @@ def make_plan(
             making.pass_over(present, pass_over)
             if not pass_over:
                 making.check_any()
-            making.cut(shard_bytes, images_per_shard)
+            making.cut(shard_bytes, feature_type, images_per_shard)
             yield plan
         except sqlite3.Error as error:
             raise DataError(
@@ -268,12 +272,16 @@ class _Making:
 
     # --- parts ----------------------------------------------------------------------------------
 
-    def cut(self, shard_bytes: int, images_per_shard: int | None) -> None:
+    def cut(
+        self, shard_bytes: int, feature_type: FeatureType, images_per_shard: int | None
+    ) -> None:
         """Deal the images to parts, a shard each; a part is full as soon as its records are about
         as large as a shard is to be."""
         digest = hashlib.sha256()
         for file in self.plan.files:
             digest.update(_identity(file).encode())
+        row_bytes = np.dtype(NUMPY[feature_type]).itemsize
+        row_bytes *= stored_width(feature_type, self.options.feature_dim)
         part = size = images = 0
         rows = self.database.execute(
             "select number, name, file, position, version, objects, split, "
@@ -284,7 +292,7 @@ class _Making:
         updates = []
         for number, *row, body in rows:
             digest.update(json.dumps([*row, body], separators=(",", ":")).encode())
-            estimate = self._estimate(row[4], len(body.encode()))
+            estimate = _estimate(row[4], row_bytes, len(body.encode()))
             updates.append((part, estimate, number))
             size, images = size + estimate, images + 1
             if size >= shard_bytes or images == images_per_shard:
@@ -300,10 +308,11 @@ class _Making:
         self.database.executemany("update image set part = ?, bytes = ? where number = ?", updates)
         updates.clear()
 
-    def _estimate(self, count: int, text: int) -> int:
-        """Bytes of a record in its tar: four members of a header and half a block of padding."""
-        row = 2 * self.options.feature_dim + 4 * 4 + 4 * 4
-        return (count or _OBJECTS) * row + text + 4 * (512 + 256)
+
+def _estimate(count: int, row_bytes: int, text: int) -> int:
+    """Bytes of a record in its tar: four members of a header and half a block of padding."""
+    boxes_and_labels = 4 * 4 + 4 * 4
+    return (count or _OBJECTS) * (row_bytes + boxes_and_labels) + text + 4 * (512 + 256)
 
 
 def sentence_formats(

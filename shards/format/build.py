@@ -19,6 +19,7 @@ from pathlib import Path
 from shards.errors import DataError
 from shards.format.answers import answer_index, count_answers
 from shards.format.check import check_record
+from shards.format.features import FeatureType
 from shards.format.manifest import (
     Counts,
     FileInfo,
@@ -66,6 +67,8 @@ class BuildSettings:
     """A shard is closed when it has as many, too."""
     max_tokens: int = 20
     """Longest sentence with [CLS] and [SEP]; the rest is cut off."""
+    feature_type: FeatureType = "fp16"
+    """How features are stored (features.py)."""
     num_object_classes: int = 1600
     """Range of object labels, where records have them."""
     num_attribute_classes: int = 400
@@ -261,6 +264,7 @@ def schema_of(record: ImageRecord, settings: BuildSettings) -> Schema:
         num_attribute_classes=settings.num_attribute_classes if labels else 0,
         max_tokens=settings.max_tokens,
         vocab_size=0,
+        feature_type=settings.feature_type,
     )
 
 

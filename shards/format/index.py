@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from shards.errors import DataError
 from shards.format.arrays import Layout, array_sizes, create_arrays, map_arrays
 from shards.format.manifest import Manifest
-from shards.format.members import MEMBERS, members_of
+from shards.format.members import MEMBERS, has_member, members_of
 from shards.format.shard_list import ShardInfo
 from shards.format.table import Table, check_table, open_table
 from shards.order.draws import I64
@@ -168,7 +168,7 @@ def _merge(
     shard_image = _starts(manifest.shards.images[shards])
     shard_pair = _starts(manifest.shards.pairs[shards])
     images, pairs = int(shard_image[-1]), int(shard_pair[-1])
-    there = {m.offset_column: m in members_of(manifest.schema) for m in MEMBERS}
+    there = {m.offset_column: has_member(manifest.schema, m) for m in MEMBERS}
     wide = manifest.schema.vocab_size > 65535
     out = new(
         {

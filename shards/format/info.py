@@ -16,6 +16,9 @@ def info(url: str | Path) -> str:
     if m.schema.labels:
         objects, attributes = m.schema.num_object_classes, m.schema.num_attribute_classes
         labels = f"{objects} object and {attributes} attribute classes"
+    width = f"{m.schema.feature_dim}"
+    if m.schema.feature_type != "fp16":
+        width += f" in {m.schema.feature_type}"
     lines = [
         f"name         {m.name}",
         f"extractor    {m.extractor}",
@@ -23,7 +26,7 @@ def info(url: str | Path) -> str:
         f"images       {m.images:,}",
         f"pairs        {m.pairs:,}",
         f"shards       {len(m.shards)} ({size / 1e6:,.1f} MB)",
-        f"objects      up to {m.schema.max_objects} of width {m.schema.feature_dim}, {labels}",
+        f"objects      up to {m.schema.max_objects} of width {width}, {labels}",
         f"vocabulary   {m.schema.vocab_size:,} tokens, sentences of up to {m.schema.max_tokens}",
         f"answers      {m.answers.count:,}",
         *_sources(m, m.sources),

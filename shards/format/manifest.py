@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from shards.errors import DataError, NotFoundError
+from shards.format.features import FeatureType, stored_width
 from shards.format.shard_list import (
     INLINE,
     PAGE,
@@ -57,6 +58,13 @@ class Schema:
     max_tokens: _Objects
     """Longest sentence, with [CLS] and [SEP]."""
     vocab_size: _Classes
+    feature_type: FeatureType = "fp16"
+    """How features are stored; not in the manifest of fp16, which all were once."""
+
+    @property
+    def stored_width(self) -> int:
+        """Elements of an object's stored features."""
+        return stored_width(self.feature_type, self.feature_dim)
 
 
 @dataclass(frozen=True)
@@ -145,6 +153,8 @@ class Manifest:
             value = getattr(self, name)
             nested = isinstance(value, Schema | FileInfo | Counts)
             out[name] = dataclasses.asdict(value) if nested else value
+        if self.schema.feature_type == "fp16":
+            del out["schema"]["feature_type"]
         if self.pages:
             return out | {"shards": dataclasses.asdict(Pages(self.pages))}
         return out | {"shards": [dataclasses.asdict(s) for s in self.shards]}

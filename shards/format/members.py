@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.format.features import FeatureType, to_uint8
 from shards.format.manifest import Schema
 from shards.format.record import ImageRecord, Labels
 
@@ -64,8 +65,12 @@ class Member:
 
     def payload(self, record: ImageRecord) -> bytes:
         """The file's content for a record that has this member, which has columns."""
-        arrays = zip(self.columns, self.arrays(record), strict=True)
-        return b"".join(array.astype(column.type).tobytes() for column, array in arrays)
+        parts = []
+        for column, array in zip(self.columns, self.arrays(record), strict=True):
+            if column.type == "u1" and array.dtype.kind == "f":
+                array = to_uint8(array)
+            parts.append(array.astype(column.type, copy=False).tobytes())
+        return b"".join(parts)
 
     def value(self, payload: bytes, objects: int, schema: Schema | None = None) -> Any:
         """The inverse of `payload`: the record's field; ValueError where the length is wrong.
@@ -100,7 +105,20 @@ FEATURES = Member("features", "features.f16", (Column("features", "<f2", ("featu
 
 MEMBERS = (RECORD, BOXES, LABELS, FEATURES)
 
+FEATURES_OF: dict[FeatureType, Member] = {
+    "fp16": FEATURES,
+    "fp32": Member("features", "features.f32", (Column("features", "<f4", ("feature_dim",)),)),
+    "uint8": Member("features", "features.u8", (Column("features", "u1", ("stored_width",)),)),
+}
+"""The member with the features, by how they are stored (features.py)."""
+
 
 def members_of(schema: Schema) -> list[Member]:
     """The members of every record of a data set, in the order of its tars."""
-    return [m for m in MEMBERS if not m.optional or getattr(schema, m.name)]
+    there = [m for m in MEMBERS if not m.optional or getattr(schema, m.name)]
+    return [FEATURES_OF[schema.feature_type] if m is FEATURES else m for m in there]
+
+
+def has_member(schema: Schema, member: Member) -> bool:
+    """Whether records of a data set have a member of that name."""
+    return any(m.name == member.name for m in members_of(schema))

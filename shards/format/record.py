@@ -56,8 +56,8 @@ class ImageRecord:
     height: int
     boxes: NDArray[np.float32]
     """(n, 4): x1 y1 x2 y2 over width and height, 0..1."""
-    features: NDArray[np.float16]
-    """(n, D)."""
+    features: NDArray[np.floating] | NDArray[np.uint8]
+    """(n, D), or as they are stored (features.py)."""
     sentences: tuple[Sentence, ...]
     labels: Labels | None = None
     split: str | None = None
@@ -71,6 +71,8 @@ class Report:
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     """The first few cases of each reason."""
+    notes: list[str] = field(default_factory=list)
+    """What else there is to say."""
 
     def add(self, reason: str, example: str, count: int = 1) -> None:
         self.counts[reason] = self.counts.get(reason, 0) + count

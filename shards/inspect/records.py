@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from shards.errors import DataError
 from shards.format.answers import load_answers
+from shards.format.features import as_numbers
 from shards.format.manifest import FileInfo, Manifest, load_manifest
 from shards.format.members import BOXES, FEATURES, LABELS, RECORD, members_of
 from shards.format.record import Labels, Sentence, check_sentence, record_key
@@ -41,7 +42,7 @@ class Record:
     boxes: NDArray[np.float32]
     """(n, 4): x1 y1 x2 y2 over width and height, 0..1."""
     labels: Labels | None
-    features: NDArray[np.float16] | None
+    features: NDArray[np.floating] | None
     """(n, feature_dim), where they were asked for."""
 
     @property
@@ -101,7 +102,7 @@ class OpenSet:
         """Record `index` of a shard, whose table is given. DataError naming it where it is not as
         the table and the schema say."""
         schema, n = self.manifest.schema, int(table.image_objects[index])
-        members = [m for m in members_of(schema) if features or m is not FEATURES]
+        members = [m for m in members_of(schema) if features or m.name != FEATURES.name]
         first = int(table.offset[RECORD.name][index])
         places = {}  # member -> where it begins and ends
         for member in members:
@@ -139,7 +140,7 @@ class OpenSet:
             sentences=sentences,
             boxes=found[BOXES.name],
             labels=found.get(LABELS.name),
-            features=found.get(FEATURES.name),
+            features=as_numbers(found[FEATURES.name]) if features else None,
         )
 
 

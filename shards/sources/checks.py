@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.format.features import FeatureType
+
 _FEW = 8  # pixels of an image in which boxes may be as small as one pixel
 _TOLERANCE = 1.0  # pixels that a box may reach out of its image; it is clamped
 
@@ -48,6 +50,23 @@ def half(features: NDArray) -> NDArray[np.float16]:
     if not np.isfinite(out).all():
         i, j = np.argwhere(~np.isfinite(out))[0]
         raise ValueError(f"object {i} has {features[i, j]}, which is no finite float16 value")
+    return out
+
+
+def stored(features: NDArray, feature_type: FeatureType) -> NDArray[np.floating]:
+    """Features that can be stored so: as float16, or as they are, finite in float32."""
+    if feature_type == "fp16":
+        return half(features)
+    with np.errstate(over="ignore", invalid="ignore"):
+        out = features if features.dtype == np.float16 else features.astype(np.float32, copy=False)
+    if not np.isfinite(out).all():
+        i, j = np.argwhere(~np.isfinite(out))[0]
+        raise ValueError(f"object {i} has {features[i, j]}, which is no finite float32 value")
+    if feature_type == "uint8":
+        spread = np.ptp(out.astype(np.float64), axis=1)
+        if (spread > np.finfo(np.float32).max).any():
+            i = int(spread.argmax())
+            raise ValueError(f"the values of object {i} are further apart than float32 can say")
     return out
 
 

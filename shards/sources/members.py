@@ -5,6 +5,7 @@ A place is the suffix of a member, as webdataset has it (`000.features.npy` has 
 
     .npy .npz     arrays, never pickled ones
     .f16 .f32     raw little-endian floats
+    .u8           features as our own tars have them in uint8 (shards/format/features.py)
     .json         any value
     .txt          a list of lines
     labels.bin    labels as our own tars have them: `labels.bin:object_id` and so on
@@ -109,6 +110,7 @@ _READERS: dict[str, Callable[[bytes, str], Any]] = {
     "npz": _npz,
     "f16": lambda payload, name: np.frombuffer(payload, "<f2"),
     "f32": lambda payload, name: np.frombuffer(payload, "<f4"),
+    "u8": lambda payload, name: np.frombuffer(payload, np.uint8),
     "json": _json,
     "txt": lambda payload, name: payload.decode().splitlines(),
     "labels.bin": _labels,

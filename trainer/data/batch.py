@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from model.batch import Batch
 from shards.dataset import Dataset
 from shards.errors import DataError
+from shards.format.features import NUMPY
 from shards.format.index import ranges
 from shards.format.tokenizer import load_tokenizer
 from shards.order.draws import I64, U64, below, chance, draw, halves, uniform
@@ -114,7 +115,8 @@ def make_batch(
     drawn = draw_batch(data, sampler, plan, settings, skipped)
     data = drawn.data
     masks, objects = drawn.masks, drawn.batch.features.shape[1]
-    features = empty((len(drawn.images), objects, data.manifest.schema.feature_dim))
+    schema = data.manifest.schema
+    features = empty((len(drawn.images), objects, schema.stored_width), NUMPY[schema.feature_type])
     boxes, found = data.gather_images(drawn.images, drawn.shards, features.numpy())
     names = ("object_label", "object_conf", "attribute_label", "attribute_conf")
     swapped = data.gather_objects(masks.donor_image, masks.donor_shard, masks.donor_object)

@@ -23,6 +23,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from model.batch import Batch
 from shards.dataset import Dataset
 from shards.errors import DataError, NodeError, ShardError, StoreError
+from shards.format.members import FEATURES_OF
 from shards.order.lookahead import Future, working_set
 from shards.order.sampler import Plan, Sampler, SamplerState, Step
 from shards.processes import STOP_SIGNALS, end_with_parent, make_home, without_signals
@@ -273,7 +274,7 @@ def largest_slice(sampler: Sampler, count: int, world: int) -> int:
 def _slot_size(data: Dataset, batch: BatchSettings, pairs: int) -> int:
     """Bytes that a batch of so many pairs of distinct images takes, hardly ever more."""
     schema = data.manifest.schema
-    features = schema.max_objects * schema.feature_dim * 2
+    features = schema.max_objects * FEATURES_OF[schema.feature_type].object_bytes(schema)
     swapped = int(features * min(1.0, 0.2 * batch.object_mask))
     small = schema.max_tokens * 40 + schema.max_objects * 80 + 256
     return pairs * (features + swapped + small) + (1 << 16)

@@ -103,12 +103,12 @@ class SharedBatches:
         return Batch(**found)
 
 
-Empty = Callable[[tuple[int, ...]], torch.Tensor]
-"""Shape -> an uninitialised fp16 tensor."""
+Empty = Callable[[tuple[int, ...], str], torch.Tensor]
+"""Shape and NumPy's name of a type -> an uninitialised tensor."""
 
 
-def fresh_memory(shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.float16)
+def fresh_memory(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+    return torch.from_numpy(np.empty(shape, dtype))
 
 
 def make_in_slot(
@@ -125,14 +125,14 @@ def make_in_slot(
     memory = slots.memory(slot)
     used = 0
 
-    def empty(shape: tuple[int, ...]) -> torch.Tensor:
+    def empty(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         # Features, nearly all of a batch, are gathered where they will be read: no copy.
         nonlocal used
-        used = 2 * int(np.prod(shape))
+        used = np.dtype(dtype).itemsize * int(np.prod(shape))
         if used > len(memory):
             used = 0
-            return fresh_memory(shape)
-        return torch.from_numpy(memory[:used].view(np.float16)).view(shape)
+            return fresh_memory(shape, dtype)
+        return torch.from_numpy(memory[:used].view(dtype)).view(shape)
 
     try:
         batch = make(empty)
@@ -155,7 +155,8 @@ def make_in_slot(
 def _pack(batch: Batch, memory: NDArray[np.uint8], used: int) -> Layout | None:
     """Copy all but the features, which fill the first `used` bytes, behind them; None where that
     does not fit."""
-    layout: Layout = [("features", "float16", tuple(batch.features.shape), 0)]
+    features = batch.features.numpy()
+    layout: Layout = [("features", str(features.dtype), features.shape, 0)]
     end = used
     for f in fields(batch):
         tensor = getattr(batch, f.name)

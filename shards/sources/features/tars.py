@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import DataError
+from shards.format.features import from_uint8, stored_width
 from shards.format.record import Labels, Sentence, check_sentence
 from shards.sources import checks, tars
 from shards.sources.checks import PartError, checked
@@ -40,7 +41,7 @@ def _label(name: str) -> tuple[str, ...]:
 PARTS = {
     "features": Part(
         "a row an object, n x width",
-        ("features.f16", "features.f32", "features.npy", "npz:features"),
+        ("features.f16", "features.f32", "features.u8", "features.npy", "npz:features"),
     ),
     "boxes": Part(
         "a row an object, x1 y1 x2 y2", ("boxes.f32", "boxes.npy", "npz:boxes", "json:boxes")
@@ -190,6 +191,8 @@ def _decode(sample: tars.Sample, layout: Layout) -> Regions:
     fractions = checked(place, _fractions, boxes, width, height, layout.pixels)
     place, raw = _needed(sample, layout, "features")
     dim = layout.options.feature_dim
+    if place.rpartition(".")[2] == "u8":
+        raw = _of_uint8(place, raw, dim)
     features = _rows(place, raw, "features", dim)
     if len(features) != len(boxes):
         raise PartError(
@@ -204,6 +207,13 @@ def _decode(sample: tars.Sample, layout: Layout) -> Regions:
         features=features,
         labels=_labels(sample, layout, len(boxes)) if layout.labels else None,
     )
+
+
+def _of_uint8(suffix: str, raw: NDArray[np.uint8], dim: int) -> NDArray[np.float32]:
+    width = stored_width("uint8", dim)
+    if not len(raw) or len(raw) % width:
+        raise PartError(suffix, f"{len(raw)} bytes, where an object has {width}; see --feature-dim")
+    return from_uint8(raw.reshape(-1, width))
 
 
 def _fractions(boxes: NDArray, width: int, height: int, pixels: bool) -> NDArray[np.float32]:

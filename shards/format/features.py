@@ -1,0 +1,55 @@
+"""How features are stored: as fp16, as fp32, or as uint8 with a scale and a minimum of each box.
+
+A row of uint8, of one object, is `scale` and `minimum` as f32 and then a byte a value:
+
+    value = minimum + scale * byte,   scale = (largest - smallest) / 255,   minimum = smallest
+
+so no value is off by more than half a scale (and the rounding of fp32). A row of equal values has
+scale 0. A row of zero bytes is a row of zeros: the mark of a masked object, and padding.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+FeatureType = Literal["fp16", "fp32", "uint8"]
+
+HEAD = 8
+"""Bytes before the values of a row of uint8."""
+
+NUMPY: dict[FeatureType, str] = {"fp16": "<f2", "fp32": "<f4", "uint8": "u1"}
+"""The type of the elements of a stored row."""
+
+
+def stored_width(feature_type: FeatureType, feature_dim: int) -> int:
+    """Elements of a stored row."""
+    return feature_dim + HEAD if feature_type == "uint8" else feature_dim
+
+
+def to_uint8(features: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """Rows (n, D) of finite numbers as rows (n, 8 + D)."""
+    values = features.astype(np.float32)
+    least = values.min(axis=1, keepdims=True)
+    # In f64, as the range of two f32 can be beyond f32.
+    scale = ((values.max(axis=1, keepdims=True).astype(np.float64) - least) / 255).astype("<f4")
+    steps = (values.astype(np.float64) - least) / np.where(scale > 0, scale, 1)
+    out = np.empty((len(values), HEAD + values.shape[1]), dtype=np.uint8)
+    out[:, :4] = np.ascontiguousarray(scale).view(np.uint8)
+    out[:, 4:HEAD] = np.ascontiguousarray(least.astype("<f4")).view(np.uint8)
+    out[:, HEAD:] = np.clip(np.rint(steps), 0, 255)
+    return out
+
+
+def from_uint8(rows: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The inverse: rows (…, 8 + D) as (…, D)."""
+    head = np.ascontiguousarray(rows[..., :HEAD]).view("<f4")
+    out: NDArray[np.float32] = head[..., 1:] + head[..., :1] * rows[..., HEAD:].astype(np.float32)
+    return out
+
+
+def as_numbers(stored: NDArray) -> NDArray[np.floating]:
+    """Stored rows of any type as rows of numbers (…, D)."""
+    return from_uint8(stored) if stored.dtype == np.uint8 else stored
