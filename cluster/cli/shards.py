@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import secrets
+from dataclasses import asdict
 
 from cluster.cli import audit
 from cluster.cli.answers import add_answers
@@ -77,6 +79,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="where to keep what was found whole: a check that was interrupted goes on with it",
     )
+    add("--json", action="store_true", help="print a report for scripts")
     parser.set_defaults(func=_verify)
 
 
@@ -89,6 +92,9 @@ def _verify(args: argparse.Namespace) -> int:
         say(f"checking {len(shards)} of {count} shards, drawn with --seed {seed}")
     with shown_progress() as progress:
         problems = verify(args.url, progress, jobs=args.jobs, shards=shards, state=args.state)
+    if args.json:
+        print(shown(json.dumps({"url": args.url, "whole": not problems, "problems": problems})))
+        return 1 if problems else 0
     for problem in problems:
         print(shown(problem))
     some = None if shards is None else len(set(shards))
@@ -97,10 +103,17 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("url", type=given_place)
+    parser.add_argument("--json", action="store_true", help="print a report for scripts")
     parser.set_defaults(func=_info)
 
 
 def _info(args: argparse.Namespace) -> int:
+    if args.json:
+        m = load_manifest(args.url)
+        found = {"url": args.url, "name": m.name, "extractor": m.extractor}
+        found |= {"fingerprint": m.fingerprint, "schema": asdict(m.schema), **asdict(m.counts)}
+        print(shown(json.dumps(found | {"shards": len(m.shards), "answers": m.answers.count})))
+        return 0
     print(info(args.url))
     return 0
 

@@ -87,8 +87,8 @@ def test_a_build_goes_on_whoever_looks_on(
     build(make_records(9), tmp_path / "given", BuildSettings("own", "test"))
     out, tar = tmp_path / "out", files_of(tmp_path / "given") / "shard-000000.tar"
     command = (
-        f"{sys.executable} -m cluster.cli shards build webdataset --feature-dim 8 --out {out} "
-        f"--tars {tar} {redirected}; exit ${{PIPESTATUS[0]}}"
+        f"{sys.executable} -m cluster.cli shards build --feature-dim 8 --out {out} "
+        f"--features {tar} {redirected}; exit ${{PIPESTATUS[0]}}"
     )
     environment = subprocess_environment(PYTHONUNBUFFERED="")
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)

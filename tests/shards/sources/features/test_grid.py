@@ -155,6 +155,9 @@ def test_easy_vqa_and_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture
     assert code == 0 and "source       easy_vqa" in capsys.readouterr().out
     assert cli("info", out) == 0
     assert "answers      13" in capsys.readouterr().out
+    assert cli("info", out, "--json") == 0 == cli("verify", out, "--json")
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (told[0]["answers"], told[0]["images"], told[1]["whole"]) == (13, 8, True)
     assert cli("verify", out) == 0
     (files_of(out) / "answers.json").write_text("[]")
     assert cli("verify", out) == 1
