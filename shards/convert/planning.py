@@ -28,7 +28,7 @@ from shards.sources.features import feature_format
 from shards.sources.image_ids import image_id
 from shards.sources.regions import Entry, FeatureFormat, Options
 from shards.sources.sentences import SentenceFormat, sentence_format
-from shards.sources.vg_images import load_vg_images
+from shards.sources.vg_images import NO_VG_IMAGES, VgImages, load_vg_images
 from shards.store import objects
 
 _TABLES = """
@@ -36,7 +36,7 @@ create table text (image text not null, split text, body text not null);
 create table image (
     number integer primary key, name text not null, id text not null, file integer not null,
     position text not null, place text not null, version text not null, objects integer not null,
-    split text,
+    split text, of_vg integer not null,
     bytes integer not null default 0, part integer
 );
 """
@@ -77,7 +77,8 @@ def make_plan(
         plan = Plan(database)
         try:
             database.execute("begin")
-            making = _Making(plan, database, inputs, options, skip_bad, report, progress)
+            vg = load_vg_images(inputs.vg_images) if inputs.vg_images else NO_VG_IMAGES
+            making = _Making(plan, database, inputs, options, vg, skip_bad, report, progress)
             making.read_sentences()
             making.list_images()
             database.executescript(_INDEXES)
@@ -104,17 +105,17 @@ class _Making:
     database: sqlite3.Connection
     inputs: Inputs
     options: Options
+    vg: VgImages
     skip_bad: bool
     report: Report
     progress: Progress
 
     def read_sentences(self) -> None:
-        vg = load_vg_images(self.inputs.vg_images) if self.inputs.vg_images else None
         count = 0
         for given in self.inputs.sentences:
             for form, files in sentence_formats(given):
                 for text in form.read(files, given.source or form.source, self.report):
-                    image = vg.resolve(text.image) if vg else text.image
+                    image = self.vg.resolve(text.image)
                     self._add_text(image, text.split or given.split, text.sentences)
                     count += len(text.sentences)
                     if count % 1000 < len(text.sentences):
@@ -158,11 +159,12 @@ class _Making:
             return 0
         if entry.empty_sentences:
             self.report.add("empty sentences", f"{url}, {entry.where}", entry.empty_sentences)
-        image = image_id(entry.image, given.numbers)
+        named = image_id(entry.image, given.numbers)
+        image = self.vg.resolve(named)
         split = entry.split or given.split
         self.database.execute(
-            "insert into image (name, id, file, position, place, version, objects, split) "
-            "values (?, ?, ?, ?, ?, ?, ?, ?)",
+            "insert into image (name, id, file, position, place, version, objects, split, of_vg) "
+            "values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 entry.image,
                 image,
@@ -172,6 +174,7 @@ class _Making:
                 entry.version,
                 entry.objects,
                 split,
+                image != named,
             ),
         )
         if entry.sentences:
@@ -183,11 +186,12 @@ class _Making:
     def leave_out(self) -> None:
         """Images that are excluded or have no sentences, and what is wrong as a whole."""
         for why, ids in self.inputs.exclude.items():
-            self._exclude(why, ids)
+            self._exclude(why, {self.vg.resolve(image) for image in ids})
         if self.inputs.only is not None:
             self.database.execute("create temp table only_ (id text primary key)")
             self.database.executemany(
-                "insert or ignore into only_ values (?)", ((i,) for i in self.inputs.only)
+                "insert or ignore into only_ values (?)",
+                ((self.vg.resolve(i),) for i in self.inputs.only),
             )
             self._drop("images that are not asked for", "id not in (select id from only_)")
             self.database.execute("delete from text where image not in (select id from only_)")
@@ -218,7 +222,7 @@ class _Making:
                 "--numbers coco or vg)"
             )
 
-    def _exclude(self, why: str, ids: frozenset[str]) -> None:
+    def _exclude(self, why: str, ids: set[str]) -> None:
         for image in ids:
             found = self.database.execute("delete from image where id = ?", (image,)).rowcount
             texts = self.database.execute("delete from text where image = ?", (image,)).rowcount
@@ -235,22 +239,26 @@ class _Making:
 
     def _twice(self) -> None:
         rows = self.database.execute(
-            "select a.number, a.name, a.file, a.place, b.file, b.place, b.name from image a "
+            "select a.number, a.name, a.file, a.place, b.file, b.place, b.name, "
+            "a.of_vg or b.of_vg from image a "
             "join (select id, min(number) first from image group by id having count(*) > 1) d "
             "on a.id = d.id and a.number > d.first join image b on b.number = d.first "
             "order by a.number"
         ).fetchall()
-        for number, name, file, place, other, first, named in rows:
+        for number, name, file, place, other, first, named, of_vg in rows:
             problem = (
                 f"{self.plan.files[file].url}, {place}: image {name!r:.120} is there already "
                 f"({self.plan.files[other].url}, {first}"
                 f"{'' if name == named else f', as {named!r:.120}'})"
             )
-            if not self.skip_bad:
+            if of_vg:  # as the features of both collections have it
+                self.report.add("images of Visual Genome and of COCO", problem)
+            elif not self.skip_bad:
                 raise DataError(
                     f"{problem}: give each image once, or leave further ones out with --skip-bad"
                 )
-            self.report.add("images that are there twice", problem)
+            else:
+                self.report.add("images that are there twice", problem)
             self.database.execute("delete from image where number = ?", (number,))
 
     def _without_features(self) -> None:

@@ -30,6 +30,9 @@ class VgImages:
         return f"coco/{int(self.coco[at])}" if same else image
 
 
+NO_VG_IMAGES = VgImages(np.empty(0, np.int64), np.empty(0, np.int64))
+
+
 def load_vg_images(path: Path) -> VgImages:
     """Read image_data.json, streamed. DataError naming file and entry where it is not of the
     form."""

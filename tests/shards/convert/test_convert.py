@@ -209,6 +209,32 @@ def test_names_of_one_image_in_several_files_meet(tmp_path: Path) -> None:
         list(records(replace(inputs, features=(replace(features, numbers=None),)), options=OPTIONS))
 
 
+def test_images_of_visual_genome_that_are_cocos(tmp_path: Path) -> None:
+    """Both collections have features of such an image, and sentences: they are one record."""
+    (tmp_path / "coco.tsv").write_bytes(tsv_bytes([make_row("COCO_val2014_000000000009")]))
+    (tmp_path / "vg.tsv").write_bytes(tsv_bytes([make_row("71"), make_row("72")]))
+    regions = [{"id": i, "regions": [{"phrase": f"region of {i}"}]} for i in (71, 72)]
+    (tmp_path / "regions.json").write_text(json.dumps(regions))
+    (tmp_path / "s.json").write_text(aggregated(["COCO_val2014_000000000009"]))
+    images = [{"image_id": 71, "coco_id": 9}, {"image_id": 72, "coco_id": None}]
+    (tmp_path / "image_data.json").write_text(json.dumps(images))
+    inputs = Inputs(
+        (
+            FeatureInput(str(tmp_path / "coco.tsv")),
+            FeatureInput(str(tmp_path / "vg.tsv"), numbers="vg"),
+        ),
+        (SentenceInput((tmp_path / "s.json",)), SentenceInput((tmp_path / "regions.json",))),
+        vg_images=tmp_path / "image_data.json",
+    )
+    report = Report()
+    one, other = records(inputs, options=OPTIONS, report=report)
+    assert (one.image, other.image) == ("COCO_val2014_000000000009", "72")
+    assert [s.text for s in one.sentences][-1] == "region of 71" and len(one.sentences) == 4
+    assert report.counts == {"images of Visual Genome and of COCO": 1}
+    out = replace(inputs, exclude={"test": frozenset({"vg/71"})})
+    assert [r.image for r in records(out, options=OPTIONS)] == ["72"]
+
+
 def test_images_that_stay_out(tmp_path: Path) -> None:
     inputs = write_inputs(tmp_path / "in", 6)
     excluded = replace(inputs, exclude={"test": frozenset({"img-0001", "elsewhere"})})
