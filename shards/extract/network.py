@@ -18,6 +18,8 @@ from shards.errors import DataError
 from shards.extract.boxes import Boxes, with_labels
 from shards.extract.pooling import pool_boxes
 
+_SHORTER, _LONGER = 600, 1000  # pixels of the sides of what a backbone sees
+
 
 @dataclass(frozen=True)
 class Network:
@@ -32,7 +34,13 @@ class Network:
 
     def look(self, pictures: Sequence[Image.Image]) -> list[Seen]:
         """What it makes of pictures, as one batch."""
-        inputs = self.prepare(images=list(pictures), return_tensors="pt").to(self.device)
+        if self.detects:
+            inputs = dict(self.prepare(images=list(pictures), return_tensors="pt"))
+            mask = inputs.get("pixel_mask")
+        else:
+            pixels, mask = _whole(pictures, self.prepare)
+            inputs = {"pixel_values": pixels}
+        inputs = {name: value.to(self.device) for name, value in inputs.items()}
         maps: list[torch.Tensor] = []
         backbone = _backbone(self.model) if self.detects else self.model
         hook = backbone.register_forward_hook(lambda _module, _in, out: maps.extend(_maps(out)))
@@ -47,7 +55,6 @@ class Network:
                 "a ResNet or another convolutional backbone (DETR, Conditional or Deformable "
                 "DETR, RT-DETR)"
             )
-        mask = inputs.get("pixel_mask")
         return [
             Seen(maps[-1][i], _valid(mask, i), self._found(outputs, i, picture))
             for i, picture in enumerate(pictures)
@@ -130,6 +137,27 @@ def load(name: str, detects: bool, device: str | None) -> Network:
             "Deformable DETR, RT-DETR, or take its boxes to another's features (--boxes)"
         )
     return Network(name, model, prepare, place, detects)
+
+
+def _whole(pictures: Sequence[Image.Image], prepare: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures and their masks, [B, 3, H, W] and [B, H, W], scaled so that the shorter side has 600
+    pixels and the longer at most 1,000 (Anderson et al. 2018) and padded. What prepares pictures
+    for a classifier cuts their edges off, where boxes may be."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (prepare.image_mean, prepare.image_std))
+    scaled = []
+    for picture in pictures:
+        scale = min(_SHORTER / min(picture.size), _LONGER / max(picture.size))
+        size = [max(1, round(side * scale)) for side in picture.size]
+        resized = picture.resize((size[0], size[1]), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.asarray(resized, dtype=np.float32) / 255).permute(2, 0, 1)
+        scaled.append((pixels - mean) / std)
+    height, width = (max(p.shape[i] for p in scaled) for i in (1, 2))
+    out = torch.zeros(len(scaled), 3, height, width)
+    mask = torch.zeros(len(scaled), height, width, dtype=torch.long)
+    for i, pixels in enumerate(scaled):
+        out[i, :, : pixels.shape[1], : pixels.shape[2]] = pixels
+        mask[i, : pixels.shape[1], : pixels.shape[2]] = 1
+    return out, mask
 
 
 def _backbone(model: Any) -> Any:

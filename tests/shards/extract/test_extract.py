@@ -147,6 +147,34 @@ def test_a_detectors_boxes_and_features(tmp_path: Path, pictures: Path, detector
         assert np.corrcoef(alone.ravel(), one.features.astype(np.float32).ravel())[0, 1] > 0.9
 
 
+def test_a_backbone_sees_the_whole_picture(tmp_path: Path) -> None:
+    """And not what a classifier's preparation leaves of it, which cuts the edges off."""
+    from transformers import ConvNextImageProcessor, ResNetConfig, ResNetModel
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32]}
+    ResNetModel(ResNetConfig(depths=[1, 1, 1, 1], **sizes)).save_pretrained(tmp_path / "resnet")
+    ConvNextImageProcessor().save_pretrained(tmp_path / "resnet")
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    wide = Image.new("RGB", (400, 100), (255, 255, 255))
+    wide.paste((255, 0, 0), (360, 0, 400, 100))
+    wide.save(folder / "000000000001.png")
+    Image.new("RGB", (100, 200), (255, 255, 255)).save(folder / "000000000002.png")
+    boxes = [[0, 0, 40, 100], [360, 0, 40, 100], [160, 0, 40, 100]]
+    found = [{"image_id": 1, "bbox": b, "category_id": 3} for b in boxes]
+    found += [{"image_id": 2, "bbox": [0, 0, 100, 200], "category_id": 3}]
+    (tmp_path / "boxes.json").write_text(
+        json.dumps({"categories": [{"id": 3}], "annotations": found})
+    )
+    arguments = (folder, "--boxes", tmp_path / "boxes.json", "--backbone", tmp_path / "resnet")
+    assert run(*arguments, "--out", tmp_path / "f") == 0
+    rows = regions(tmp_path / "f", 32)["000000000001.png"].features.astype(np.float32)
+    left, right, middle = rows
+    # Edges differ from the middle, too: what pads a convolution is black.
+    assert np.abs(left - right).max() > 2 * np.abs(left - middle).max()
+
+
 def test_how_many_boxes() -> None:
     boxes = np.tile(np.asarray([0, 0, 1, 1], np.float32), (5, 1))
     boxes[3] = [0.5, 0, 0.5, 1]  # empty
