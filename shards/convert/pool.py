@@ -66,6 +66,7 @@ def _run(
 
     try:
         yield from in_order(parts, submit, 3 * workers)
+        pool.shutdown(wait=False)  # they end while the manifest is made
     except BrokenProcessPool:
         raise DataError(
             "a process of the build was killed (for lack of memory, perhaps): run the same "

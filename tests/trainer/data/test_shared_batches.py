@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,8 +42,8 @@ def assert_equal(one: Batch, other: Batch) -> None:
             assert a.dtype == b.dtype and torch.equal(a, b), f.name
 
 
-def plain(shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.float16)
+def plain(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+    return torch.from_numpy(np.empty(shape, dtype))
 
 
 @pytest.mark.parametrize("count", [0, 1, 17])
@@ -90,7 +91,7 @@ def test_a_batch_that_does_not_fit_goes_without_a_slot(data: Dataset) -> None:
 
 def test_a_failure_gives_the_slot_back(data: Dataset, tmp_path: Path) -> None:
     def broken(empty: Callable[..., torch.Tensor]) -> Batch:
-        empty((1, 1, 1))
+        empty((1, 1, 1), "<f2")
         raise OSError("disk")
 
     slots = SharedBatches(1, 1, 1 << 20)
