@@ -22,8 +22,14 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
     add_sentences(parser, required=True)
     add("--out", type=given_path, required=True, metavar="JSON")
     add("--min-count", type=whole(1), default=1,
-        help="questions that an answer needs, each counted once (default: 1)")  # fmt: skip
-    add("--size", type=whole(1), help="the most frequent so many; equally frequent ones by name")
+        help="questions that an answer needs; it counts once for each question in which its score "
+        "is above 0 (default: 1)")  # fmt: skip
+    add(
+        "--size",
+        type=whole(1),
+        metavar="N",
+        help="the most frequent N, those of --base among them; equally frequent ones by name",
+    )
     add(
         "--base",
         type=given_path,
@@ -44,10 +50,11 @@ def _answers(args: argparse.Namespace) -> int:
         tally.add(_sentences(args, report, progress, "sentences counted"))
         table = make_table(tally, min_count=args.min_count, size=args.size, base=args.base)
         cover(table, _sentences(args, Report(), progress, "sentences looked up"), coverage)
-    write_table(args.out, table, tally, args.form == "lxmert")
+    write_table(args.out, table, tally, args.form == "lxmert", args.base)
     if args.json:
         sets = {source: asdict(found) for source, found in sorted(coverage.items())}
-        print(json.dumps({"out": str(args.out), "answers": len(table), "sets": sets}))
+        told = {"out": str(args.out), "answers": len(table), "sets": sets}
+        print(json.dumps(told | {"left_out": report.counts}))
         return 0
     for line in report.lines():
         say(f"left out: {line}")

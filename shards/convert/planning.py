@@ -124,9 +124,14 @@ class _Making:
             self.progress("sentences read", count, count)
 
     def _add_text(self, image: str, split: str | None, sentences: Sequence[Sentence]) -> None:
-        self.database.execute(
-            "insert into text values (?, ?, ?)", (image, split, _packed(sentences))
-        )
+        try:
+            self.database.execute(
+                "insert into text values (?, ?, ?)", (image, split, _packed(sentences))
+            )
+        except UnicodeEncodeError:
+            raise DataError(
+                f"image {image!a:.120} has text that is not valid Unicode: correct its source"
+            ) from None
 
     def list_images(self) -> None:
         count = 0
@@ -328,6 +333,9 @@ def sentence_formats(
 ) -> Iterator[tuple[SentenceFormat, list[Path]]]:
     """The files of an input by format, in the order in which formats come first."""
     groups: dict[str, list[Path]] = {}
+    if len({path.resolve() for path in given.files}) < len(given.files):
+        names = ", ".join(map(str, given.files))
+        raise DataError(f"a file is named twice, and its sentences would be, too: {names:.500}")
     for path in given.files:
         form = sentence_format(path, given.format)
         groups.setdefault(given.format or form.name, []).append(path)

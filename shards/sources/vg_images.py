@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from numpy.typing import NDArray
 
 from shards.errors import DataError
 from shards.sources.json_stream import list_items
+
+_VG = re.compile(r"vg/([0-9]{1,18})")  # other names may begin so: pictures in a folder `vg`
+_MOST = 10**18  # as `image_ids` has numbers
 
 
 @dataclass(frozen=True)
@@ -22,9 +26,9 @@ class VgImages:
 
     def resolve(self, image: str) -> str:
         """`coco/M` for a `vg/N` that is one of COCO's; every other id as it is."""
-        if not image.startswith("vg/"):
+        if not (match := _VG.fullmatch(image)):
             return image
-        number = int(image.removeprefix("vg/"))
+        number = int(match[1])
         at = int(np.searchsorted(self.vg, number))
         same = at < len(self.vg) and int(self.vg[at]) == number
         return f"coco/{int(self.coco[at])}" if same else image
@@ -38,14 +42,19 @@ def load_vg_images(path: Path) -> VgImages:
     form."""
     vg, coco = [], []
     for i, entry in list_items(path, "file of Visual Genome's images"):
-        ids = (entry.get("image_id"), entry.get("coco_id")) if isinstance(entry, dict) else (None,)
-        if not isinstance(ids[0], int) or not isinstance(ids[-1], int | None):
+        found = entry if isinstance(entry, dict) else {}
+        number, same = found.get("image_id"), found.get("coco_id")
+        if not _is_id(number) or not (same is None or _is_id(same)):
             raise DataError(
                 f"{path}: entry {i} has no image_id and coco_id: give Visual Genome's "
                 "image_data.json"
             )
-        if ids[1] is not None:
-            vg.append(ids[0])
-            coco.append(ids[1])
+        if same is not None:
+            vg.append(number)
+            coco.append(same)
     order = np.argsort(np.asarray(vg, dtype=np.int64), kind="stable")
     return VgImages(np.asarray(vg, dtype=np.int64)[order], np.asarray(coco, dtype=np.int64)[order])
+
+
+def _is_id(value: object) -> bool:
+    return type(value) is int and 0 <= value < _MOST

@@ -16,7 +16,7 @@ def _detect(path: Path) -> bool:
     # Hundreds of images may stand before the first annotation.
     begin = head(path)
     known = b'"caption"' in begin or (b'"images"' in begin and b'"file_name"' in begin)
-    return begin.lstrip()[:1] == b"{" and known and b'"question' not in begin
+    return begin.lstrip()[:1] == b"{" and known and b'"question_id"' not in begin
 
 
 def _read(files: Sequence[Path], source: str, report: Report) -> Iterator[ImageText]:
@@ -27,7 +27,7 @@ def _read(files: Sequence[Path], source: str, report: Report) -> Iterator[ImageT
                 if isinstance(entry, dict)
                 else ("", "")
             )
-            if not isinstance(image, int) or not isinstance(text, str):
+            if type(image) is not int or not isinstance(text, str):
                 raise DataError(
                     f"{path}: annotation {i} has no image_id and caption: give a captions_*.json"
                 )

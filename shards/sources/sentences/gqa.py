@@ -27,10 +27,14 @@ def _read(files: Sequence[Path], source: str, report: Report) -> Iterator[ImageT
             text, image, answer = (found.get(k) for k in ("question", "imageId", "answer"))
             if not isinstance(text, str) or not isinstance(image, str):
                 raise DataError(f"{path}: question {number:.40} has no question and imageId")
+            if not isinstance(answer, str | None):
+                raise DataError(
+                    f"{path}: the answer of question {number:.40} is {answer!r:.40}, no text"
+                )
             if not text.strip():
                 report.add("empty sentences", f"{path}, question {number}")
                 continue
-            answers = {answer: 1.0} if isinstance(answer, str) and answer else None
+            answers = {answer: 1.0} if answer else None
             sentence = Sentence(text.strip(), source, answers, number)
             yield ImageText(image_id(image, "vg"), (sentence,))
 

@@ -22,7 +22,7 @@ _LABELS = ("True", "False")
 
 def _detect(path: Path) -> bool:
     try:
-        first = json.loads(head(path).split(b"\n")[0])
+        first = json.loads(head(path).lstrip().split(b"\n")[0])
     except (ValueError, RecursionError):
         return False
     return isinstance(first, dict) and {"identifier", "sentence"} <= set(first)
@@ -34,7 +34,7 @@ def _read(files: Sequence[Path], source: str, report: Report) -> Iterator[ImageT
             where = f"{path}, line {number}"
             name, text, label = (entry.get(k) for k in ("identifier", "sentence", "label"))
             parts = name.split("-") if isinstance(name, str) else []
-            if len(parts) != 4 or not isinstance(text, str):
+            if len(parts) != 4 or not all(parts) or not isinstance(text, str):
                 raise DataError(
                     f"{where}: it has no identifier (split-set-pair-sentence) and sentence"
                 )

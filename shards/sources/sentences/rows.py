@@ -51,41 +51,67 @@ def json_lines(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _detect(path: Path) -> bool:
-    first = head(path).split(b"\n")[0].decode("utf-8-sig", "replace").strip()
-    if first.startswith("{"):
+    lines = _text(head(path)).splitlines()
+    first = next((line for line in lines if line.strip()), "")
+    if first.lstrip().startswith("{"):
         try:
             entry = json.loads(first)
         except (ValueError, RecursionError):
             return False
         return isinstance(entry, dict) and {"image", "sentence"} <= set(entry)
-    return {"image", "sentence"} <= set(_cells(first, _delimiter(first)))
+    try:
+        return {"image", "sentence"} <= set(_cells(first))
+    except csv.Error:
+        return False
+
+
+def _text(begin: bytes) -> str:
+    return begin.decode("utf-8-sig", "replace")
 
 
 def _delimiter(header: str) -> str:
     return "\t" if "\t" in header else ","
 
 
-def _cells(line: str, delimiter: str) -> list[str]:
-    return next(csv.reader([line], delimiter=delimiter), [])
+def _cells(header: str) -> list[str]:
+    return next(csv.reader([header], delimiter=_delimiter(header)), [])
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    begin = _head(path).lstrip()
-    if begin[:1] == b"{":
+    begin = _text(_head(path)).lstrip()
+    if begin.startswith("{"):
         yield from json_lines(path, "file of sentences")
         return
-    delimiter = _delimiter(begin.split(b"\n")[0].decode("utf-8", "replace"))
+    header = begin.splitlines()[0] if begin else ""
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
-            reader = csv.DictReader(f, delimiter=delimiter, strict=True)
-            for row in reader:
-                if None in row or None in row.values():
+            reader = csv.reader(f, delimiter=_delimiter(header), strict=True)
+            names = _header(next((cells for cells in reader if cells), []), path)
+            for cells in reader:
+                if not cells:
+                    continue
+                if len(cells) != len(names):
                     raise DataError(
                         f"{path}, line {reader.line_num}: not as many cells as the header has names"
                     )
+                row = dict(zip(names, cells, strict=True))
                 yield reader.line_num, {k: v for k, v in row.items() if v != ""}
-    except (csv.Error, UnicodeDecodeError) as error:
+    except csv.Error as error:
         raise DataError(f"{path} is no CSV: {error}; quote cells with line ends in them") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error.reason}; convert it") from None
+    except OSError as error:
+        raise DataError(f"cannot read the file of sentences {path}: {error.strerror}") from None
+
+
+def _header(names: list[str], path: Path) -> list[str]:
+    if missing := {"image", "sentence"} - set(names):
+        raise DataError(f"{path}: the header has no column {sorted(missing)[0]!r}")
+    if unknown := set(names) - _COLUMNS:
+        raise DataError(f"{path}: the header has an unknown column {sorted(unknown)[0]!r:.40}")
+    if len(names) != len(set(names)):
+        raise DataError(f"{path}: the header has a column twice")
+    return names
 
 
 def _head(path: Path) -> bytes:
@@ -102,7 +128,7 @@ def _read(files: Sequence[Path], source: str, report: Report) -> Iterator[ImageT
             if unknown := set(row) - _COLUMNS:
                 raise DataError(f"{where}: unknown column {sorted(map(str, unknown))[0]!r:.40}")
             image, text = row.get("image"), row.get("sentence", "")
-            if not isinstance(image, str) or not isinstance(text, str):
+            if not isinstance(image, str) or not image.strip() or not isinstance(text, str):
                 raise DataError(f"{where}: it has no image and sentence, both texts")
             if not text.strip():
                 report.add("empty sentences", where)
@@ -140,7 +166,7 @@ def _answers(given: object, where: str) -> dict[str, float] | None:
     if isinstance(given, list):
         if not all(isinstance(a, str) for a in given):
             raise DataError(f"{where}: the answers are not all texts")
-        given = dict.fromkeys(given, 1.0)
+        given = dict.fromkeys((a for a in given if a.strip()), 1.0)
     return check_answers(given, where)
 
 

@@ -22,7 +22,7 @@ def _read(files: Sequence[Path], source: str, report: Report) -> Iterator[ImageT
         for i, entry in list_items(path, "file of questions"):
             image = entry.get("id") if isinstance(entry, dict) else None
             questions = entry.get("qas") if isinstance(entry, dict) else None
-            if not isinstance(image, int) or not isinstance(questions, list):
+            if type(image) is not int or not isinstance(questions, list):
                 raise DataError(f'{path}: entry {i} is not an object with "id" and "qas"')
             out = []
             for qa in questions:
@@ -32,10 +32,11 @@ def _read(files: Sequence[Path], source: str, report: Report) -> Iterator[ImageT
                     raise DataError(
                         f"{path}: entry {i}, image {image}: a question or answer is missing"
                     )
+                if number is not None and type(number) is not int:
+                    raise DataError(f"{path}: image {image}: the qa_id {number!r:.40} is no number")
                 if text.strip():
                     given = {answer.strip(): 1.0} if answer.strip() else {}
-                    given_id = number if isinstance(number, int) else None
-                    out.append(Sentence(text.strip(), source, given, given_id))
+                    out.append(Sentence(text.strip(), source, given, number))
                 else:
                     report.add("empty sentences", f"{path}, image {image}")
             if out:

@@ -22,7 +22,7 @@ def _read(files: Sequence[Path], source: str, report: Report) -> Iterator[ImageT
         for i, entry in list_items(path, "file of region descriptions"):
             image = entry.get("id") if isinstance(entry, dict) else None
             regions = entry.get("regions") if isinstance(entry, dict) else None
-            if not isinstance(image, int) or not isinstance(regions, list):
+            if type(image) is not int or not isinstance(regions, list):
                 raise DataError(f'{path}: entry {i} is not an object with "id" and "regions"')
             out = []
             for region in regions:

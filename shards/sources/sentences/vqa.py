@@ -73,7 +73,9 @@ def _answers(files: Sequence[Path]) -> dict[int, bytes]:
                 raise DataError(f"{path}: annotation {i} has no question_id and answers")
             if number in out:
                 raise DataError(f"{path}: question_id {number} has annotations already")
-            out[number] = json.dumps(scores(texts)).encode()
+            # The only answer of a single annotator has score 0: nobody else gave it.
+            kept = {answer: score for answer, score in scores(texts).items() if score > 0}
+            out[number] = json.dumps(kept).encode()
     return out
 
 

@@ -209,6 +209,18 @@ def test_names_of_one_image_in_several_files_meet(tmp_path: Path) -> None:
         list(records(replace(inputs, features=(replace(features, numbers=None),)), options=OPTIONS))
 
 
+def test_sentences_that_make_no_sense(tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path / "in", 2)
+    (given,) = inputs.sentences
+    twice = replace(inputs, sentences=(replace(given, files=given.files * 2),))
+    with pytest.raises(DataError, match="a file is named twice"):
+        list(records(twice, options=OPTIONS))
+    text = given.files[0].read_text().replace("a thing on", "\\ud800 on")
+    given.files[0].write_text(text)
+    with pytest.raises(DataError, match="image 'img-0000' has text that is not valid Unicode"):
+        list(records(inputs, options=OPTIONS))
+
+
 def test_images_of_visual_genome_that_are_cocos(tmp_path: Path) -> None:
     """Both collections have features of such an image, and sentences: they are one record."""
     (tmp_path / "coco.tsv").write_bytes(tsv_bytes([make_row("COCO_val2014_000000000009")]))

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from cluster.cli.main import main
+from shards.errors import DataError
 from shards.format.answers import load_answers
+from shards.sources.answer_table import Tally, make_table, write_table
 
 ROWS = [
     ("vqa", "what?", {"red": 1, "Blue.": 0.3}),
@@ -65,3 +67,36 @@ def test_a_base_keeps_its_ids(
     (rows.parent / "more.csv").write_text("image,sentence,answers\n1,what?,a wholly new answer\n")
     grown = run(rows.parent / "more.csv", "--base", str(base))
     assert grown == [*given, "wholly new answer"]
+
+
+def test_lxmert_s_form_keeps_the_sets_of_a_base(tmp_path: Path) -> None:
+    """LXMERT's own code leaves out answers whose sets it does not ask for."""
+    base, out = tmp_path / "base.json", tmp_path / "out.json"
+    base.write_text(json.dumps([{"ans": "red", "dsets": ["gqa"]}, {"ans": "a 2", "dsets": []}]))
+    tally = Tally({"red": 2, "2": 1, "blue": 1}, {"red": {"vgqa"}, "2": {"vqa"}, "blue": {"vgqa"}})
+    write_table(out, make_table(tally, base=base), tally, lxmert=True, base=base)
+    assert json.loads(out.read_text()) == [
+        {"ans": "red", "dsets": ["gqa", "visual7w"]},
+        {"ans": "a 2", "dsets": ["vqa"]},
+        {"ans": "blue", "dsets": ["visual7w"]},
+    ]
+    base.write_text('[{"ans": "red", "dsets": 3}]')
+    with pytest.raises(DataError, match="\"dsets\" of 'red' are no list of names"):
+        write_table(out, ["red"], tally, lxmert=True, base=base)
+
+
+def test_tables_that_are_refused(tmp_path: Path) -> None:
+    out, base, tally = tmp_path / "out.json", tmp_path / "base.json", Tally({"red": 2})
+    with pytest.raises(DataError, match=r"would have no answer: .* lower --min-count"):
+        make_table(tally, min_count=3)
+    base.write_text('["a", "b"]')
+    with pytest.raises(DataError, match=r"base.json has 2 answers, more than a table of 1 can"):
+        make_table(tally, size=1, base=base)
+    out.write_text("before")
+    with pytest.raises(DataError, match="lone surrogate"):
+        write_table(out, ["red", "\ud800"], tally, lxmert=False)
+    assert out.read_text() == "before" and {p.name for p in tmp_path.iterdir()} == {
+        "out.json", "base.json",
+    }  # fmt: skip
+    with pytest.raises(DataError, match="is a folder: name a file"):
+        write_table(tmp_path, ["red"], tally, lxmert=False)

@@ -117,6 +117,9 @@ def test_vqa(tmp_path: Path) -> None:
         read(questions, few)
     with pytest.raises(DataError, match="question_id 458752000 has annotations already"):
         read(questions, annotations, half)
+    lone = {"question_id": 458752000, "answers": [{"answer": "net"}]}
+    single = write(tmp_path / "single", {"annotations": [lone]})
+    assert read(few, single)[0].sentences[0].answers == {}, "no score is 0"
 
 
 def test_captions_regions_and_questions(tmp_path: Path) -> None:
@@ -179,6 +182,14 @@ def test_rows(tmp_path: Path) -> None:
     assert told(read(tmp_path / "c")) == [("2", ("x", "sentences", None, None))]
     (tmp_path / "d").write_text('image,sentence,answers\n1,x,"yes; no"\n')
     assert read(tmp_path / "d")[0].sentences[0].answers == {"yes": 1.0, "no": 1.0}
+    for odd in (
+        "\n\nimage,sentence\n\n2,x\n",
+        "image,sentence\r2,x\r",
+        '\ufeff{"image": "2", "sentence": "x"}',
+        '\n{"image": "2", "sentence": "x"}',
+    ):
+        (tmp_path / "e").write_text(odd, newline="")
+        assert told(read(tmp_path / "e")) == [("2", ("x", "sentences", None, None))]
 
 
 BAD: list[tuple[str, str, str]] = [
@@ -202,6 +213,16 @@ BAD: list[tuple[str, str, str]] = [
     ("rows", '{"image": "1", "sentence": "x", "answers": {"a": 3}}', "score of answer 'a' is 3"),
     ("rows", '{"image": "1", "sentence": "x", "id": true}', "the id True is no"),
     ("rows", 'image,sentence,answers\n1,x,"{"\n', "the answers are no JSON"),
+    ("rows", "", "the header has no column 'image'"),
+    ("rows", "image,text\n", "the header has no column 'sentence'"),
+    ("rows", "image,sentence,sentence\n1,x,y\n", "the header has a column twice"),
+    ("rows", '{"image": " ", "sentence": "x"}', "it has no image and sentence"),
+    ("coco", '{"annotations": [{"image_id": true, "caption": "x"}]}', "annotation 0 has no"),
+    ("vg-regions", '[{"id": true, "regions": []}]', "entry 0 is not an object"),
+    ("vg-qa", '[{"id": true, "qas": []}]', "entry 0 is not an object"),
+    ("vg-qa", '[{"id": 1, "qas": [{"question": "x", "answer": "y", "qa_id": "z"}]}]', "qa_id 'z'"),
+    ("gqa", '{"01": {"question": "x", "imageId": "1", "answer": 3}}', "question 01 is 3, no text"),
+    ("nlvr2", '{"identifier": "---", "sentence": "x"}', "line 1: it has no identifier"),
 ]
 
 
@@ -212,6 +233,12 @@ def test_bad_files(tmp_path: Path, form: str, text: str, message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         list(FORMATS[form].read([path], "x", Report()))
     assert str(path) in str(caught.value)
+
+
+def test_rows_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "given").write_bytes(b"image,sentence\n1,\xe9t\xe9\n")
+    with pytest.raises(DataError, match=r"given is not UTF-8 text: .*; convert it"):
+        read(tmp_path / "given")
 
 
 @pytest.mark.parametrize("form", sorted(FORMATS))
@@ -235,7 +262,10 @@ def test_every_file_is_of_one_format(tmp_path: Path) -> None:
         assert found == [name]
     (tmp_path / "a").write_text(json.dumps(VQA_A))
     assert [f.name for f in FORMATS.values() if f.detect(tmp_path / "a")] == ["vqa"]
-    for other in ("", "text", "[]", "{}", "\0\1"):
+    quoting = {"annotations": [{"image_id": 1, "caption": 'a "question" mark'}]}
+    (tmp_path / "b").write_text(json.dumps(quoting))
+    assert [f.name for f in FORMATS.values() if f.detect(tmp_path / "b")] == ["coco"]
+    for other in ("", "text", "[]", "{}", "\0\1", 'a\rb,"x\rc', "\ufeff" + json.dumps(COCO)):
         (tmp_path / "other").write_text(other)
         with pytest.raises(DataError, match="is of no format of sentences that is known"):
             sentence_format(tmp_path / "other", None)
