@@ -17,7 +17,8 @@ from cluster.cli.progress import shown_progress
 from shards.arguments import given_name, given_path, whole
 from shards.errors import DataError
 from shards.extract.boxes import Boxes, BoxesOf, given, grid
-from shards.extract.extract import Describe, Extraction, chunks_of, extract
+from shards.extract.extract import Describe, Extraction, extract
+from shards.extract.folder import plan
 from shards.sources.features.grid import EXTRACTOR, LAYOUTS, describe
 from shards.sources.regions import Options
 
@@ -40,11 +41,16 @@ def add_extract(parser: argparse.ArgumentParser) -> None:
          help="an object-detection model of Hugging Face's, in a folder or on the hub: its boxes, "
          "unless others are given, and the last map of its backbone")  # fmt: skip
     what("--backbone", type=given_name, metavar="NAME",
-         help="a convolutional model of Hugging Face's (default: the pixels)")  # fmt: skip
+         help="a model of Hugging Face's with a map, as ResNet, or patches, as ViT (default: the "
+         "pixels)")  # fmt: skip
+    what("--revision", type=given_name, metavar="NAME",
+         help="of a model on the hub: a branch, tag or commit")  # fmt: skip
     add("--min-boxes", type=whole(1), default=10, help="of a detector's (default: 10)")
     add("--max-boxes", type=whole(1), default=36, help="of a detector's (default: 36)")
     add("--threshold", type=_part, default=0.2, help="of their scores (default: 0.2)")
-    add("--batch", type=whole(1), default=8, help="pictures at a time (default: 8)")
+    add("--batch", type=whole(1), default=8,
+        help="pictures at a time, padded to one size, from which features follow, too (default: 8)"
+    )  # fmt: skip
     add("--device", help="cpu, cuda, … (default: a GPU where there is one)")
     add("--partition", type=_partition, default=(1, 1), metavar="I/N",
         help="the I-th of N parts of the pictures, for N runs")  # fmt: skip
@@ -83,18 +89,24 @@ def _extract(args: argparse.Namespace) -> int:
         raise DataError("give --detector or --backbone: features come from one of them")
     if args.min_boxes > args.max_boxes:
         raise DataError(f"--min-boxes {args.min_boxes} is more than --max-boxes {args.max_boxes}")
-    asked = Extraction(
-        args.images, args.out, _settings(args), args.partition, args.batch, args.retry_failed
-    )
     if args.dry_run:
-        chunks = chunks_of(asked)
-        there = sum(len(c.names) for c in chunks if c.tar.exists())
-        left = sum(len(c.names) for c in chunks) - there
-        print(json.dumps({"pictures": there + left, "there": there}) if args.json else
-              f"{left:,} pictures to do, {there:,} are done. Nothing was written.")  # fmt: skip
+        todo = plan(args.images, args.out, args.partition, args.retry_failed)
+        found = {"pictures": todo.left, "there": todo.there, "failed": todo.failed}
+        print(json.dumps(found) if args.json else
+              f"{todo.left:,} pictures to do, {todo.there:,} are done, {todo.failed:,} have "
+              "failed. Nothing was written.")  # fmt: skip
         return 0
     with ExitStack() as stack:
-        how = _describe(args, stack)
+        network = _network(args)
+        how = _describe(args, network, stack)
+        asked = Extraction(
+            args.images,
+            args.out,
+            _settings(args, network),
+            args.partition,
+            args.batch,
+            args.retry_failed,
+        )
         with shown_progress(args.quiet) as progress:
             outcome = extract(asked, how, progress)
     if args.json:
@@ -108,26 +120,35 @@ def _extract(args: argparse.Namespace) -> int:
     return 1 if outcome.failed else 0
 
 
-def _settings(args: argparse.Namespace) -> dict[str, object]:
-    """What the features follow from."""
-    found: dict[str, object] = {"features": args.detector or args.backbone or EXTRACTOR}
-    if args.grid or args.boxes:
-        return found | {"boxes": f"grid {args.grid}" if args.grid else Path(args.boxes).name}
-    boxes = [args.min_boxes, args.max_boxes, args.threshold]
-    return found | {"boxes": boxes}
+def _network(args: argparse.Namespace) -> Network | None:
+    if not (args.detector or args.backbone):
+        return None
+    from shards.extract.network import load  # torch takes seconds
+
+    name = args.detector or args.backbone
+    return load(name, bool(args.detector), args.device, args.revision)
 
 
-def _describe(args: argparse.Namespace, stack: ExitStack) -> Describe:
+def _settings(args: argparse.Namespace, network: Network | None) -> dict[str, object]:
+    """What the features follow from, the same on every machine."""
+    boxes: object = [args.min_boxes, args.max_boxes, args.threshold]
+    if args.grid:
+        boxes = f"grid {args.grid}"
+    elif args.boxes:
+        path = Path(args.boxes)
+        size = f" ({path.stat().st_size:,} bytes)" if path.is_file() else ""
+        boxes = f"{path.name}{size}"
+    if network:
+        return {"features": network.name, "boxes": boxes}
+    return {"features": EXTRACTOR, "boxes": boxes, "feature_dim": args.feature_dim}
+
+
+def _describe(args: argparse.Namespace, network: Network | None, stack: ExitStack) -> Describe:
     boxes_of: BoxesOf | None = None
     if args.grid:
         boxes_of = grid(args.grid)
     elif args.boxes:
         boxes_of = given(args.boxes, Options(feature_dim=args.feature_dim), stack)
-    network: Network | None = None
-    if args.detector or args.backbone:
-        from shards.extract.network import load  # torch takes seconds
-
-        network = load(args.detector or args.backbone, bool(args.detector), args.device)
 
     def how(pictures: Sequence[tuple[str, Image.Image]]) -> list[tuple[Boxes, np.ndarray] | str]:
         seen = network.look([p for _, p in pictures]) if network else [None] * len(pictures)
@@ -135,6 +156,8 @@ def _describe(args: argparse.Namespace, stack: ExitStack) -> Describe:
         features: np.ndarray
         for (name, picture), one in zip(pictures, seen, strict=True):
             try:
+                if isinstance(one, str):
+                    raise ValueError(one)
                 if boxes_of:
                     regions = boxes_of(name, *picture.size)
                 else:

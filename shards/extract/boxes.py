@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import DataError
+from shards.extract.coco import coco_boxes
 from shards.format.record import Labels
 from shards.sources import checks
 from shards.sources.features import feature_format
 from shards.sources.features.grid import grid_boxes
 from shards.sources.image_ids import image_id
-from shards.sources.json_stream import head, list_items
+from shards.sources.json_stream import head
 from shards.sources.regions import Entry, Options, Reader
 
 
@@ -66,34 +67,12 @@ def given(place: str, options: Options, stack: ExitStack) -> BoxesOf:
 
 
 def _of_coco(path: Path) -> BoxesOf:
-    """COCO's: x y width height in pixels. Classes are numbered by their categories' ids from 0 on;
-    crowds have no box of their own and are left out."""
-    categories: dict[int, int] = {}
-    for _, entry in list_items(path, "file of annotations", "categories"):
-        categories[entry["id"]] = 0
-    categories = {number: i for i, number in enumerate(sorted(categories))}
-    found: dict[str, list[tuple[float, ...]]] = {}
-    for i, entry in list_items(path, "file of annotations", "annotations"):
-        try:
-            if entry.get("iscrowd"):
-                continue
-            x, y, w, h = (float(v) for v in entry["bbox"])
-            label = categories[entry["category_id"]]
-            found.setdefault(f"coco/{int(entry['image_id'])}", []).append((x, y, w, h, label))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(
-                f"{path}: annotation {i} has no image_id, bbox and category_id of a category "
-                f"({error})"
-            ) from None
+    found = coco_boxes(path)
 
     def boxes_of(name: str, width: int, height: int) -> Boxes:
-        rows = found.get(image_id(name, "coco"))
-        if not rows:
-            raise ValueError(f"{path} has no box of it")
-        table = np.asarray(rows, dtype=np.float32)
-        corners = np.concatenate([table[:, :2], table[:, :2] + table[:, 2:4]], axis=1)
+        corners, classes = found.of(name, width, height)
         fractions = checks.fractions(corners, width, height)
-        return with_labels(fractions, table[:, 4].astype(np.int64), np.ones(len(table), np.float32))
+        return with_labels(fractions, classes, np.ones(len(classes), np.float32))
 
     return boxes_of
 

@@ -1,12 +1,16 @@
 """A detector or a backbone of Hugging Face's, from a folder or the hub.
 
-Features are pooled from the last map of its convolutional backbone: 2,048 wide of a ResNet's C5.
+Features are pooled from a map: the last of a convolutional backbone (2,048 wide of a ResNet's C5),
+or the patches that a ViT or YOLOS ends with.
 """
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +18,31 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from shards.errors import DataError
-from shards.extract.boxes import Boxes, with_labels
+from shards.errors import DataError, NodeError
+from shards.extract.found import Found
+from shards.extract.maps import last_map, valid_part
 from shards.extract.pooling import pool_boxes
 
 _SHORTER, _LONGER = 600, 1000  # pixels of the sides of what a backbone sees
+_HASHED = 12  # hex digits of a model's weights in its name
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A picture's map and, of a detector, boxes."""
+
+    map: torch.Tensor
+    """[C, H, W]."""
+    valid: torch.Tensor
+    """[2]: what parts of its width and height show the picture; the rest is padding."""
+    found: Found | None
+
+    def features(self, boxes: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(n, C) of boxes in fractions."""
+        given = torch.from_numpy(boxes).to(self.map)
+        pooled = pool_boxes(self.map, given, self.valid.to(self.map))
+        out: NDArray[np.float32] = pooled.float().cpu().numpy()
+        return out
 
 
 @dataclass(frozen=True)
@@ -26,37 +50,63 @@ class Network:
     """A loaded model and what prepares pictures for it."""
 
     name: str
+    """For people and records: without folders, with the first digits of its weights' sha256."""
     model: Any
     prepare: Any
     device: torch.device
     detects: bool
     """Whether it finds boxes."""
+    takes: frozenset[str]
+    """The arguments of its `forward`."""
 
-    def look(self, pictures: Sequence[Image.Image]) -> list[Seen]:
-        """What it makes of pictures, as one batch."""
+    def look(self, pictures: Sequence[Image.Image]) -> list[Seen | str]:
+        """What it makes of pictures, as one batch; a reason for each that it cannot look at.
+        DataError where memory is short; NodeError where the device is at fault."""
+        try:
+            return list(self._look(pictures))
+        except torch.OutOfMemoryError:
+            raise DataError(
+                f"{self.device} has no memory for {len(pictures)} pictures at a time: give a "
+                "smaller --batch"
+            ) from None
+        except torch.AcceleratorError as error:  # no picture's fault, and no other will pass
+            raise NodeError(
+                f"{self.device} failed: {_first_line(error)}; run the same command again, there or "
+                "elsewhere"
+            ) from None
+        except (ValueError, RuntimeError, ArithmeticError, LookupError, TypeError) as error:
+            if len(pictures) == 1:
+                return [f"{self.name} cannot look at it: {_first_line(error)}"]
+        return [one for picture in pictures for one in self.look([picture])]
+
+    def _look(self, pictures: Sequence[Image.Image]) -> list[Seen]:
         if self.detects:
             inputs = dict(self.prepare(images=list(pictures), return_tensors="pt"))
             mask = inputs.get("pixel_mask")
+            if mask is not None and "pixel_mask" not in self.takes:
+                # It would take padding for a part of the picture.
+                if len(pictures) > 1:
+                    return [one for picture in pictures for one in self._look([picture])]
+                del inputs["pixel_mask"]
         else:
             pixels, mask = _whole(pictures, self.prepare)
             inputs = {"pixel_values": pixels}
+        height, width = inputs["pixel_values"].shape[2:]
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
-        maps: list[torch.Tensor] = []
-        backbone = _backbone(self.model) if self.detects else self.model
-        hook = backbone.register_forward_hook(lambda _module, _in, out: maps.extend(_maps(out)))
+        if "interpolate_pos_encoding" in self.takes:
+            inputs["interpolate_pos_encoding"] = True  # of a ViT, for other sizes than its own
+        outputs_of: list[Any] = []
+        seeing = _seeing(self.model) if self.detects else self.model
+        hook = seeing.register_forward_hook(lambda _module, _in, out: outputs_of.append(out))
         try:
             with torch.inference_mode():
                 outputs = self.model(**inputs)
         finally:
             hook.remove()
-        if not maps:
-            raise DataError(
-                f"{self.name} has no convolutional map to pool features from: choose a model with "
-                "a ResNet or another convolutional backbone (DETR, Conditional or Deformable "
-                "DETR, RT-DETR)"
-            )
+        found = last_map(outputs_of[-1], self.model.config, width, height)
+        extent = torch.tensor(found.extent)
         return [
-            Seen(maps[-1][i], _valid(mask, i), self._found(outputs, i, picture))
+            Seen(found.values[i], valid_part(mask, i) * extent, self._found(outputs, i, picture))
             for i, picture in enumerate(pictures)
         ]
 
@@ -74,69 +124,66 @@ class Network:
         return Found(boxes, result["labels"].cpu().numpy(), result["scores"].float().cpu().numpy())
 
 
-@dataclass(frozen=True)
-class Found:
-    """All that a detector says of a picture."""
-
-    boxes: NDArray[np.float32]
-    """(n, 4), fractions."""
-    label: NDArray[np.int64]
-    score: NDArray[np.float32]
-
-    def best(self, least: int, most: int, threshold: float) -> Boxes:
-        """The surest boxes: those above the threshold, but `least` to `most` of them."""
-        good = (self.boxes[:, 2] > self.boxes[:, 0]) & (self.boxes[:, 3] > self.boxes[:, 1])
-        order = np.argsort(-np.where(good, self.score, -1.0), kind="stable")
-        above = int((good & (self.score >= threshold)).sum())
-        count = min(max(above, least), most, int(good.sum()))
-        if not count:
-            raise ValueError("the detector finds no box in it")
-        kept = order[:count]
-        return with_labels(self.boxes[kept], self.label[kept], self.score[kept])
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A picture's map and, of a detector, boxes."""
-
-    map: torch.Tensor
-    """[C, H, W]."""
-    valid: torch.Tensor
-    """[2]: what part of its width and height is no padding."""
-    found: Found | None
-
-    def features(self, boxes: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(n, C) of boxes in fractions."""
-        given = torch.from_numpy(boxes).to(self.map)
-        pooled = pool_boxes(self.map, given, self.valid.to(self.map))
-        out: NDArray[np.float32] = pooled.float().cpu().numpy()
-        return out
-
-
-def load(name: str, detects: bool, device: str | None) -> Network:
-    """The model of that name, a folder or one of the hub's. DataError where it cannot be had, or is
-    none of its kind."""
+def load(
+    name: str, detects: bool, device: str | None = None, revision: str | None = None
+) -> Network:
+    """The model of that name, a folder or one of the hub's (revision: of its branches, tags or
+    commits), tried on a grey picture. DataError where it cannot be had or used."""
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()  # it shows for a moment, on stderr
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = transformers.AutoModelForObjectDetection if detects else transformers.AutoModel
     what = "detector" if detects else "backbone"
+    # Code from the hub is not run, nor asked about.
+    given: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
     try:
+        model = kind.from_pretrained(name, **given).eval()
+        prepare = transformers.AutoImageProcessor.from_pretrained(name, **given)
+        shown = f"{_short(name)}@{_weights(model)}"
         place = torch.device(chosen)
-        model = kind.from_pretrained(name).to(place).eval()
-        prepare = transformers.AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        model = model.to(place)
+    except Exception as error:  # they read strangers' files with several libraries
+        problem = _first_line(error)
+        remedy = "give a folder that `save_pretrained` wrote, or a name on the hub and a network "
+        remedy += "that reaches it"
+        if "timm library" in problem:
+            remedy = "give a revision without it, where there is one (--revision no_timm of "
+            remedy += "facebook/detr-resnet-50 and -101), or another detector, as RT-DETR"
         raise DataError(
-            f"cannot load the {what} {name} on {chosen}: {first}; give a folder that "
-            "`save_pretrained` wrote, or a name on the hub and a network that reaches it"
+            f"cannot load the {what} {name} on {chosen}: {problem.rstrip('.:')}; {remedy}"
         ) from None
-    if detects and _backbone(model) is None:
-        raise DataError(
-            f"{name} is no detector with a convolutional backbone: choose DETR, Conditional or "
-            "Deformable DETR, RT-DETR, or take its boxes to another's features (--boxes)"
-        )
-    return Network(name, model, prepare, place, detects)
+    takes = frozenset(inspect.signature(model.forward).parameters)
+    network = Network(shown, model, prepare, place, detects, takes)
+    (seen,) = network.look([Image.new("RGB", (96, 64), (128, 128, 128))])
+    if isinstance(seen, str):
+        raise DataError(f"the {what} {name} is not to be used: {seen}")
+    return network
+
+
+def _short(name: str) -> str:
+    """Without the folders before a folder: records are to be the same wherever it is."""
+    path = Path(name)
+    return path.resolve().name if path.is_dir() else name
+
+
+def _weights(model: Any) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:_HASHED]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _seeing(model: Any) -> Any:
+    """The part of a detector whose output is a map: its backbone, or a ViT as a whole."""
+    inner = getattr(model, "model", model)
+    return getattr(inner, "backbone", None) or model.base_model
 
 
 def _whole(pictures: Sequence[Image.Image], prepare: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,27 +205,3 @@ def _whole(pictures: Sequence[Image.Image], prepare: Any) -> tuple[torch.Tensor,
         out[i, :, : pixels.shape[1], : pixels.shape[2]] = pixels
         mask[i, : pixels.shape[1], : pixels.shape[2]] = 1
     return out, mask
-
-
-def _backbone(model: Any) -> Any:
-    inner = getattr(model, "model", model)
-    return getattr(inner, "backbone", None)
-
-
-def _maps(value: Any) -> list[torch.Tensor]:
-    """The maps [B, C, H, W] in an output, in its order."""
-    if isinstance(value, torch.Tensor):
-        return [value] if value.ndim == 4 else []
-    if hasattr(value, "last_hidden_state"):
-        return _maps(value.last_hidden_state)
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [m for v in value for m in _maps(v)] if isinstance(value, list | tuple) else []
-
-
-def _valid(mask: torch.Tensor | None, i: int) -> torch.Tensor:
-    """Of a padded batch: the parts of width and height that its i-th picture takes."""
-    if mask is None:
-        return torch.ones(2)
-    rows, columns = mask[i].any(1).sum(), mask[i].any(0).sum()
-    return torch.stack([columns / mask.shape[2], rows / mask.shape[1]]).float()
