@@ -13,5 +13,6 @@ def decoded(features: Tensor, dtype: torch.dtype) -> Tensor:
     shards/format/features.py stores them. A row of zero bytes is a row of zeros."""
     if features.dtype != torch.uint8:
         return features.to(dtype)
-    head = features[:, :_HEAD].contiguous().view(torch.float32)
+    # A copy even of one row, which is contiguous where it is, but need not be aligned for f32.
+    head = features[:, :_HEAD].clone(memory_format=torch.contiguous_format).view(torch.float32)
     return (head[:, 1:] + head[:, :1] * features[:, _HEAD:].float()).to(dtype)

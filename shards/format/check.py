@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import DataError
-from shards.format.features import HEAD
+from shards.format.features import as_numbers, beyond_uint8
 from shards.format.manifest import Schema
 from shards.format.members import FEATURES, MEMBERS, members_of
 from shards.format.record import ImageRecord, Labels
@@ -17,7 +17,7 @@ def check_record(record: ImageRecord, schema: Schema) -> None:
     problem = (
         _size_problem(record, schema)
         or _shape_problem(record, schema)
-        or _value_problem(record)
+        or _value_problem(record, schema)
         or (_label_problem(record.labels, schema) if record.labels else None)
         or _sentence_problem(record)
     )
@@ -61,13 +61,15 @@ def _shape_problem(record: ImageRecord, schema: Schema) -> str | None:
     return None
 
 
-def _value_problem(record: ImageRecord) -> str | None:
+def _value_problem(record: ImageRecord, schema: Schema) -> str | None:
     if not (np.isfinite(record.boxes).all() and _in_image(record.boxes)):
         return "boxes outside of 0..1 or with x2 < x1 or y2 < y1"
-    features = record.features
-    heads = features.dtype == np.uint8 and np.ascontiguousarray(features[:, :HEAD]).view("<f4")
-    if not np.isfinite(features if heads is False else heads).all():
+    features = as_numbers(record.features)
+    if not np.isfinite(features).all():
         return "features that are not finite"
+    to_store = schema.feature_type == "uint8" and record.features.dtype != np.uint8
+    if to_store and beyond_uint8(features).any():
+        return "features beyond ±1.7e38, which uint8 cannot hold"
     return None
 
 

@@ -4,8 +4,9 @@ A row of uint8, of one object, is `scale` and `minimum` as f32 and then a byte a
 
     value = minimum + scale * byte,   scale = (largest - smallest) / 255,   minimum = smallest
 
-so no value is off by more than half a scale (and the rounding of fp32). A row of equal values has
-scale 0. A row of zero bytes is a row of zeros: the mark of a masked object, and padding.
+so no value is off by more than half a scale (and the rounding of fp32). Values are within half of
+what fp32 holds, so that none is infinite when it is decoded. A row of equal values has scale 0. A
+row of zero bytes is a row of zeros: the mark of a masked object, and padding.
 """
 
 from __future__ import annotations
@@ -24,16 +25,26 @@ NUMPY: dict[FeatureType, str] = {"fp16": "<f2", "fp32": "<f4", "uint8": "u1"}
 """The type of the elements of a stored row."""
 
 
+_LARGEST = float(np.finfo(np.float32).max) / 2
+"""Magnitude up to which the range of a row, and every step of decoding it, is in fp32."""
+
+
 def stored_width(feature_type: FeatureType, feature_dim: int) -> int:
     """Elements of a stored row."""
     return feature_dim + HEAD if feature_type == "uint8" else feature_dim
 
 
+def beyond_uint8(features: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """(n, D): which of finite numbers are too large for rows of uint8."""
+    out: NDArray[np.bool_] = np.abs(features.astype(np.float32, copy=False)) > _LARGEST
+    return out
+
+
 def to_uint8(features: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """Rows (n, D) of finite numbers as rows (n, 8 + D)."""
+    """Rows (n, D) of finite numbers, none of them `beyond_uint8`, as rows (n, 8 + D)."""
     values = features.astype(np.float32)
     least = values.min(axis=1, keepdims=True)
-    # In f64, as the range of two f32 can be beyond f32.
+    # In f64, to be rounded once.
     scale = ((values.max(axis=1, keepdims=True).astype(np.float64) - least) / 255).astype("<f4")
     steps = (values.astype(np.float64) - least) / np.where(scale > 0, scale, 1)
     out = np.empty((len(values), HEAD + values.shape[1]), dtype=np.uint8)
@@ -46,7 +57,8 @@ def to_uint8(features: NDArray[np.floating]) -> NDArray[np.uint8]:
 def from_uint8(rows: NDArray[np.uint8]) -> NDArray[np.float32]:
     """The inverse: rows (…, 8 + D) as (…, D)."""
     head = np.ascontiguousarray(rows[..., :HEAD]).view("<f4")
-    out: NDArray[np.float32] = head[..., 1:] + head[..., :1] * rows[..., HEAD:].astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # of damaged rows
+        out: NDArray[np.float32] = head[..., 1:] + head[..., :1] * rows[..., HEAD:].astype("f4")
     return out
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.format.features import FeatureType
+from shards.format.features import FeatureType, beyond_uint8
 
 _FEW = 8  # pixels of an image in which boxes may be as small as one pixel
 _TOLERANCE = 1.0  # pixels that a box may reach out of its image; it is clamped
@@ -62,11 +62,9 @@ def stored(features: NDArray, feature_type: FeatureType) -> NDArray[np.floating]
     if not np.isfinite(out).all():
         i, j = np.argwhere(~np.isfinite(out))[0]
         raise ValueError(f"object {i} has {features[i, j]}, which is no finite float32 value")
-    if feature_type == "uint8":
-        spread = np.ptp(out.astype(np.float64), axis=1)
-        if (spread > np.finfo(np.float32).max).any():
-            i = int(spread.argmax())
-            raise ValueError(f"the values of object {i} are further apart than float32 can say")
+    if feature_type == "uint8" and (beyond := beyond_uint8(out)).any():
+        i, j = np.argwhere(beyond)[0]
+        raise ValueError(f"object {i} has {out[i, j]}: uint8 cannot hold values beyond ±1.7e38")
     return out
 
 

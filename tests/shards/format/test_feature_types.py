@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,12 @@ from shards.convert.inputs import FeatureInput, Inputs
 from shards.convert.pool import in_processes
 from shards.errors import DataError
 from shards.format.build import BuildSettings, build
+from shards.format.check import check_record
 from shards.format.features import HEAD, from_uint8, to_uint8
 from shards.format.manifest import load_manifest
 from shards.format.record import ImageRecord, Report
 from shards.format.verify import verify
+from shards.sources import checks
 from shards.sources.regions import Options
 from shards.tools.merge import merge
 from shards.webdataset import as_webdataset
@@ -145,3 +148,62 @@ def test_types_that_are_not_there(tmp_path: Path, make_records: MakeRecords) -> 
         settings = replace(SETTINGS, feature_type=kind)
         with pytest.raises(DataError, match="line 1, features: object 0 has nan"):
             convert(inputs, tmp_path / "out", settings, options=OPTIONS, workers=HERE)
+
+
+MOST = np.finfo(np.float32).max
+
+
+# A range that fp32 cannot hold, and one that it can, of values at its end.
+@pytest.mark.parametrize("low", [-MOST, np.float32(3e37)])
+def test_values_beyond_uint8(tmp_path: Path, make_records: MakeRecords, low: np.float32) -> None:
+    """Refused, as they would be infinite when decoded; fp32 keeps them."""
+    first = make_records(1)[0]
+    n, width = first.features.shape
+    values = np.tile(np.where(np.arange(width) % 2, MOST, low).astype(np.float32), (n, 1))
+    record = replace(first, features=values)
+    with pytest.raises(DataError, match=r"features beyond ±1.7e38, which uint8 cannot hold"):
+        build([record], tmp_path / "a", replace(SETTINGS, feature_type="uint8"))
+    assert not (tmp_path / "a/manifest.json").exists()
+    with pytest.raises(ValueError, match=r"object 0 has .*: uint8 cannot hold values beyond"):
+        checks.stored(values, "uint8")
+    build([record], tmp_path / "b", replace(SETTINGS, feature_type="fp32"))
+    (found,) = as_webdataset(str(tmp_path / "b"))
+    np.testing.assert_array_equal(found["features"], values)
+
+
+def test_the_largest_values_of_uint8() -> None:
+    most = MOST / 2
+    rows = np.array([[-most, most, 0], [most, most / 3, 1], [-most, -most, -most]], np.float32)
+    assert checks.stored(rows, "uint8") is rows
+    back = from_uint8(to_uint8(rows))
+    assert np.isfinite(back).all()
+    np.testing.assert_allclose(back, rows, rtol=0, atol=float(most) / 254)
+
+
+def test_damaged_rows_of_uint8_are_found(tmp_path: Path, make_records: MakeRecords) -> None:
+    """Bytes that a sha256 vouches for, but that decode to nothing: not a number, or beyond fp32."""
+    first = make_records(1)[0]
+    schema = build([first], tmp_path, replace(SETTINGS, feature_type="uint8")).schema
+    good = to_uint8(first.features)
+    check_record(replace(first, features=good), schema)
+    for scale, least in ((np.nan, 0), (0, np.inf), (1e37, 0), (MOST / 300, MOST)):
+        bad = good.copy()
+        bad[-1, :HEAD] = np.array([scale, least], "<f4").view(np.uint8)
+        bad[-1, HEAD:] = 255
+        with pytest.raises(DataError, match="features that are not finite"):
+            check_record(replace(first, features=bad), schema)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "FP32", None, ["fp32"]])
+def test_an_unknown_type_is_refused(tmp_path: Path, make_records: MakeRecords, kind: str) -> None:
+    """Though the fingerprint is that of the manifest, as another version might write it."""
+    build(make_records(2), tmp_path, SETTINGS)
+    path = tmp_path / "manifest.json"
+    document = json.loads(path.read_bytes())
+    del document["fingerprint"], document["folder"], document["checksum"]
+    document["schema"]["feature_type"] = kind
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    document["fingerprint"] = hashlib.sha256(canonical.encode()).hexdigest()
+    path.write_text(json.dumps(document))
+    with pytest.raises(DataError, match=r"feature_type is .*'fp16', 'fp32' or 'uint8'; build"):
+        load_manifest(str(tmp_path))

@@ -17,9 +17,12 @@ from model.stored import decoded
 from shards.dataset import DatasetSpec, open_dataset
 from shards.errors import DataError
 from shards.format.build import BuildSettings, build
+from shards.format.features import from_uint8, to_uint8
 from shards.order.settings import SamplerSettings
 from tests.conftest import MakeRecords, files_of
+from tests.ranks import config_tree, run_ranks, step_record
 from trainer.data.batch import make_batch, settings_of
+from trainer.data.digest import digest
 from trainer.data.loader import RankSlice, load_steps
 from trainer.sections import LoaderSettings
 
@@ -55,6 +58,7 @@ def test_batches_and_losses(sets: dict[str, Path]) -> None:
     for batch in batches.values():
         for name in ("tokens", "image_index", "object_position", "zero_position", "swap_position"):
             assert torch.equal(getattr(batch, name), getattr(half, name)), name
+        assert digest(batch, 0) == digest(half, 0), "what the audit compares"
     numbers = {k: decoded(b.features.flatten(0, 1), torch.float32) for k, b in batches.items()}
     assert torch.equal(numbers["fp32"], numbers["fp16"]), "these records are of fp16"
     step = np.ptp(numbers["fp32"].numpy(), axis=1).max() / 255
@@ -117,3 +121,40 @@ def test_types_do_not_mix(sets: dict[str, Path], tmp_path: Path, make_records: M
         open_dataset(
             [DatasetSpec(str(first)), DatasetSpec(str(tmp_path / "u"))], tmp_path / "cache"
         )
+
+
+@pytest.mark.parametrize("width", [8, 6, 7], ids=["of fours", "as VinVL's 2054", "odd"])
+def test_any_rows_of_uint8_are_decoded(width: int) -> None:
+    """None, one, or some from the middle: where they begin in memory need not suit fp32."""
+    rows = to_uint8(np.random.default_rng(0).normal(size=(6, width)).astype(np.float32))
+    for part in (slice(0), slice(1), slice(1, 2), slice(3, 4), slice(1, 5)):
+        found = decoded(torch.from_numpy(rows)[part], torch.float32)
+        np.testing.assert_array_equal(found.numpy(), from_uint8(rows[part]))
+
+
+def test_runs_of_each_type_learn_the_same(tmp_path: Path, make_records: MakeRecords) -> None:
+    """Whole runs, of a width that is no multiple of four and with steps that mask one object or
+    none: the same pairs and masks, and nearly the same losses."""
+    records = make_records(30, labels=True, feature_dim=6)
+    jobs = []
+    for kind in TYPES:
+        settings = BuildSettings("t", "test", vocab_size=200, images_per_shard=10)
+        build(records, tmp_path / kind, replace(settings, feature_type=kind))
+        tree = config_tree(
+            tmp_path / kind,
+            tmp_path,
+            f"run-{kind}",
+            model={"dropout": 0.0, "attention_dropout": 0.0},
+            objectives={"object_mask": 0.05},
+            train={"steps": 6, "global_batch": 12},
+        )
+        jobs.append((tree, None, False))
+    assert not run_ranks(1, jobs)
+    half, single, byte = (step_record(tree) for tree, _, _ in jobs)
+    assert len(half) == len(single) == len(byte) == 6
+    for step, due in half.items():
+        for name, value in due.items():
+            if not name.startswith("loss"):
+                continue
+            assert single[step][name] == value, "these records are of fp16"
+            assert byte[step][name] == pytest.approx(value, rel=2e-2, abs=1e-3), name
