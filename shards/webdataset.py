@@ -21,9 +21,11 @@ from typing import Any
 
 import webdataset
 
+from shards.errors import DataError
 from shards.format.features import as_numbers
 from shards.format.manifest import Schema, load_manifest
 from shards.format.members import FEATURES, FEATURES_OF, MEMBERS, RECORD, members_of
+from shards.format.publish import is_index
 from shards.sources import tars
 from shards.store.cache import cache_folder, local_file
 from shards.store.locks import open_shared
@@ -42,7 +44,7 @@ def as_webdataset(url: str, cache: str | Path | None = None, *, shuffle: int = 0
         __key__, __url__                 name in its shard, and the shard
         image, width, height             id in the source; size in pixels
         boxes                            f32 (n, 4): x1 y1 x2 y2 over width and height, 0..1
-        features                         f16 (n, feature_dim)
+        features                         f16 or f32 (n, feature_dim)
         object_id, attribute_id          i32 (n,) and
         object_conf, attribute_conf      f32 (n,): only in data sets with labels
         sentences                        dicts of text, source, id (if any), answers (if any):
@@ -58,6 +60,11 @@ def as_webdataset(url: str, cache: str | Path | None = None, *, shuffle: int = 0
     Raises DataError naming the object where the manifest, or later a shard, is absent or damaged.
     """
     manifest = load_manifest(url)
+    if is_index(manifest):
+        raise DataError(
+            f"{url} is an index of tars that others wrote: read them with webdataset itself, or "
+            "copy them to a data set of our own with `lxscale shards subset`"
+        )
     shards = {file.url: file for file in (s.tar_at(manifest.place(url)) for s in manifest.shards)}
     folder = cache_folder(cache)
     return Records(

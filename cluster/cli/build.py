@@ -65,7 +65,7 @@ def add_build(parser: argparse.ArgumentParser) -> None:
     add("--name", help="name of the data set (default: the last part of --out)")
     add("--extractor", help="what made the features (default: as the format says)")
     add("--feature-dim", type=whole(1, 1 << 20), default=2048)
-    add("--feature-type", choices=("fp16", "fp32", "uint8"), default="fp16",
+    add("--feature-type", choices=("fp16", "fp32", "uint8"),
         help="how features are stored; uint8: with a scale a box (default: fp16)")  # fmt: skip
     add("--shard-mb", type=size(1 << 20), default="128",
         help="size of a shard (default: %(default)s MiB)")  # fmt: skip
@@ -133,6 +133,10 @@ def _check(args: argparse.Namespace) -> None:
         raise DataError("give --features, or a --recipe in place of them")
     if args.recipe and (args.sentences or args.append or args.retry_failed):
         raise DataError("a --recipe names the sentences, and builds anew: leave the other out")
+    if args.feature_type and (args.append or args.retry_failed):
+        raise DataError("--append keeps the --feature-type of the data set: leave it out")
+    if args.dry_run and (args.append or args.retry_failed):
+        raise DataError("--dry-run is of a new data set: leave --append and --retry-failed out")
     if args.overwrite and (args.append or args.retry_failed):
         raise DataError("--overwrite replaces the data set that --append would add to")
 
@@ -156,7 +160,7 @@ def _settings(args: argparse.Namespace, out: str) -> BuildSettings:
         shard_bytes=args.shard_mb,
         images_per_shard=args.images_per_shard,
         max_tokens=args.max_tokens,
-        feature_type=args.feature_type,
+        feature_type=args.feature_type or "fp16",
         overwrite=args.overwrite,
         skip_bad=args.skip_bad,
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from shards.errors import DataError, NotFoundError
 from shards.format.answers import load_answers
+from shards.format.build import BuildSettings
 from shards.format.manifest import MANIFEST, Manifest, parse_manifest, tombstone
 from shards.format.publish import is_index
 from shards.format.tokenizer import load_vocab
@@ -58,6 +59,17 @@ def existing(out: str) -> Existing:
         load_vocab(objects.join(place, manifest.vocab.file)),
         load_answers(objects.join(place, manifest.answers.file)),
     )
+
+
+def check_alike(found: Existing, settings: BuildSettings) -> None:
+    """DataError where what is to be added is of another kind than what is there."""
+    there = found.manifest
+    if settings.extractor != there.extractor:
+        raise DataError(
+            f"the data set has features of {there.extractor!r:.80}, not of "
+            f"{settings.extractor!r:.80}, which are no substitutes: build a data set of them, or "
+            "say with --extractor that they are the same"
+        )
 
 
 def keys(found: Existing, room: Path, progress: Progress) -> Iterator[str]:

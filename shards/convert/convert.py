@@ -25,15 +25,16 @@ from typing import Literal
 
 import numpy as np
 
-from shards.convert.append import Existing, existing, keys
+from shards.convert.append import Existing, check_alike, existing, keys
 from shards.convert.inputs import Inputs
-from shards.convert.part import Errors, Part, PartSettings, Receipt, read_records, receipt_url
+from shards.convert.part import Part, PartSettings, Receipt, read_records, receipt_url
 from shards.convert.plan import Plan, take_census
 from shards.convert.planning import make_plan
 from shards.convert.pool import RunParts, Workers, in_processes
 from shards.convert.words import Words, make_words
 from shards.errors import DataError
 from shards.format.build import ANSWERS, VOCAB, BuildSettings, check_settings, vote, write_words
+from shards.format.features import Rounding
 from shards.format.manifest import Counts, Manifest, Schema, with_pages
 from shards.format.publish import commit, commit_point
 from shards.format.record import ImageRecord, Report
@@ -82,7 +83,8 @@ def convert(
     """Write a data set of users' files to `out_url` (a folder or s3:// prefix); its manifest.
 
     append: add the records to the data set there, as shards of their own, with its vocabulary,
-    answers and sets: `new`: DataError for an image that it has; `missing`: those are passed over.
+    answers, sets and type of features: `new`: DataError for an image that it has; `missing`: those
+    are passed over.
     workers: who makes the shards (default: in a process a core). staging: room for the plan and
     the shards under way (default: the output folder, or the system's temporary folder). report:
     collects what was left out. The same inputs and settings give the same bytes, however many
@@ -93,6 +95,9 @@ def convert(
     out, report = str(out_url), report or Report()
     check_settings(settings)
     base = existing(out) if append else None
+    if base:
+        check_alike(base, settings)
+        settings = replace(settings, feature_type=base.manifest.schema.feature_type)
     before = base.tag if base else commit_point(out, settings.overwrite)
     with (workers or in_processes())() as run, staging_folder(out, staging) as folder:
         with make_plan(
@@ -114,7 +119,7 @@ def convert(
             schema = _schema(plan, settings, base, len(words.tokens))
             parts = _part_settings(out, plan, settings, schema, words, before, base, folder)
             receipts = list(_made(plan, parts, run, progress))
-        errors = Errors()
+        errors = Rounding()
         for receipt in receipts:
             receipt.add_to(report)
             errors.add(receipt.errors)

@@ -17,14 +17,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
 from shards.convert.plan import FeatureFile, PlannedImage
 from shards.errors import DataError
 from shards.format.answers import answer_index
 from shards.format.build import checked_json
 from shards.format.check import check_record
-from shards.format.features import FeatureType, from_uint8, to_uint8
+from shards.format.features import FeatureType, Rounding
 from shards.format.manifest import Schema
 from shards.format.members import members_of
 from shards.format.record import ImageRecord, Report
@@ -73,45 +71,6 @@ class Part:
     """Those that its images are in, by number."""
 
 
-@dataclass
-class Errors:
-    """What storing features as uint8 has cost."""
-
-    largest: float = 0.0
-    """Difference of a value."""
-    total: float = 0.0
-    """Of all differences."""
-    values: int = 0
-    of_range: float = 0.0
-    """Largest difference over the range of its box's values."""
-
-    def stored(self, record: ImageRecord) -> ImageRecord:
-        """The record with its features as uint8, counted."""
-        before = record.features.astype(np.float32)
-        rows = to_uint8(before)
-        error = np.abs(from_uint8(rows) - before)
-        spread = np.ptp(before, axis=1)
-        self.largest = max(self.largest, float(error.max()))
-        self.total += float(error.sum(dtype=np.float64))
-        self.values += error.size
-        share = error.max(axis=1)[spread > 0] / spread[spread > 0]
-        self.of_range = max(self.of_range, float(share.max(initial=0.0)))
-        return replace(record, features=rows)
-
-    def add(self, other: Errors) -> None:
-        self.largest = max(self.largest, other.largest)
-        self.of_range = max(self.of_range, other.of_range)
-        self.total += other.total
-        self.values += other.values
-
-    def line(self) -> str:
-        mean = self.total / max(self.values, 1)
-        return (
-            f"features as uint8 are off by {mean:.2g} in the mean and {self.largest:.2g} at most, "
-            f"{self.of_range:.2%} of the range of a box's values"
-        )
-
-
 @dataclass(frozen=True)
 class Receipt:
     """What a part has become."""
@@ -121,7 +80,7 @@ class Receipt:
     shard: ShardInfo | None
     """None where no record of it was good."""
     max_objects: int = 0
-    errors: Errors = field(default_factory=Errors)
+    errors: Rounding = field(default_factory=Rounding)
     counts: dict[str, int] = field(default_factory=dict)
     """What was left out, by reason."""
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -169,7 +128,7 @@ def _workspace(settings: PartSettings) -> Iterator[Path]:
 
 
 def _make(settings: PartSettings, part: Part, folder: Path) -> Receipt:
-    report, most, errors = Report(), 0, Errors()
+    report, most, errors = Report(), 0, Rounding()
     feature_type = settings.schema.feature_type
     documents: list[Document] = []
     writer = ShardWriter(folder, f"{settings.name(part.number)}.tar", members_of(settings.schema))
@@ -178,7 +137,7 @@ def _make(settings: PartSettings, part: Part, folder: Path) -> Receipt:
             part.files, part.images, settings.schema, settings.skip_bad, report, feature_type
         ):
             if feature_type == "uint8":
-                record = errors.stored(record)
+                record = replace(record, features=errors.stored(record.features))
             text = checked_json(record)
             writer.append(record, text)
             documents.append(json.loads(text))
@@ -303,7 +262,7 @@ def _parse_receipt(data: bytes) -> Receipt | None:
         text = json.dumps(document, sort_keys=True)
         if whole["checksum"] != hashlib.sha256(text.encode()).hexdigest():
             return None
-        shard, errors = document.pop("shard"), Errors(**document.pop("errors"))
+        shard, errors = document.pop("shard"), Rounding(**document.pop("errors"))
         info = None if shard is None else ShardInfo(**shard)
         return Receipt(**document, shard=info, errors=errors)
     except (ValueError, KeyError, TypeError, RecursionError):

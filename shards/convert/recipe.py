@@ -72,7 +72,6 @@ class _List(_Strict):
 class _DataSet(_Strict):
     exclude: list[str] = []
     only: str | None = None
-    sources: list[str] | None = None
 
 
 class Recipe(_Strict):

@@ -1,6 +1,5 @@
 """Pictures → files of features, which `shards.convert` takes as any others.
 
-pictures    opening them
 boxes       where the regions are: a grid, given boxes, or (none) a detector's
 coco        boxes in files of annotations as COCO's
 network     a detector or a backbone of Hugging Face's: its boxes and its map

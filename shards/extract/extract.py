@@ -29,12 +29,12 @@ from shards.extract.folder import (
     plan,
     sweep,
 )
-from shards.extract.pictures import open_stored
 from shards.format.members import BOXES, FEATURES, LABELS
 from shards.format.record import record_key
 from shards.format.tar import TarWriter
 from shards.progress import Progress, no_progress
 from shards.sources import checks
+from shards.sources.pictures import open_picture
 from shards.store.atomic import written_whole
 
 _THREADS = 4  # that open pictures
@@ -142,7 +142,7 @@ def _described(
 
     def opened(name: str) -> Image.Image | str:
         try:
-            return open_stored(given.folder, name)
+            return open_picture(given.folder, name)
         except (ValueError, OSError) as error:
             return str(error)
 

@@ -24,10 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shards.errors import DataError
-from shards.extract.pictures import is_text
 from shards.format.record import record_key
 from shards.sources import tars
-from shards.sources.features.grid import pictures
+from shards.sources.pictures import is_text, pictures
 from shards.store.atomic import written_whole
 
 SETTINGS = "extract.json"

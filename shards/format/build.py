@@ -19,7 +19,7 @@ from pathlib import Path
 from shards.errors import DataError
 from shards.format.answers import answer_index, count_answers
 from shards.format.check import check_record
-from shards.format.features import FeatureType
+from shards.format.features import FeatureType, Rounding
 from shards.format.manifest import (
     Counts,
     FileInfo,
@@ -189,9 +189,11 @@ def _write_tars(job: _Job, records: Iterable[ImageRecord]) -> tuple[list[_Shard]
     shards: list[_Shard] = []
     schema: Schema | None = None
     writer: _Spooled | None = None
-    most, images = 0, 0
+    most, images, errors = 0, 0, Rounding()
     try:
         for schema, record, text in _checked(job, records):
+            if schema.feature_type == "uint8":
+                record = replace(record, features=errors.stored(record.features))
             writer = writer or _Spooled(job.folder, len(shards), members_of(schema))
             writer.append(record, text)
             most, images = max(most, len(record.boxes)), images + 1
@@ -207,6 +209,8 @@ def _write_tars(job: _Job, records: Iterable[ImageRecord]) -> tuple[list[_Shard]
             writer.abort()
     if schema is None:
         raise DataError("there is no image record to build from: check the names in the sources")
+    if errors.values:
+        job.report.notes.append(errors.line())
     job.progress("images written", images, images)
     return shards, replace(schema, max_objects=most)
 

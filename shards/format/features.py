@@ -11,6 +11,7 @@ row of zero bytes is a row of zeros: the mark of a masked object, and padding.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -65,3 +66,44 @@ def from_uint8(rows: NDArray[np.uint8]) -> NDArray[np.float32]:
 def as_numbers(stored: NDArray) -> NDArray[np.floating]:
     """Stored rows of any type as rows of numbers (…, D)."""
     return from_uint8(stored) if stored.dtype == np.uint8 else stored
+
+
+@dataclass
+class Rounding:
+    """What storing features as uint8 has cost."""
+
+    largest: float = 0.0
+    """Difference of a value."""
+    total: float = 0.0
+    """Of all differences."""
+    values: int = 0
+    of_range: float = 0.0
+    """Largest difference over the range of its row's values."""
+
+    def stored(self, features: NDArray) -> NDArray[np.uint8]:
+        """Rows (n, D) of numbers as rows of uint8, counted; rows that are stored so as they are."""
+        if features.dtype == np.uint8:
+            return features
+        before = features.astype(np.float32)
+        rows = to_uint8(before)
+        error = np.abs(from_uint8(rows) - before)
+        spread = np.ptp(before, axis=1)
+        self.largest = max(self.largest, float(error.max()))
+        self.total += float(error.sum(dtype=np.float64))
+        self.values += error.size
+        share = error.max(axis=1)[spread > 0] / spread[spread > 0]
+        self.of_range = max(self.of_range, float(share.max(initial=0.0)))
+        return rows
+
+    def add(self, other: Rounding) -> None:
+        self.largest = max(self.largest, other.largest)
+        self.of_range = max(self.of_range, other.of_range)
+        self.total += other.total
+        self.values += other.values
+
+    def line(self) -> str:
+        mean = self.total / max(self.values, 1)
+        return (
+            f"features as uint8 are off by {mean:.2g} in the mean and {self.largest:.2g} at most, "
+            f"{self.of_range:.2%} of the range of a box's values"
+        )

@@ -103,19 +103,22 @@ class OpenSet:
         the table and the schema say."""
         schema, n = self.manifest.schema, int(table.image_objects[index])
         members = [m for m in members_of(schema) if features or m.name != FEATURES.name]
-        first = int(table.offset[RECORD.name][index])
+        at = {m.name: int(table.offset[m.name][index]) for m in members}
+        first = min(at.values())
         places = {}  # member -> where it begins and ends
         for member in members:
-            begin = int(table.offset[member.name][index]) - first
-            given = n * member.object_bytes(schema)
+            begin, given = at[member.name] - first, n * member.object_bytes(schema)
             size = given if member.columns else int(table.record_size[index])
             places[member.name] = begin, begin + size
-        # They follow one another in the tar: one piece of it has them all.
-        raw = gather_bytes(self.files, shard, first, places[members[-1].name][1])
+        # They are beside one another in the tar: one piece of it has them all.
+        raw = gather_bytes(self.files, shard, first, max(end for _, end in places.values()))
         found = {}
         try:
             text = raw[slice(*places[RECORD.name])]
             document = json.loads(text.decode())
+            if table.sample_offset is not None and isinstance(document, dict):
+                # In tars of others it need not be there.
+                document.setdefault("num_objects", n)
             if b"\\ud" in text.lower():  # what stands for half a character is no Unicode
                 json.dumps(document, ensure_ascii=False).encode()
             for member in members:

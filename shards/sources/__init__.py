@@ -3,6 +3,7 @@
 regions        what a format of features offers; features/ has them
 texts          what a format of sentences offers; sentences/ has them
 image_ids      one id for an image that several files name differently
+pictures       pictures in a folder, and opening them
 checks         what formats check alike
 tars           samples of tars, read to a proven end, and
 members        values in their members

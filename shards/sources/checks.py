@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,17 +12,6 @@ from shards.format.features import FeatureType, beyond_uint8
 
 _FEW = 8  # pixels of an image in which boxes may be as small as one pixel
 _TOLERANCE = 1.0  # pixels that a box may reach out of its image; it is clamped
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What records are checked against."""
-
-    feature_dim: int = 2048
-    """Width of a feature."""
-
-    object_classes: int = 1600
-    attribute_classes: int = 400
 
 
 class PartError(ValueError):

@@ -17,6 +17,7 @@ from shards.errors import DataError
 
 _BLOCK = 1 << 20  # bytes read at a time, and more while an item is larger
 _HEAD = 1 << 16  # bytes that tell what a file is
+_TOKEN = 16  # characters of the longest token that is no string: -Infinity, an escape, 1e+
 _SPACE = " \t\r\n"
 
 
@@ -124,8 +125,8 @@ class _Walk:
             except RecursionError:
                 raise self._bad("it is nested too deeply") from None
             except ValueError as error:
-                # Its end may be in the next block.
-                if self._fill():
+                # Its end may be in the next block; a fault before it is one whatever follows.
+                if self._cut(error) and self._fill():
                     continue
                 place = getattr(error, "pos", self._at)
                 raise self._bad(getattr(error, "msg", str(error)), place) from None
@@ -134,6 +135,12 @@ class _Walk:
                 continue
             self._at = end
             return value
+
+    def _cut(self, error: ValueError) -> bool:
+        """Whether a value may be wrong only because the text that was read ends in it."""
+        if not isinstance(error, json.JSONDecodeError):  # a number of too many digits
+            return False
+        return error.msg.startswith("Unterminated") or error.pos + _TOKEN >= len(self._text)
 
     def peek(self) -> str:
         """The next character that is no space; empty at the end."""

@@ -85,6 +85,8 @@ def test_what_a_build_needs_is_asked_for(capsys: pytest.CaptureFixture[str]) -> 
         ("--out x --features y --recipe z", "give --features, or a --recipe"),
         ("--out x --recipe y --append", "a --recipe names the sentences"),
         ("--out x --features y --append --overwrite", "--overwrite replaces"),
+        ("--out x --features y --append --feature-type fp32", "--append keeps"),
+        ("--out x --features y --append --dry-run", "--dry-run is of a new"),
     ):
         assert main(["shards", "build", *line.split()]) == 2
         assert message in capsys.readouterr().err

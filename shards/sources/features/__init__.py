@@ -16,8 +16,6 @@ module's path: `--features-format package.module`.
 
 from __future__ import annotations
 
-import importlib
-
 from shards.errors import DataError
 from shards.sources.features import (
     arrays,
@@ -30,6 +28,7 @@ from shards.sources.features import (
     vinvl,
     volta_lmdb,
 )
+from shards.sources.plug_ins import plug_in
 from shards.sources.regions import FeatureFormat
 from shards.store import objects
 
@@ -54,7 +53,7 @@ def feature_format(place: str, name: str | None) -> FeatureFormat:
     """The format of that name, a plug-in's module path among them, or the one that a place is
     detected to be. DataError where there is none."""
     if name is not None:
-        return FORMATS.get(name) or _plug_in(name)
+        return FORMATS.get(name) or plug_in(name, FeatureFormat, "features", FORMATS)
     path = objects.local_path(place)
     if path is not None and not path.exists() and "{" not in place:
         raise DataError(f"cannot read {place}: no such file or folder")
@@ -68,18 +67,3 @@ def feature_format(place: str, name: str | None) -> FeatureFormat:
         f"{place} is of no format of features that is known ({', '.join(FORMATS)}): name it with "
         "--features-format, see `lxscale shards formats`"
     )
-
-
-def _plug_in(name: str) -> FeatureFormat:
-    if "." not in name:
-        raise DataError(
-            f"there is no format of features {name!r:.40}: choose one of {', '.join(FORMATS)}, or "
-            "give the path of a module that has a FORMAT"
-        )
-    try:
-        found = importlib.import_module(name).FORMAT
-    except (ImportError, AttributeError) as error:
-        raise DataError(f"{name} is no module with a FORMAT of features: {error}") from None
-    if not isinstance(found, FeatureFormat):
-        raise DataError(f"{name}.FORMAT is a {type(found).__name__}, no FeatureFormat")
-    return found

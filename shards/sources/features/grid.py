@@ -8,7 +8,6 @@ enough for simple pictures, demonstrations and tests: everything after them is t
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shards.errors import DataError
+from shards.sources.pictures import open_picture, pictures
 from shards.sources.regions import (
     Entry,
     FeatureFormat,
@@ -28,9 +28,7 @@ from shards.sources.regions import (
 )
 from shards.store import objects
 
-EXTRACTOR = "grid-colour-hog-2"  # change the number with anything that changes a feature
-ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif"})
-"""Of file names, in lower case, that are taken for pictures."""
+EXTRACTOR = "grid-colour-hog-3"  # change the number with anything that changes a feature
 
 # Levels of each layout, (columns, rows), coarse to fine. A level of k boxes along an axis has boxes
 # of 2/(k+1) of that side, each overlapping the next by half; one box covers the side.
@@ -111,31 +109,6 @@ def describe(
     return out
 
 
-def pictures(folder: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """The pictures below a folder: their names relative to it, in the order of names; links to
-    folders are not followed. DataError where the folder cannot be read."""
-    try:
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda e: e.name)
-    except OSError as error:
-        raise DataError(f"cannot read the folder {folder}: {error.strerror}") from None
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            for name, picture in pictures(entry.path):
-                yield f"{entry.name}/{name}", picture
-        elif os.path.splitext(entry.name)[1].lower() in ENDINGS:
-            yield entry.name, entry
-
-
-def open_picture(path: str | Path) -> Image.Image:
-    """A picture as RGB. ValueError where it cannot be read."""
-    try:
-        with Image.open(path) as opened:
-            return opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the picture: {error}; replace it") from None
-
-
 def _detect(place: str) -> bool:
     path = objects.local_path(place)
     return path is not None and path.is_dir() and any(True for _ in pictures(str(path)))
@@ -157,7 +130,7 @@ def _reader(folder: str, options: Options) -> Iterator[Reader]:
     layout = grid_boxes(_boxes(options))
 
     def read(entry: Entry) -> Regions:
-        image = open_picture(Path(folder) / entry.position)
+        image = open_picture(Path(folder), entry.position)
         features = describe(image, layout, options.feature_dim)
         return Regions(entry.image, *image.size, layout, features)
 

@@ -16,10 +16,10 @@ module's path: `--sentences package.module:FILE`.
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
 from shards.errors import DataError
+from shards.sources.plug_ins import plug_in
 from shards.sources.sentences import (
     aggregated,
     coco,
@@ -54,7 +54,7 @@ def sentence_format(path: Path, name: str | None) -> SentenceFormat:
     """The format of that name, a plug-in's module path among them, or the one that a file is
     detected to be. DataError where there is none."""
     if name is not None:
-        return FORMATS.get(name) or _plug_in(name)
+        return FORMATS.get(name) or plug_in(name, SentenceFormat, "sentences", FORMATS)
     try:
         for found in FORMATS.values():
             if found.detect(path):
@@ -65,18 +65,3 @@ def sentence_format(path: Path, name: str | None) -> SentenceFormat:
         f"{path} is of no format of sentences that is known ({', '.join(FORMATS)}): name it, as in "
         "--sentences FORMAT:FILE, see `lxscale shards formats`"
     )
-
-
-def _plug_in(name: str) -> SentenceFormat:
-    if "." not in name:
-        raise DataError(
-            f"there is no format of sentences {name!r:.40}: choose one of {', '.join(FORMATS)}, or "
-            "give the path of a module that has a FORMAT"
-        )
-    try:
-        found = importlib.import_module(name).FORMAT
-    except (ImportError, AttributeError) as error:
-        raise DataError(f"{name} is no module with a FORMAT of sentences: {error}") from None
-    if not isinstance(found, SentenceFormat):
-        raise DataError(f"{name}.FORMAT is a {type(found).__name__}, no SentenceFormat")
-    return found

@@ -119,10 +119,22 @@ def test_a_build_says_what_uint8_costs(tmp_path: Path) -> None:
         assert record.features.dtype == np.float16, "as `records` gives them"
 
 
+def test_what_is_appended_is_stored_as_the_rest(tmp_path: Path) -> None:
+    out, settings = tmp_path / "out", replace(SETTINGS, feature_type="uint8")
+    convert(write_inputs(tmp_path / "a", 5), out, settings, options=OPTIONS, workers=HERE)
+    more = write_inputs(tmp_path / "b", 3, first=5)
+    other = replace(SETTINGS, extractor="another")
+    with pytest.raises(DataError, match="has features of 'test', not of 'another'"):
+        convert(more, out, other, options=OPTIONS, append="new", workers=HERE)
+    made = convert(more, out, SETTINGS, options=OPTIONS, append="new", workers=HERE)
+    assert made.images == 8 and made.schema.feature_type == "uint8" and verify(str(out)) == []
+
+
 def test_a_copy_keeps_the_bytes(tmp_path: Path, make_records: MakeRecords) -> None:
     given = as_f32(make_records(9))
-    settings = replace(SETTINGS, feature_type="uint8")
-    build(given[:5], tmp_path / "a", settings)
+    settings, report = replace(SETTINGS, feature_type="uint8"), Report()
+    build(given[:5], tmp_path / "a", settings, report=report)
+    assert report.notes and report.notes[0].startswith("features as uint8 are off by")
     build(given[5:], tmp_path / "b", replace(settings, vocab=tmp_path / "a"))
     merge([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "c"), "c")
     found = {r["image"]: r["features"] for r in as_webdataset(str(tmp_path / "c"))}

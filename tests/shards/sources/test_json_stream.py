@@ -70,6 +70,18 @@ def test_what_is_no_list(tmp_path: Path, content: bytes, message: str) -> None:
         list(list_items(path, "file"))
 
 
+def test_a_fault_is_found_where_it_is(tmp_path: Path) -> None:
+    """And not at the end of the file, read into memory to see whether it mends the fault."""
+    path = tmp_path / "x.json"
+    path.write_text('[{"phrase": oops},' + ",".join(['{"phrase": "a man"}'] * 500_000) + "]")
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"Expecting value at character 12"):
+        list(list_items(path, "file"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.stat().st_size > 9e6 and peak < 6e6
+
+
 def test_memory_is_that_of_an_item(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text("[" + ",".join(['{"phrase": "a man on a bench"}'] * 400_000) + "]")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cluster.cli.main import main
 from shards.dataset import Dataset, open_dataset
 from shards.errors import DataError
 from shards.format.arrays import map_arrays, save_arrays
@@ -32,6 +33,7 @@ from shards.tools.migrate import migrate
 from shards.tools.rewriting import Rewriting
 from shards.tools.subset import Choice, subset
 from shards.tools.transfer import transfer
+from shards.webdataset import as_webdataset
 from tests.conftest import contents, small_records, upload_set
 from tests.shards.tools.sets import (
     SETTINGS,
@@ -79,6 +81,22 @@ def test_it_reads_as_a_build_of_the_same_records(tmp_path: Path, raw: bool) -> N
     one, two = (open_dataset(str(p), cache=tmp_path / "c") for p in (place, tmp_path / "built"))
     assert_same(gathered(one), gathered(two))
     assert json.loads(one.record(3))["image"] == records[3].image
+
+
+@pytest.mark.parametrize("raw", [True, False], ids=["raw", "npy"])
+def test_it_is_looked_at(
+    tmp_path: Path, raw: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LXSCALE_CACHE", str(tmp_path / "cache"))
+    records, place = small_records(9), tmp_path / "theirs"
+    write_foreign(place, records, raw)
+    index(str(place), HOW)
+    assert main(["shards", "inspect", str(place), "--json", "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 9
+    assert main(["shards", "dump", str(place), "0:2", "--json", "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out)["image"] == records[2].image
+    with pytest.raises(DataError, match="is an index of tars that others wrote"):
+        as_webdataset(str(place))
 
 
 def test_in_a_store(tmp_path: Path, s3: str) -> None:

@@ -99,6 +99,16 @@ def test_grids_and_features() -> None:
         describe(image, grid_boxes(1), 100)
 
 
+def test_grey_of_16_bits_is_not_white(tmp_path: Path) -> None:
+    grey = np.tile(np.arange(16, dtype=np.uint16) * 4000, (16, 1))
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    Image.fromarray((grey >> 8).astype(np.uint8)).save(tmp_path / "b.png")
+    entries = [{"image": f"{n}.png", "sentences": [{"text": "x"}]} for n in "ab"]
+    (tmp_path / "s.json").write_text(json.dumps(entries))
+    one, other = records(inputs(tmp_path, tmp_path / "s.json"))
+    np.testing.assert_array_equal(one.features, other.features)
+
+
 def test_bad_pictures_and_sentences(pictures: Path, tmp_path: Path) -> None:
     file = tmp_path / "s.json"
 
