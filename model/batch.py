@@ -18,7 +18,8 @@ class Extent:
     longest: int
     """Tokens of the longest sentence."""
     most: int
-    """Objects of the image that has most; at least 1 where there is an image."""
+    """Objects of the image that has most, of each of two where they are; at least 1 where there is
+    an image."""
     image_rows: int
     """Objects of all distinct images, an image without any counted as 1."""
     pair_rows: int
@@ -27,6 +28,20 @@ class Extent:
     """Objects of all pairs' images."""
     view_rows: int
     """Objects of all views, counted as `pair_rows`."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The questions of a batch with the scores of all their answers: Q questions, A scores."""
+
+    pair: Tensor
+    """i64[Q] their pairs."""
+    answered: Tensor
+    """i64[A] the question, by its place here, that an answer is to."""
+    answer: Tensor
+    """i64[A] the answer, as a row of the answer table."""
+    score: Tensor
+    """f32[A] its score, 0..1."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +105,22 @@ class Batch:
     objects are masked in the same way. None: each has one of its own."""
     view_pair: Tensor | None = None
     """i64[W] a pair of each of the W views."""
+    first_objects: Tensor | None = None
+    """i64[U] objects of the first image where each of the U is of two: its objects come first."""
+    question_pair: Tensor | None = None
+    """See Questions, as are the next; None in pre-training."""
+    question_answered: Tensor | None = None
+    question_answer: Tensor | None = None
+    question_score: Tensor | None = None
+
+    @property
+    def questions(self) -> Questions | None:
+        """The questions, where the batch was made for them."""
+        pair, answered = self.question_pair, self.question_answered
+        answer, score = self.question_answer, self.question_score
+        if pair is None or answered is None or answer is None or score is None:
+            return None
+        return Questions(pair, answered, answer, score)
 
     @property
     def view_image(self) -> Tensor:
@@ -106,9 +137,12 @@ class Batch:
         """Counted at first use, or when the batch leaves the CPU: later it waits for the device."""
         length, count = self.token_start.diff(), self.num_objects
         shown = count.clamp(min=1)
+        each = shown
+        if self.first_objects is not None:
+            each = torch.cat([self.first_objects, count - self.first_objects])
         return Extent(
             int(length.max()) if len(length) else 0,
-            int(shown.max()) if len(shown) else 0,
+            int(each.max()) if len(each) else 0,
             int(shown.sum()),
             int(shown[self.image_index].sum()),
             int(count[self.image_index].sum()),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
+
 from model.batch import Batch
 from model.config import ModelConfig
 from model.objectives import OBJECTIVES, target_counts
@@ -11,14 +15,14 @@ from model.objectives.base import LossSettings, read_objects
 def training_flops(
     config: ModelConfig,
     batch: Batch,
-    objectives: frozenset[str] = frozenset(OBJECTIVES),
+    objectives: Iterable[str] = OBJECTIVES,
     settings: LossSettings | None = None,
 ) -> int:
     """Of one forward and backward over a batch on the CPU: those of products of matrices, 2 for
     each multiplication and addition.
 
     With hidden size H, FFN size I, T tokens, V objects of all pairs, W of all views and R of the
-    distinct images, a forward multiplies, in each
+    distinct images, a forward multiplies, in each (a pair of two images counts as two pairs)
 
     language layer        T (4 H^2 + 2 H I) + H S(t, t) 2
     object layer          W (4 H^2 + 2 H I) + H S'(o, o) 2
@@ -35,6 +39,10 @@ def training_flops(
     length = batch.token_start.diff()
     shown = batch.num_objects.clamp(min=1)
     count, seen = shown[batch.image_index], shown[batch.view_image]
+    if batch.first_objects is not None:
+        first = batch.first_objects[batch.image_index]
+        length, count = torch.cat([length, length]), torch.cat([first, count - first])
+        seen = count
     tokens, objects = int(length.sum()), int(count.sum())
     tt, oo, to = (
         int((a * b).sum()) for a, b in ((length, length), (count, count), (length, count))
@@ -45,10 +53,10 @@ def training_flops(
     cross = (tokens + objects) * (block + 4 * h * h) + 2 * h * (2 * to + tt + oo)
     trunk += config.cross_layers * cross
     read = len(read_objects(batch, settings)[0])
-    rows = batch.pairs + len(batch.lm_position) + read
+    rows = len(length) + len(batch.lm_position) + read
     trunk -= (tokens + objects - rows) * (h * h + 2 * h * wide)
 
-    targets = {n: c for n, c in target_counts(batch, settings).items() if n in objectives}
+    targets = target_counts(batch, settings, objectives)
     head = {
         "masked_lm": h * h + h * config.vocab_size,
         "masked_feature": h * config.feature_dim,
@@ -56,9 +64,11 @@ def training_flops(
         "masked_attribute": h * config.num_attribute_classes,
         "matching": 2 * h,
         "qa": 2 * h * h + 2 * h * config.num_answers,
+        "answers": 2 * h * h + 2 * h * config.num_answers,
+        "statement": 4 * h * h + 2 * h * config.num_answers,
     }
     heads = sum(head.get(name, 0) * rows for name, rows in targets.items())
-    heads += batch.pairs * h * h  # the pooler
+    heads += len(length) * h * h  # the pooler
     heads += read * h * h  # what visual heads share
     rows = batch.extent.image_rows + 1 + len(batch.swap_position)  # one of zeros
     embedding = rows * config.feature_dim * h

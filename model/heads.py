@@ -1,4 +1,4 @@
-"""The heads of pre-training. Names of modules are those of the released weights."""
+"""The heads of pre-training and fine-tuning. Names of modules are those of the released weights."""
 
 from __future__ import annotations
 
@@ -67,4 +67,21 @@ class AnswerHead(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         """(questions, H) -> (questions, answers)."""
         out: Tensor = self.logit_fc(pooled)
+        return out
+
+
+class PairHead(nn.Module):
+    """As the answer head, over the vectors of two images: dense + GELU + LayerNorm at the width of
+    both, then the answers (Tan & Bansal 2019, appendix on NLVR2)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        wide = 2 * config.hidden_size
+        self.logit_fc = nn.Sequential(
+            nn.Linear(wide, wide), nn.GELU(), layer_norm(wide), nn.Linear(wide, config.num_answers)
+        )
+
+    def forward(self, both: Tensor) -> Tensor:
+        """(statements, 2 H) -> (statements, answers)."""
+        out: Tensor = self.logit_fc(both)
         return out

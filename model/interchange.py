@@ -18,7 +18,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.errors import ModelError
-from model.lxmert import LxmertForPreTraining
+from model.lxmert import Lxmert
 
 # ours -> Hugging Face's LxmertConfig
 _HF_NAMES = {
@@ -40,6 +40,12 @@ _HF_NAMES = {
     "attention_dropout": "attention_probs_dropout_prob",
     "initializer_range": "initializer_range",
 }
+# The class that has a head, and those that come after it here.
+_ARCHITECTURES = {
+    "cls": "LxmertForPreTraining",
+    "answer_head": "LxmertForQuestionAnswering",
+    "pair_head": "LxmertForStatementsAboutPairs",
+}
 # What every model here has, and another model's configuration may not.
 _FIXED = {"hidden_act": "gelu", "position_embedding_type": "absolute"}
 # What the names in a trunk without heads begin with.
@@ -51,19 +57,40 @@ _TIED = "cls.predictions.decoder.weight"
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
 
-def config_to_huggingface(config: ModelConfig) -> dict[str, Any]:
-    """A config.json for `LxmertForPreTraining.from_pretrained`."""
-    tree = {theirs: getattr(config, ours) for ours, theirs in _HF_NAMES.items()}
+def config_to_huggingface(model: Lxmert, answers: Sequence[str] = ()) -> dict[str, Any]:
+    """A config.json for `from_pretrained` of the class that has the model's heads. Hugging Face has
+    none with a pair head: its folder has the layout of the others, and `AutoModel` loads the trunk.
+
+    answers: the answer table, which becomes `id2label`.
+    """
+    heads = {name.partition(".")[0] for name, _ in model.named_parameters()}
+    labels: dict[str, Any] = {}
+    if len(answers) == model.config.num_answers:
+        labels["id2label"] = {str(i): answer for i, answer in enumerate(answers)}
+        labels["label2id"] = {answer: i for i, answer in enumerate(answers)}
     return {
-        "architectures": ["LxmertForPreTraining"],
+        "architectures": [next(a for head, a in _ARCHITECTURES.items() if head in heads)],
         "model_type": "lxmert",
-        **tree,
+        **{theirs: getattr(model.config, ours) for ours, theirs in _HF_NAMES.items()},
         "hidden_act": "gelu",
         "visual_loss_normalizer": 6.67,
+        **labels,
     }
 
 
-def weights_to_huggingface(model: LxmertForPreTraining) -> dict[str, Tensor]:
+def answers_of(tree: dict[str, Any]) -> list[str] | None:
+    """The answer table that a config.json of ours has as `id2label`; None where it has none."""
+    labels = tree.get("id2label")
+    if not isinstance(labels, dict) or len(labels) != tree.get("num_qa_labels"):
+        return None
+    table = [labels.get(str(i)) for i in range(len(labels))]
+    found = [a for a in table if isinstance(a, str)]
+    # Hugging Face's own names of what has no name.
+    named = len(found) == len(table) and found[0] != "LABEL_0"
+    return found if named else None
+
+
+def weights_to_huggingface(model: Lxmert) -> dict[str, Tensor]:
     """What its model.safetensors holds: each parameter once."""
     state = model.state_dict()
     return {n: w.detach().cpu().contiguous() for n, w in state.items() if n != _TIED}

@@ -176,14 +176,10 @@ class Dataset:
 
     # --- gathers --------------------------------------------------------------------------------
 
-    def gather_images(
-        self, images: I64, shards: I64, features: NDArray
-    ) -> tuple[NDArray[np.float32], tuple[NDArray, ...] | None]:
+    def gather_images(self, images: I64, shards: I64, features: NDArray) -> dict[str, NDArray]:
         """Copy the features of images, which lie in `shards`, into `features`,
-        (images, objects, schema.stored_width), zero-padded.
-
-        Returns boxes, (images, objects, 4) f32, and with labels object ids and confidences,
-        attribute ids and confidences, each (images, objects), i64 or f32; zero-padded, too.
+        (images, objects, schema.stored_width), zero-padded; the objects' other columns, by name, as
+        `shards.gather.gather_images` has them.
         """
         schema = self.manifest.schema
         return gather_images(self.shards, self.index, schema, images, shards, features)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from shards.format.features import NUMPY
 from shards.format.index import DatasetIndex
 from shards.format.manifest import Schema
-from shards.format.members import BOXES, FEATURES, FEATURES_OF, LABELS, RECORD, Member, members_of
+from shards.format.members import FEATURES, FEATURES_OF, RECORD, Member, members_of
 from shards.order.draws import I64
 from shards.store.prefetch import ShardFiles
 from shards.store.reader import Run
@@ -23,12 +23,13 @@ def gather_images(
     images: I64,
     shards: I64,
     features: NDArray,
-) -> tuple[NDArray[np.float32], tuple[NDArray, ...] | None]:
+) -> dict[str, NDArray]:
     """Copy the features of images, rows of the index that lie in `shards`, into `features`,
     (images, objects, schema.stored_width) of the type that they are stored in, zero-padded.
 
-    Returns boxes, (images, objects, 4) f32, and with labels object ids and confidences, attribute
-    ids and confidences, each (images, objects), i64 or f32; zero-padded, too.
+    Returns the columns of the other members, zero-padded, too: boxes, (images, objects, 4) f32;
+    with labels object_id, object_conf, attribute_id, attribute_conf, each (images, objects), i64 or
+    f32; of records of two images sides, (images, objects) u8.
     """
     count, objects = features.shape[:2]
     held = index.image_objects[images].astype(np.int64)
@@ -43,12 +44,12 @@ def gather_images(
             )
             runs[member] = Run(index.offset[member.name][images], held * size, out)
     files.read_rows(shards, list(runs.values()))
-    found = {
-        member.name: _columns(member, schema, run.out, held, objects)
-        for member, run in runs.items()
-        if member.name != FEATURES.name
-    }
-    return found[BOXES.name][0], found.get(LABELS.name)
+    found: dict[str, NDArray] = {}
+    for member, run in runs.items():
+        if member.name != FEATURES.name:
+            columns = _columns(member, schema, run.out, held, objects)
+            found |= zip((c.name for c in member.columns), columns, strict=True)
+    return found
 
 
 def gather_objects(

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import ValidationError, model_validator
+from pydantic import AfterValidator, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from model.config import ModelConfig
@@ -29,9 +29,22 @@ from trainer.sections import (
     Section,
     TrainSection,
 )
+from trainer.tasks import TASKS
+
+# What pre-training makes harder, and fine-tuning leaves as it is.
+_UNMASKED = {"sampler": ("mismatch",), "objectives": ("token_mask", "object_mask")}
+
+
+def _task_name(name: str) -> str:
+    if name not in TASKS:
+        raise ValueError(f"{json.dumps(name)} is no task: give one of {', '.join(TASKS)}")
+    return name
 
 
 class RunConfig(Section):
+    task: Annotated[str, AfterValidator(_task_name)] = "pretrain"
+    """What the run is trained for: pretrain, or vqa, gqa, nlvr2 to fine-tune (trainer/tasks). Their
+    recipes are in configs/tasks/."""
     run: RunSection = RunSection()
     data: DataSection
     sampler: SamplerSettings = SamplerSettings()
@@ -50,6 +63,43 @@ class RunConfig(Section):
         if not parts:
             return range(fewest, most + 1)
         return [n for n in range(fewest, min(most, parts) + 1) if parts % n == 0]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unmasked(cls, tree: Any) -> Any:
+        """In fine-tuning nothing is masked or mismatched unless that is asked for, and refused."""
+        task = TASKS.get(str(tree.get("task"))) if isinstance(tree, dict) else None
+        if task is None or not task.fine_tunes:
+            return tree
+        tree = dict(tree)
+        for section, keys in _UNMASKED.items():
+            given = tree.get(section)
+            if given is None or isinstance(given, dict):
+                tree[section] = {**dict.fromkeys(keys, 0.0), **(given or {})}
+        return tree
+
+    @model_validator(mode="after")
+    def _as_the_task_is(self) -> RunConfig:
+        task = TASKS[self.task]
+        if not task.fine_tunes:
+            return self
+        for section, keys in _UNMASKED.items():
+            for key in keys:
+                if getattr(getattr(self, section), key):
+                    raise ValueError(
+                        f"{section}.{key}: task {self.task} shows every question with its own "
+                        "image, and unmasked: leave the key out"
+                    )
+        if self.sampler.mode != "natural":
+            raise ValueError(f"sampler.mode={self.sampler.mode}: task {self.task} needs natural")
+        if self.sampler.share_vision > 1 and task.images > 1:
+            raise ValueError(f"sampler.share_vision: task {self.task} has two images a pair")
+        if wrong := [name for name, weight in self.objectives.weights().items() if weight != 1]:
+            raise ValueError(
+                f"objectives.{wrong[0]} is of pre-training, and task {self.task} trains "
+                f"{', '.join(task.objectives)} alone: leave the key out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _some_world_size(self) -> RunConfig:

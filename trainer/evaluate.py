@@ -1,14 +1,14 @@
-"""Metrics of a model over a data set: every objective's loss and accuracy, QA per source set.
+"""Metrics of a model over a data set: every objective's loss and accuracy, answers per source set.
 
 Two passes. The masked objectives and matching are measured on pairs as training sees them (masks,
-half of them mismatched, drawn with a fixed seed); QA on every question with an answer in the
-table, unmasked, with its own image.
+half of them mismatched, drawn with a fixed seed); QA on every question with an answer in the table,
+and what fine-tuning trains on every question, unmasked, with its own image.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from model.batch import Batch
-from model.lxmert import PreTrainingOutput
+from model.lxmert import ModelOutput
 from model.objectives.base import LossSettings
 from shards.dataset import Dataset
 from shards.errors import DataError
@@ -32,8 +32,30 @@ from trainer.sections import LoaderSettings
 # Draws of validation are the same in every run, whatever its seed.
 VALIDATION_SEED = 2019
 
-Forward = Callable[[Batch, frozenset[str]], PreTrainingOutput]
+# Objectives whose predictions are answers -> the field of a batch with the pairs that they answer.
+_ANSWERED = {"qa": "answer_pair", "answers": "question_pair", "statement": "question_pair"}
+
+Forward = Callable[[Batch, frozenset[str]], ModelOutput]
 """(batch on the CPU, active objectives) -> sums, without gradient."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A question with what a model answers."""
+
+    id: str | int | None
+    """Of the question, where it has one."""
+    image: str
+    question: str
+    source: str
+    kind: str | None
+    objects: int
+    """Of its image."""
+    answers: Mapping[str, float] | None
+    """True ones with their scores, as the source had them."""
+    answer: str
+    score: float
+    """Of the answer."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +69,19 @@ class Evaluation:
     """Pairs over all ranks."""
     blind: bool = False
     """All features zero, which leaves the language prior."""
-    predict: Callable[[dict[str, Any]], None] | None = None
-    """Called with each question's image, text, id where it has one, and predicted answer."""
+    answered: Callable[[list[Answered], int], None] | None = None
+    """Called with what each batch of questions was answered, and how many pairs it has, in an order
+    that follows from the data set alone."""
+    done: int = 0
+    """Pairs of questions that are passed over, from the first one on: whole batches."""
 
 
 def without_gradient(model: Any, device: torch.device, losses: LossSettings) -> Forward:
     """The forward of a model or an engine for `evaluate`; the caller puts it in evaluation mode."""
 
     @torch.no_grad()
-    def forward(batch: Batch, objectives: frozenset[str]) -> PreTrainingOutput:
-        out: PreTrainingOutput = model(batch.to(device), objectives, losses)
+    def forward(batch: Batch, objectives: frozenset[str]) -> ModelOutput:
+        out: ModelOutput = model(batch.to(device), objectives, losses)
         return out
 
     return forward
@@ -65,22 +90,28 @@ def without_gradient(model: Any, device: torch.device, losses: LossSettings) -> 
 def evaluate(forward: Forward, task: Evaluation) -> dict[str, float]:
     """Run both passes over this rank's slices; the metrics of the whole, equal on every rank."""
     metrics: dict[str, float] = {}
-    masked = task.objectives - {"qa"}
+    masked = task.objectives - set(_ANSWERED)
     if masked:
         metrics |= _masked_pass(forward, task, masked)
-    if "qa" in task.objectives:
-        metrics |= _qa_pass(forward, task)
+    for name in sorted(task.objectives & set(_ANSWERED)):
+        metrics |= answer_questions(forward, task, name)
     return metrics
 
 
-def _batches(task: Evaluation, sampler: Sampler, drawn: BatchSettings) -> Iterator[Batch]:
-    """This rank's part of one epoch; every rank gets equally many batches, some perhaps empty."""
+def _batches(
+    task: Evaluation, sampler: Sampler, drawn: BatchSettings, done: int = 0
+) -> Iterator[Batch]:
+    """This rank's part of one epoch; every rank gets equally many batches, some perhaps empty.
+    done: pairs that are passed over."""
+    state = sampler.start()
+    for step in sampler.steps_ahead(state, task.batch_size, done):
+        state = step.after
     steps = load_steps(
         task.data,
         sampler,
         drawn,
         RankSlice(*rank_and_world(), accumulation=1),
-        sampler.start(),
+        state,
         task.batch_size,
         sampler.streams[0].pairs,
         LoaderSettings(),
@@ -133,61 +164,90 @@ def _masked_pass(
     return metrics
 
 
-def _questions(data: Dataset, order: int) -> Sampler:
-    """All pairs of the question sources, with their own sentences, as one stream. order: its
-    version."""
+def questions(data: Dataset, order: int = VERSION) -> Sampler:
+    """All pairs of the question sources, with their own sentences, as one stream; where no sentence
+    has an answer, as in a test set, all pairs. order: its version."""
     manifest = data.manifest
-    others = {s: 0.0 for s in manifest.sources if s not in manifest.question_sources}
+    asked = manifest.question_sources or manifest.sources
+    others = {s: 0.0 for s in manifest.sources if s not in asked}
     settings = SamplerSettings(window=1, mismatch=0.0, source_weights=others)
     return data.sampler(settings, VALIDATION_SEED, order)
 
 
-def _qa_pass(forward: Forward, task: Evaluation) -> dict[str, float]:
-    """Accuracy = the score of the predicted answer, mean over questions (VQA's soft accuracy
-    where scores are soft, exact match where they are 1)."""
+def answer_questions(forward: Forward, task: Evaluation, name: str) -> dict[str, float]:
+    """Have the questions answered by an objective. Accuracy = the score of the predicted answer,
+    mean over questions (VQA's soft accuracy where scores are soft, exact match where they are 1);
+    for `qa` over those with an answer in the table."""
     manifest = task.data.manifest
     drawn = replace(task.batch, seed=VALIDATION_SEED, token_mask=0.0, object_mask=0.0)
     m = task.data.index
     kinds = len(manifest.sources)
     score, asked = np.zeros(kinds), np.zeros(kinds)
     loss = np.zeros(2)
-    answers = task.data.answers() if task.predict else []
-    for batch in _batches(task, _questions(task.data, drawn.order), drawn):
-        out = forward(batch, frozenset({"qa"}))
-        loss += [float(out.loss_sum["qa"]), float(out.count["qa"])]
-        predicted = out.prediction["qa"].cpu().numpy()
-        asked_in = batch.offset[batch.answer_pair].argsort()
-        pairs = batch.answer_pair[asked_in]
+    told = _Told(task.data) if task.answered else None
+    for batch in _batches(task, questions(task.data, drawn.order), drawn, task.done):
+        out = forward(batch, frozenset({name}))
+        loss += [float(out.loss_sum[name]), float(out.count[name])]
+        predicted = out.prediction[name].cpu().numpy()
+        rows = getattr(batch, _ANSWERED[name])
+        in_order = batch.offset[rows].argsort()
+        pairs = rows[in_order]
+        found: list[Answered] = []
         for pair, source, answer in zip(
             batch.pair_id[pairs].tolist(),
             batch.source[pairs].tolist(),
-            predicted[asked_in.numpy()].tolist(),
+            predicted[in_order.numpy()].tolist(),
             strict=True,
         ):
             span = slice(int(m.answer_start[pair]), int(m.answer_start[pair + 1]))
-            hit = m.answer_id[span] == answer
-            score[source] += float(m.answer_score[span][hit].sum())
+            hit = float(m.answer_score[span][m.answer_id[span] == answer].sum())
+            score[source] += hit
             asked[source] += 1
-            if task.predict:
-                task.predict(_prediction(task.data, pair, answers[answer]))
+            if told:
+                found.append(told.of(pair, answer, hit))
+        if task.answered:
+            task.answered(found, batch.pairs)
     sums = torch.from_numpy(np.concatenate([score, asked, loss]))
     all_reduce_sum(sums)
     score, asked, loss = np.split(sums.numpy(), [kinds, 2 * kinds])
     metrics = {
-        "loss/qa": loss[0] / max(loss[1], 1),
-        "accuracy/qa": score.sum() / max(asked.sum(), 1),
+        f"loss/{name}": loss[0] / max(loss[1], 1),
+        f"accuracy/{name}": score.sum() / max(asked.sum(), 1),
     }
-    for i, name in enumerate(manifest.sources):
+    for i, source in enumerate(manifest.sources):
         if asked[i] and len(manifest.question_sources) > 1:
-            metrics[f"accuracy/qa/{name}"] = score[i] / asked[i]
+            metrics[f"accuracy/{name}/{source}"] = score[i] / asked[i]
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _prediction(data: Dataset, pair: int, answer: str) -> dict[str, Any]:
-    image = int(data.image_of(np.asarray([pair]))[0])
-    record = json.loads(data.record(image))
-    sentence = record["sentences"][pair - int(data.index.image_pair[image])]
-    found = {"image": record["image"], "question": sentence["text"], "answer": answer}
-    if "id" in sentence:
-        found = {"question_id": sentence["id"], **found}
-    return found
+class _Told:
+    """Questions in words: those of one shard at a time, as they come in their shards' order."""
+
+    def __init__(self, data: Dataset) -> None:
+        self._data, self._answers = data, data.answers()
+        self._shard, self._records = -1, dict[int, dict[str, Any]]()
+
+    def of(self, pair: int, answer: int, score: float) -> Answered:
+        data = self._data
+        image = int(data.image_of(np.asarray([pair]))[0])
+        record = self._record(image)
+        sentence = record["sentences"][pair - int(data.index.image_pair[image])]
+        return Answered(
+            id=sentence.get("id"),
+            image=record["image"],
+            question=sentence["text"],
+            source=sentence["source"],
+            kind=sentence.get("kind"),
+            objects=record["num_objects"],
+            answers=sentence.get("answers"),
+            answer=self._answers[answer],
+            score=score,
+        )
+
+    def _record(self, image: int) -> dict[str, Any]:
+        shard = int(self._data.shard_of_image(np.asarray([image]))[0])
+        if shard != self._shard:
+            self._shard, self._records = shard, {}
+        if image not in self._records:
+            self._records[image] = {"num_objects": 0, **json.loads(self._data.record(image))}
+        return self._records[image]

@@ -1,89 +1,47 @@
-"""What comes out of a checkpoint without a cluster: its metrics, a Hugging Face folder."""
+"""A checkpoint's model as a Hugging Face folder."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
-import torch
 
 from model.interchange import config_to_huggingface, weights_to_huggingface
-from model.lxmert import LxmertForPreTraining
-from shards.dataset import open_dataset
+from model.lxmert import Lxmert
 from shards.errors import DataError
 from shards.format.build import VOCAB
 from shards.format.manifest import load_manifest
 from shards.format.staging import publish_files, staging_folder
 from shards.format.tokenizer import parse_vocab
 from shards.store import objects
-from trainer import setup
-from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.generations import Generation
 from trainer.config import RunConfig
-from trainer.evaluate import Evaluation, evaluate, without_gradient
 from trainer.model import load_checkpoint
+from trainer.run_files import run_answers, run_vocab
 
 log = logging.getLogger("lxscale")
 
 # Without it a folder is no model to Hugging Face: it is removed first and written last.
 _CONFIG = "config.json"
-_NOTHING = re.compile(r"(?!)")
-
-
-def evaluate_checkpoint(
-    path: str,
-    data_url: str,
-    *,
-    cache: str | None = None,
-    batch_size: int = 256,
-    blind: bool = False,
-    predictions: Path | None = None,
-) -> dict[str, float]:
-    """Every objective's metrics of a checkpoint over a data set, on this machine.
-
-    Raises ConfigError when the data set has another vocabulary or answer table than the model was
-    trained with.
-    """
-    model, config, generation = load_checkpoint(path)
-    data = open_dataset(data_url, cache or config.data.cache)
-    manifest = generation.manifest
-    setup.check_same_tables(data, manifest.vocab_sha256, manifest.answers_sha256)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device).eval()
-    found: list[dict[str, Any]] = []
-
-    task = Evaluation(
-        data,
-        setup.batch_settings(config, data, setup.order_version([generation])),
-        frozenset(setup.resolve_objectives(config, data)),
-        batch_size,
-        blind,
-        found.append if predictions else None,
-    )
-    metrics = evaluate(without_gradient(model, device, config.objectives.losses()), task)
-    if predictions:
-        predictions.write_text(json.dumps(found, indent=1) + "\n")
-    return metrics
 
 
 def export_huggingface(path: str, out: str | Path) -> Generation:
     """Write a checkpoint's model and its tokenizer to `out` (a folder or s3:// prefix), such that
-    transformers' `AutoModel`, `AutoTokenizer` and `LxmertForPreTraining` load it.
+    transformers' `AutoModel`, `AutoTokenizer` and `LxmertForPreTraining` load it, or
+    `LxmertForQuestionAnswering` where it was fine-tuned for VQA or GQA.
 
     An export that fails leaves no file in it that is not whole, and no model. Raises
     CheckpointError when the run's vocabulary is not the one that the checkpoint was trained with,
     DataError naming the place when that cannot be written, or has something but an earlier export.
     """
     model, config, generation = load_checkpoint(path)
-    vocab = _vocabulary(generation)
+    vocab, answers = run_vocab(generation), run_answers(generation)
     with staging_folder(str(out)) as folder:
-        write_model(folder, model)
+        write_model(folder, model, answers)
         write_tokenizer(folder, vocab, _max_tokens(config))
         names = {p.name for p in folder.iterdir()} - {"lock", _CONFIG}
         files = [*sorted(names), _CONFIG]
@@ -109,18 +67,6 @@ def _check_place(out: str, files: list[str]) -> None:
         raise DataError(f"{out} has the {_CONFIG} of something else: name a new folder")
 
 
-def _vocabulary(generation: Generation) -> bytes:
-    """The vocab.txt of the checkpoint's run, verified."""
-    url = objects.join(generation.run_url, VOCAB)
-    vocab = objects.read_bytes(url)
-    if hashlib.sha256(vocab).hexdigest() != generation.manifest.vocab_sha256:
-        raise CheckpointError(
-            f"{url} is not the vocabulary that {generation.url} was trained with (their sha256 "
-            f"differ): copy the training set's {VOCAB} there"
-        )
-    return vocab
-
-
 def _max_tokens(config: RunConfig) -> int:
     """The longest sentence that the model was trained on, [CLS] and [SEP] included; where its data
     sets are out of reach, the longest that it has positions for."""
@@ -132,9 +78,9 @@ def _max_tokens(config: RunConfig) -> int:
         return longest
 
 
-def write_model(folder: Path, model: LxmertForPreTraining) -> None:
+def write_model(folder: Path, model: Lxmert, answers: Sequence[str] = ()) -> None:
     """config.json and model.safetensors, as `save_pretrained` would write them."""
-    config = json.dumps(config_to_huggingface(model.config), indent=2) + "\n"
+    config = json.dumps(config_to_huggingface(model, answers), indent=2) + "\n"
     (folder / _CONFIG).write_text(config)
     weights = weights_to_huggingface(model)
     path = folder / "model.safetensors"

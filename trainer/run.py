@@ -35,6 +35,7 @@ from trainer.step.optimizer import learning_rate
 from trainer.step.strict import strict_step
 from trainer.step.sync import StepSync, Wants
 from trainer.step.train_step import Updated, dropout_seed, train_step
+from trainer.tasks import TASKS
 
 log = logging.getLogger("lxscale")
 
@@ -119,7 +120,7 @@ def wants(run: Run, state: TrainState, stop: bool) -> Wants:
 def active_objectives(run: Run, step: Step) -> dict[str, float]:
     """Weights of the objectives that a step serves."""
     qa_from = run.config.objectives.qa_from_epoch * run.data.manifest.pairs
-    served = objectives_of(step.family)
+    served = objectives_of(step.family, TASKS[run.config.task].objectives)
     return {
         name: weight
         for name, weight in run.objectives.items()

@@ -254,14 +254,20 @@ class TrainSection(Section):
     """Steps between validations; 0 = only at the end."""
     validation_batch: int = Field(256, ge=1, lt=_MANY)
     init_from: Place | None = None
-    """Initial weights; by default from scratch. A Hugging Face folder of an LXMERT, or a .pth (a
-    released one, or any with a state_dict in it): every weight; a Hugging Face folder of an
-    LxmertModel: all but the heads; one of a BERT: embeddings and language encoder. Read where the
-    run has no checkpoint yet, not needed later."""
+    """Initial weights; by default from scratch. Another run's folder or URL (or a checkpoint's
+    manifest), a Hugging Face folder of an LXMERT, or a .pth (a released one, or any with a
+    state_dict in it): every weight; a Hugging Face folder of an LxmertModel: all but the heads; one
+    of a BERT: embeddings and language encoder. In fine-tuning heads that the task has not are left
+    out, and begin at random where the source has not. Read where the run has no checkpoint yet, not
+    needed later."""
     init_fresh: tuple[str, ...] = ()
     """Parts of the model that keep their random weights although `init_from` is given, by the
     beginning of their parameters' names ("answer_head", "lxmert.embeddings.word_embeddings"). The
     file may lack them, or have them in other sizes."""
+    init_answers: Place | None = None
+    """The answer table of `init_from`, a JSON list or LXMERT's all_ans.json, so that each answer of
+    the data set begins with the weights that it has there, and a new one at random. Needed for
+    files that do not have one; runs and folders that `checkpoint export` made do."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
@@ -301,6 +307,10 @@ class TrainSection(Section):
     def _fresh_beside_something(self) -> TrainSection:
         if self.init_fresh and self.init_from is None:
             raise ValueError("train.init_fresh goes with train.init_from: without, all is fresh")
+        if self.init_answers and self.init_from is None:
+            raise ValueError(
+                "train.init_answers goes with train.init_from: it is the table of that"
+            )
         return self
 
 

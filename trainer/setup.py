@@ -11,10 +11,11 @@ import torch.distributed as dist
 import yaml
 
 from model.config import ModelConfig
-from model.objectives import OBJECTIVES, objectives_of
+from model.objectives import objectives_of
 from shards.dataset import Dataset, open_dataset
 from shards.order.keys import VERSION, VERSIONS
 from shards.order.modes import MODES
+from shards.order.settings import SamplerSettings
 from shards.store import create, objects
 from shards.store.retry import Retry
 from trainer.checkpoint.format import RunDescription
@@ -22,6 +23,7 @@ from trainer.checkpoint.generations import Generation
 from trainer.config import RunConfig, divisors
 from trainer.data.batch import BatchSettings, settings_of
 from trainer.errors import ConfigError
+from trainer.tasks import TASKS
 
 log = logging.getLogger("lxscale")
 
@@ -101,21 +103,62 @@ def check_same_tables(data: Dataset, vocab_sha256: str, answers_sha256: str) -> 
             )
 
 
+def check_records(config: RunConfig, data: Dataset) -> None:
+    """ConfigError unless the records of a data set are of as many images as the task's."""
+    task, has = TASKS[config.task], 2 if data.manifest.schema.sides else 1
+    if has != task.images:
+        words = {1: "one image", 2: "two images"}
+        example = {1: "vqa or gqa", 2: "nlvr2"}[task.images]
+        raise ConfigError(
+            f"task {task.name} is about {words[task.images]} a record, and those of {data.url} are "
+            f"of {words[has]}: name a data set built from sentences as {example} has them, or "
+            "another task"
+        )
+
+
+def check_task(config: RunConfig, data: Dataset) -> None:
+    """ConfigError unless a task can be trained on a data set."""
+    check_records(config, data)
+    task = TASKS[config.task]
+    if task.fine_tunes and not data.manifest.question_sources:
+        raise ConfigError(
+            f"task {task.name} needs questions with answers, and {data.url} has none: build it "
+            "with the files of annotations"
+        )
+
+
+def sampler_settings(config: RunConfig, data: Dataset) -> SamplerSettings:
+    """Those of the configuration; in fine-tuning, unless they say otherwise, of questions alone."""
+    settings, manifest = config.sampler, data.manifest
+    if not TASKS[config.task].fine_tunes or settings.source_weights:
+        return settings
+    others = {s: 0.0 for s in manifest.sources if s not in manifest.question_sources}
+    return settings.model_copy(update={"source_weights": others})
+
+
 def absent_objectives(config: RunConfig, data: Dataset) -> list[str]:
     """Objectives that have a weight and that the data set has no labels for."""
     has = {"labels": data.manifest.schema.labels, "answers": bool(data.answered_by_set().any())}
-    weights = config.objectives.weights()
-    return [n for n, o in OBJECTIVES.items() if o.needs and not has[o.needs] and weights[n] > 0]
+    table, weights = TASKS[config.task].objectives, objective_weights(config)
+    return [n for n, o in table.items() if o.needs and not has[o.needs] and weights[n] > 0]
+
+
+def objective_weights(config: RunConfig) -> dict[str, float]:
+    """Name -> weight of every objective of the task."""
+    task = TASKS[config.task]
+    return dict.fromkeys(task.objectives, 1.0) if task.fine_tunes else config.objectives.weights()
 
 
 def resolve_objectives(config: RunConfig, data: Dataset) -> dict[str, float]:
     """Weights of the objectives that are trained; ConfigError when none is left."""
     absent = absent_objectives(config, data)
-    weights = {n: w for n, w in config.objectives.weights().items() if w > 0 and n not in absent}
+    weights = {n: w for n, w in objective_weights(config).items() if w > 0 and n not in absent}
     if not weights:
         raise ConfigError(
             "no objective is left: give a weight to one that this data set has labels for"
         )
+    if TASKS[config.task].fine_tunes:
+        return weights
     for family in MODES[config.sampler.mode](config.sampler):
         served = objectives_of(family.name)
         trained = [name for name in served if name in weights]
@@ -134,8 +177,8 @@ def resolve_objectives(config: RunConfig, data: Dataset) -> dict[str, float]:
 
 
 def batch_settings(config: RunConfig, data: Dataset, order: int = VERSION) -> BatchSettings:
-    masks = config.objectives
-    return settings_of(data, config.run.seed, masks.token_mask, masks.object_mask, order)
+    masks, questions = config.objectives, TASKS[config.task].fine_tunes
+    return settings_of(data, config.run.seed, masks.token_mask, masks.object_mask, order, questions)
 
 
 def open_training_data(config: RunConfig) -> Dataset:
@@ -152,6 +195,7 @@ def open_validation_data(config: RunConfig, training: Dataset) -> Dataset | None
     if not config.data.validation:
         return None
     data = open_dataset(config.data.validation, config.data.cache, training.shards.limit)
+    check_task(config, data)
     check_same_tables(data, training.manifest.vocab.sha256, training.manifest.answers.sha256)
     return data
 

@@ -28,12 +28,14 @@ from trainer.checkpoint.tiers import snapshots
 from trainer.config import RunConfig
 from trainer.data.batch import BatchSettings
 from trainer.data.loader import RankSlice
+from trainer.initial import begin_from
 from trainer.model import build_model
 from trainer.progress import Progress
 from trainer.ranks import from_rank_0, ranks_of_node
 from trainer.run import Run, TrainState, leave, skipped_report
 from trainer.step.engine import build_engine
 from trainer.step.mixture import plan_mixture
+from trainer.tasks import TASKS
 
 log = logging.getLogger("lxscale")
 
@@ -117,13 +119,15 @@ def _prepare(config: RunConfig, claimant: Claimant) -> _Prepared:
     found = from_rank_0(lambda: _generations(url))
     before = going_on_from(found, config.checkpoint.resume_from)
     order = setup.order_version(before)
+    setup.check_task(config, data)
+    config = config.model_copy(update={"sampler": setup.sampler_settings(config, data)})
     sampler = data.sampler(config.sampler, config.run.seed, order)
     objectives = setup.resolve_objectives(config, data)
     validation = setup.open_validation_data(config, data)
     batch = setup.batch_settings(config, data, order)
     config = config.model_copy(update={"model": setup.resolve_model(config, data)})
     check_settings(before, config, objectives)
-    engine, shapes = _engine(config, new=not before)
+    engine, shapes = _engine(config, data, new=not before)
     made = _Prepared(
         config=config,
         url=url,
@@ -212,12 +216,12 @@ def _generations(url: str) -> list[Generation | str]:
     return found
 
 
-def _engine(config: RunConfig, new: bool) -> tuple[Any, dict[str, list[int]]]:
+def _engine(config: RunConfig, data: Dataset, new: bool) -> tuple[Any, dict[str, list[int]]]:
     """The engine with the initial weights, and the parameters' shapes. new: the run has no
     checkpoint; one that has needs no initial weights, which may be gone by then."""
-    train = config.train
-    source = (train.init_from, train.init_fresh) if new else (None, ())
-    model = build_model(config.model, config.run.seed, *source)
+    model = build_model(config.model, config.run.seed, TASKS[config.task].objectives)
+    if new and config.train.init_from is not None:
+        begin_from(model, config, data)
     bf16 = config.train.precision == "bf16"
     first = {n: p.detach().clone() for n, p in model.named_parameters()} if bf16 else {}
     shapes = parameter_shapes(model)

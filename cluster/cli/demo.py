@@ -21,8 +21,8 @@ from shards.sources.easy_vqa import write_easy_vqa
 from shards.sources.features.grid import EXTRACTOR
 from trainer.config import RunConfig, load_config
 from trainer.curves import curves_url
-from trainer.export import evaluate_checkpoint
 from trainer.loop import TrainResult
+from trainer.predict import evaluate_checkpoint
 from trainer.setup import run_url
 
 # A grid of 1 + 9 overlapping boxes is enough for pictures of 64 x 64 with one shape each.

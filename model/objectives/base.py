@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.batch import Batch
+from model.batch import Batch, Questions
+from model.errors import ModelError
 from model.packing import Rows, take
 
 Family = Literal["masked", "matching", "qa"]
@@ -41,11 +43,12 @@ class Encoded:
     objects: Tensor
     """(objects that are masked or carry label losses, H): see `read_objects`."""
     pooled: Tensor
-    """(M, H): the cross-modality vectors."""
+    """(M, H): the cross-modality vectors; (2 M, H) where each pair has two images, one after the
+    other."""
     masked: Tensor | None
     """i64 which of `objects` are masked; None: all."""
     transform: Callable[[Tensor], Tensor]
-    """The part that all visual heads share, (objects, H) -> (objects, H)."""
+    """The part that all visual heads share, (objects, H) -> (objects, H), where there are some."""
     settings: LossSettings
 
     @cached_property
@@ -77,6 +80,21 @@ def of_image(batch: Batch, values: Tensor, position: Tensor) -> Tensor:
     return values[batch.image_index[position // width], position % width]
 
 
+def questions_of(batch: Batch) -> Questions:
+    """ModelError where the batch was made for another objective."""
+    if batch.questions is None:
+        raise ModelError("the batch has no questions with all their answers")
+    return batch.questions
+
+
+def soft_target(batch: Batch, logits: Tensor) -> Tensor:
+    """The score of each answer to each question, f32 of the shape of `logits`."""
+    questions = questions_of(batch)
+    target = torch.zeros_like(logits, dtype=torch.float32)
+    target[questions.answered, questions.answer] = questions.score
+    return target
+
+
 @dataclass(frozen=True)
 class Result:
     """What an objective makes of its head's output."""
@@ -86,7 +104,8 @@ class Result:
     prediction: Tensor | None = None
     """i64 (targets,) the likeliest class of each; None where a target is no class."""
     correct: Tensor | None = None
-    """Scalar: how many of the predictions are the target; None where there are none."""
+    """Scalar: how many of the predictions are the target, or the sum of their scores where targets
+    have some; None where there are none."""
 
 
 def classify(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Result:
@@ -112,7 +131,7 @@ class Objective:
     family: Family
     """The steps of the sampler's mode `alternating` that serve it."""
     head: str
-    """Its head: the dotted name of a module of LxmertForPreTraining."""
+    """Its head: the dotted name of a module of Lxmert."""
     rows: Callable[[Encoded], Tensor]
     """The head's input, (targets, H)."""
     count: Callable[[Batch, LossSettings], int]

@@ -278,7 +278,7 @@ def plan_parts(plan: Plan) -> Iterator[Part]:
     """The parts of a plan, in order."""
     for number in range(plan.parts):
         images = plan.part(number)
-        used = sorted({image.file for image in images})
+        used = sorted({file for image in images for file in image.files})
         yield Part(number, images, {file: plan.files[file] for file in used})
 
 

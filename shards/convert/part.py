@@ -12,10 +12,12 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import numpy as np
 
 from shards.convert.plan import FeatureFile, PlannedImage
 from shards.errors import DataError
@@ -25,7 +27,7 @@ from shards.format.check import check_record
 from shards.format.features import FeatureType, Rounding
 from shards.format.manifest import Schema
 from shards.format.members import members_of
-from shards.format.record import ImageRecord, Report
+from shards.format.record import ImageRecord, Labels, Picture, Report
 from shards.format.sentences import Document, SentenceEncoder
 from shards.format.shard_list import ShardInfo
 from shards.format.shard_writer import ShardWriter, write_table
@@ -193,14 +195,19 @@ def read_records(
     with ExitStack() as stack:
         opened = -1
         read: Reader = _unopened
-        for image in images:
-            if image.file != opened:
+
+        def regions(number: int, entry: Entry) -> Regions:
+            nonlocal opened, read
+            file = files[number]
+            if number != opened:
                 stack.close()
-                file = files[image.file]
                 read = stack.enter_context(file.format.reader(file.url, file.options))
-                opened = image.file
+                opened = number
+            return _regions(file, read, entry, feature_type)
+
+        for image in images:
             try:
-                record = _record(files[image.file], read, image, feature_type)
+                record = _record(image, regions)
                 if schema:
                     check_record(record, schema)
             except DataError as error:
@@ -215,33 +222,62 @@ def _unopened(_entry: Entry) -> Regions:
     raise AssertionError("no file is open")
 
 
-def _record(
-    file: FeatureFile, read: Reader, image: PlannedImage, feature_type: FeatureType
-) -> ImageRecord:
-    where = f"{file.url}, {image.entry.where}"
+def _regions(file: FeatureFile, read: Reader, entry: Entry, feature_type: FeatureType) -> Regions:
+    """The regions of an image, with features of the type that is stored."""
     try:
-        regions = read(image.entry)
-        if regions.image != image.entry.image:
+        found = read(entry)
+        if found.image != entry.image:
             raise ValueError(
-                f"image {regions.image!r:.120} is where {image.entry.image!r:.120} was listed: "
+                f"image {found.image!r:.120} is where {entry.image!r:.120} was listed: "
                 "leave files as they are during a build"
             )
-        return ImageRecord(
-            image=regions.image,
-            width=regions.width,
-            height=regions.height,
-            boxes=regions.boxes,
-            features=checked("features", checks.stored, regions.features, feature_type),
-            sentences=image.sentences,
-            labels=regions.labels,
-            split=image.split,
-        )
+        features = checked("features", checks.stored, found.features, feature_type)
+        return replace(found, features=features)
     except DataError:
         raise
     except ValueError as error:
         part = f", {error.part}" if isinstance(error, PartError) else ""
         remedy = "" if "--skip-bad" in str(error) else "; or leave such out with --skip-bad"
-        raise DataError(f"{where}{part}: {error}{remedy}") from None
+        raise DataError(f"{file.url}, {entry.where}{part}: {error}{remedy}") from None
+
+
+def _record(image: PlannedImage, regions: Callable[[int, Entry], Regions]) -> ImageRecord:
+    first = regions(image.file, image.entry)
+    record = ImageRecord(
+        image=first.image,
+        width=first.width,
+        height=first.height,
+        boxes=first.boxes,
+        features=first.features,
+        sentences=image.sentences,
+        labels=first.labels,
+        split=image.split,
+    )
+    return _of_two(record, first, regions(*image.second), image.name) if image.second else record
+
+
+def _of_two(record: ImageRecord, first: Regions, second: Regions, name: str) -> ImageRecord:
+    """The record of two images, of which one has the first's objects. DataError where they have
+    not the same columns."""
+    two = (first, second)
+    labels = [r.labels for r in two if r.labels]
+    if len(labels) == 1 or len({r.features.shape[1:] for r in two}) > 1:
+        raise DataError(
+            f"images {first.image!r:.80} and {second.image!r:.80} have features of two kinds: give "
+            "all images those of one extractor, or leave such out with --skip-bad"
+        )
+    columns = [f.name for f in dataclasses.fields(Labels)]
+    return replace(
+        record,
+        image=name,
+        boxes=np.concatenate([r.boxes for r in two]),
+        features=np.concatenate([r.features for r in two]),
+        labels=Labels(*(np.concatenate([getattr(v, c) for v in labels]) for c in columns))
+        if labels
+        else None,
+        sides=np.repeat(np.arange(2, dtype=np.uint8), [len(r.boxes) for r in two]),
+        pictures=tuple(Picture(r.image, r.width, r.height) for r in two),
+    )
 
 
 # --- receipts -----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import json
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shards.format.answers import normalise_answers
@@ -35,6 +35,14 @@ class PlannedImage:
     entry: Entry
     sentences: tuple[Sentence, ...]
     split: str | None
+    second: tuple[int, Entry] | None = None
+    """Of a record of two images the second one, with its file; the sentences are about both."""
+    name: str = ""
+    """What both are called."""
+
+    @property
+    def files(self) -> tuple[int, ...]:
+        return (self.file, self.second[0]) if self.second else (self.file,)
 
 
 class Plan:
@@ -88,17 +96,23 @@ class Plan:
 
     def _images(self, where: str, values: Sequence[Any] = ()) -> Iterator[PlannedImage]:
         rows = self._database.execute(
-            f"select name, id, file, position, place, objects, split from image {where} "
+            f"select name, id, file, position, place, objects, split, second from image {where} "
             "order by number",
             values,
         )
-        for name, image, file, position, place, count, split in rows:
+        for name, image, file, position, place, count, split, second in rows:
             texts = self._database.execute(
                 "select body, split from text where image = ? order by rowid", (image,)
             ).fetchall()
             found = tuple(s for body, _ in texts for s in _parsed(body))
             split = next((s for _, s in texts if s is not None), split)
-            yield PlannedImage(file, Entry(name, position, place, count), found, split)
+            entry = Entry(name, position, place, count)
+            if second is None:
+                yield PlannedImage(file, entry, found, split)
+                continue
+            (first, *_), (other, *rest) = json.loads(second)
+            entry, two = replace(entry, image=first), (rest[0], Entry(other, *rest[1:4]))
+            yield PlannedImage(file, entry, found, split, two, name)
 
 
 def _parsed(body: str) -> tuple[Sentence, ...]:

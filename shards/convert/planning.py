@@ -36,13 +36,24 @@ create table text (image text not null, split text, body text not null);
 create table image (
     number integer primary key, name text not null, id text not null, file integer not null,
     position text not null, place text not null, version text not null, objects integer not null,
-    split text, of_vg integer not null,
+    split text, of_vg integer not null, second text,
     bytes integer not null default 0, part integer
 );
+create table couple (image text primary key, first text not null, second text not null);
 """
 _INDEXES = """
 create index text_of on text (image);
 create index image_of on image (id);
+"""
+# Two images that share their sentences become one, in the place of the first: `second` has what a
+# reader needs beside, [[name of the first], [name, file, position, place, objects, version]].
+_JOIN = """
+insert into image (name, id, file, position, place, version, objects, split, of_vg, second)
+select c.image, c.image, a.file, a.position, a.place, a.version, a.objects + b.objects,
+    coalesce(a.split, b.split), 0,
+    json_array(json_array(a.name),
+        json_array(b.name, b.file, b.position, b.place, b.objects, b.version))
+from couple c join image a on a.id = c.first join image b on b.id = c.second order by a.number
 """
 _OBJECTS = 36  # of an image whose file does not say how many: the size of its record is estimated
 _SHOWN = 5
@@ -117,6 +128,8 @@ class _Making:
                 for text in form.read(files, given.source or form.source, self.report):
                     image = self.vg.resolve(text.image)
                     self._add_text(image, text.split or given.split, text.sentences)
+                    if text.pictures:
+                        self._add_couple(image, *map(self.vg.resolve, text.pictures))
                     count += len(text.sentences)
                     if count % 1000 < len(text.sentences):
                         self.progress("sentences read", count, None)
@@ -132,6 +145,11 @@ class _Making:
             raise DataError(
                 f"image {image!a:.120} has text that is not valid Unicode: correct its source"
             ) from None
+
+    def _add_couple(self, image: str, first: str, second: str) -> None:
+        self.database.execute(
+            "insert or ignore into couple values (?, ?, ?)", (image, first, second)
+        )
 
     def list_images(self) -> None:
         count = 0
@@ -192,17 +210,58 @@ class _Making:
         """Images that are excluded or have no sentences, and what is wrong as a whole."""
         for why, ids in self.inputs.exclude.items():
             self._exclude(why, {self.vg.resolve(image) for image in ids})
-        if self.inputs.only is not None:
-            self.database.execute("create temp table only_ (id text primary key)")
-            self.database.executemany(
-                "insert or ignore into only_ values (?)",
-                ((self.vg.resolve(i),) for i in self.inputs.only),
-            )
-            self._drop("images that are not asked for", "id not in (select id from only_)")
-            self.database.execute("delete from text where image not in (select id from only_)")
+        couples = self._couples()
+        if self.inputs.only is not None and not couples:
+            self._only(self.inputs.only)
         self._twice()
+        if couples:
+            self._join()
+        if self.inputs.only is not None and couples:
+            self._only(self.inputs.only)
         self._without_features()
         self._drop("images without sentences", "id not in (select image from text)")
+
+    def _couples(self) -> bool:
+        """Whether records are of two images each; DataError where some are and some are not."""
+        if not self.plan.one("select count(*) from couple"):
+            return False
+        single = "select image from text where image not in (select image from couple) limit 1"
+        if name := self.plan.one(single):
+            raise DataError(
+                f"some sentences are about two images, those of {name!r:.120} about one: build two "
+                "data sets of them"
+            )
+        return True
+
+    def _join(self) -> None:
+        """Put one image in the place of each two that share their sentences."""
+        last = self.plan.one("select max(number) from image") or 0
+        missing = self.plan.one(
+            "select i from (select first i from couple union select second from couple) "
+            "where i not in (select id from image) limit 1"
+        )
+        if missing and not self.skip_bad:
+            raise DataError(
+                f"image {missing!r:.120} of two has no features: name all feature files, or leave "
+                "such out with --skip-bad"
+            )
+        self.database.execute(_JOIN)
+        single = f"number <= {last}"
+        alone = (
+            f"{single} and id not in (select first from couple) and id not in (select second from "
+            "couple)"
+        )
+        self._drop("images without sentences", alone)
+        self.database.execute(f"delete from image where {single}")
+
+    def _only(self, only: frozenset[str]) -> None:
+        self.database.execute("create temp table only_ (id text primary key)")
+        self.database.executemany(
+            "insert or ignore into only_ values (?)",
+            ((self.vg.resolve(i),) for i in only),
+        )
+        self._drop("images that are not asked for", "id not in (select id from only_)")
+        self.database.execute("delete from text where image not in (select id from only_)")
 
     def pass_over(self, present: Iterable[str], allowed: bool) -> None:
         """Leave images out whose keys are present, or refuse them."""
@@ -231,6 +290,11 @@ class _Making:
         for image in ids:
             found = self.database.execute("delete from image where id = ?", (image,)).rowcount
             texts = self.database.execute("delete from text where image = ?", (image,)).rowcount
+            of = "(select image from couple where first = ? or second = ?)"
+            self.database.execute(f"delete from text where image in {of}", (image, image))
+            self.database.execute(
+                "delete from couple where first = ? or second = ?", (image, image)
+            )
             if found or texts:
                 self.report.add(f"images left out: {why}", image)
 
@@ -297,13 +361,14 @@ class _Making:
         row_bytes *= stored_width(feature_type, self.options.feature_dim)
         part = size = images = 0
         rows = self.database.execute(
-            "select number, name, file, position, version, objects, split, "
+            "select number, name, file, position, version, objects, split, second, "
             "(select group_concat(body || coalesce(split, ''), char(10)) from "
             "(select body, split from text where image = id order by rowid)) "
             "from image order by number"
         )
         updates = []
-        for number, *row, body in rows:
+        for number, *row, second, body in rows:
+            row += [second] if second else []
             digest.update(json.dumps([*row, body], separators=(",", ":")).encode())
             estimate = _estimate(row[4], row_bytes, len(body.encode()))
             updates.append((part, estimate, number))

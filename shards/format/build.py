@@ -269,6 +269,7 @@ def schema_of(record: ImageRecord, settings: BuildSettings) -> Schema:
         max_tokens=settings.max_tokens,
         vocab_size=0,
         feature_type=settings.feature_type,
+        sides=record.sides is not None,
     )
 
 

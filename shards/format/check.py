@@ -62,6 +62,8 @@ def _shape_problem(record: ImageRecord, schema: Schema) -> str | None:
 
 
 def _value_problem(record: ImageRecord, schema: Schema) -> str | None:
+    if problem := _sides_problem(record):
+        return problem
     if not (np.isfinite(record.boxes).all() and _in_image(record.boxes)):
         return "boxes outside of 0..1 or with x2 < x1 or y2 < y1"
     features = as_numbers(record.features)
@@ -70,6 +72,19 @@ def _value_problem(record: ImageRecord, schema: Schema) -> str | None:
     to_store = schema.feature_type == "uint8" and record.features.dtype != np.uint8
     if to_store and beyond_uint8(features).any():
         return "features beyond ±1.7e38, which uint8 cannot hold"
+    return None
+
+
+def _sides_problem(record: ImageRecord) -> str | None:
+    sides, pictures = record.sides, record.pictures
+    if sides is None:
+        return "two pictures, but does not say which object is of which" if pictures else None
+    if len(pictures) != 2:
+        return f"objects of two pictures, but names {len(pictures)}"
+    if min(p.width for p in pictures) < 1 or min(p.height for p in pictures) < 1:
+        return "a picture without a size"
+    if sides[0] != 0 or sides[-1] != 1 or bool((np.diff(sides.astype(int)) < 0).any()):
+        return "objects that are not those of the first picture and then those of the second"
     return None
 
 

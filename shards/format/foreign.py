@@ -21,7 +21,7 @@ from shards.errors import DataError
 from shards.format.check import check_record
 from shards.format.manifest import Schema
 from shards.format.members import BOXES, FEATURES, LABELS, RECORD, Member, members_of
-from shards.format.record import ImageRecord, check_sentence, record_json
+from shards.format.record import check_sentence, record_json, record_of
 from shards.format.sentences import Document
 from shards.format.table import member_columns
 from shards.sources import tars
@@ -174,17 +174,11 @@ def _add(out: Scanned, sample: tars.Sample, document: dict[str, Any], schema: Sc
     inside = (fields[BOXES.name] >= 0) & (fields[BOXES.name] <= 1)
     if not inside.all():
         raise PartError(boxes.name, "boxes are not in 0..1 of width and height")
-    record = ImageRecord(
-        image=document["image"],
-        width=document["width"],
-        height=document["height"],
-        sentences=tuple(
-            check_sentence(s, f"{RECORD.suffix}, sentence {i}")
-            for i, s in enumerate(document["sentences"])
-        ),
-        split=document.get("split"),
-        **fields,
-    )
+    sentences = [
+        check_sentence(s, f"{RECORD.suffix}, sentence {i}")
+        for i, s in enumerate(document["sentences"])
+    ]
+    record = record_of(document, sentences, fields)
     check_record(record, schema)
     out.documents.append(json.loads(record_json(record)))
     out.objects.append(objects)

@@ -24,7 +24,7 @@ from shards.format.table import Table, check_table, open_table
 from shards.order.draws import I64
 from shards.store.cache import Verified
 
-LAYOUT = 3
+LAYOUT = 4
 """Of the index's file."""
 
 _TRIES = 5  # to open a table that goes from the cache again and again

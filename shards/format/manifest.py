@@ -60,6 +60,8 @@ class Schema:
     vocab_size: _Classes
     feature_type: FeatureType = "fp16"
     """How features are stored; not in the manifest of fp16, which all were once."""
+    sides: bool = False
+    """Whether records are of two images each; in the manifest of such alone."""
 
     @property
     def stored_width(self) -> int:
@@ -155,6 +157,8 @@ class Manifest:
             out[name] = dataclasses.asdict(value) if nested else value
         if self.schema.feature_type == "fp16":
             del out["schema"]["feature_type"]
+        if not self.schema.sides:
+            del out["schema"]["sides"]
         if self.pages:
             return out | {"shards": dataclasses.asdict(Pages(self.pages))}
         return out | {"shards": [dataclasses.asdict(s) for s in self.shards]}

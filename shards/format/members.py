@@ -67,7 +67,7 @@ class Member:
         """The file's content for a record that has this member, which has columns."""
         parts = []
         for column, array in zip(self.columns, self.arrays(record), strict=True):
-            if column.type == "u1" and array.dtype.kind == "f":
+            if self.name == FEATURES.name and column.type == "u1" and array.dtype.kind == "f":
                 array = to_uint8(array)
             parts.append(array.astype(column.type, copy=False).tobytes())
         return b"".join(parts)
@@ -101,9 +101,10 @@ LABELS = Member(
     holder=Labels,
     optional=True,
 )
+SIDES = Member("sides", "sides.u8", (Column("sides", "u1"),), optional=True)
 FEATURES = Member("features", "features.f16", (Column("features", "<f2", ("feature_dim",)),))
 
-MEMBERS = (RECORD, BOXES, LABELS, FEATURES)
+MEMBERS = (RECORD, BOXES, LABELS, SIDES, FEATURES)
 
 FEATURES_OF: dict[FeatureType, Member] = {
     "fp16": FEATURES,

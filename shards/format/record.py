@@ -6,8 +6,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ class Sentence:
     """Answer -> score in (0, 1]."""
     id: str | int | None = None
     """Of the question, in its set."""
+    kind: str | None = None
+    """Of the question or its answer, as its set has them: `yes/no`, `compare`, …"""
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,28 @@ class Labels:
 
 
 @dataclass(frozen=True)
-class ImageRecord:
-    """One image: n objects with features of width D, and all its sentences.
-
-    How its arrays are written is in `shards.format.members`.
-    """
+class Picture:
+    """One of the two images that a record is of."""
 
     image: str
     """Its id in the source."""
     width: int
     """In pixels."""
+    height: int
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One image: n objects with features of width D, and all its sentences. Or two images whose
+    sentences are about both: n objects are then those of the first, and behind them the second's.
+
+    How its arrays are written is in `shards.format.members`.
+    """
+
+    image: str
+    """Its id in the source; of two images their common one."""
+    width: int
+    """In pixels; of two images the first's."""
     height: int
     boxes: NDArray[np.float32]
     """(n, 4): x1 y1 x2 y2 over width and height, 0..1."""
@@ -62,6 +76,10 @@ class ImageRecord:
     labels: Labels | None = None
     split: str | None = None
     """Of the source: train, val, …"""
+    sides: NDArray[np.uint8] | None = None
+    """(n,): 0 for objects of the first of two images, 1 for the second's; None: there is one."""
+    pictures: tuple[Picture, ...] = ()
+    """The two images."""
 
 
 @dataclass
@@ -105,31 +123,54 @@ def record_key(image: str) -> str:
 
 def record_json(record: ImageRecord) -> bytes:
     """The JSON member of a record; equal records give equal bytes."""
-    sentences = []
-    for s in record.sentences:
-        entry: dict[str, Any] = {"text": s.text, "source": s.source}
-        if s.id is not None:
-            entry["id"] = s.id
-        if s.answers is not None:
-            entry["answers"] = dict(s.answers)
-        sentences.append(entry)
     document: dict[str, Any] = {
         "image": record.image,
         "width": record.width,
         "height": record.height,
         "num_objects": len(record.boxes),
-        "sentences": sentences,
+        "sentences": [sentence_entry(s) for s in record.sentences],
     }
     if record.split is not None:
         document["split"] = record.split
+    if record.pictures:
+        document["pictures"] = [asdict(picture) for picture in record.pictures]
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
+def sentence_entry(sentence: Sentence) -> dict[str, Any]:
+    """A sentence as a record's JSON has it."""
+    entry: dict[str, Any] = {"text": sentence.text, "source": sentence.source}
+    if sentence.id is not None:
+        entry["id"] = sentence.id
+    if sentence.kind is not None:
+        entry["kind"] = sentence.kind
+    if sentence.answers is not None:
+        entry["answers"] = dict(sentence.answers)
+    return entry
+
+
+def record_of(
+    document: Mapping[str, Any], sentences: Sequence[Sentence], arrays: Mapping[str, Any]
+) -> ImageRecord:
+    """The record whose JSON is parsed; arrays: its other members by name. KeyError or TypeError
+    where the JSON lacks something."""
+    return ImageRecord(
+        image=document["image"],
+        width=document["width"],
+        height=document["height"],
+        sentences=tuple(sentences),
+        split=document.get("split"),
+        pictures=tuple(Picture(**picture) for picture in document.get("pictures", ())),
+        **arrays,
+    )
+
+
 def check_sentence(entry: object, where: str, default_source: str | None = None) -> Sentence:
-    """A sentence from JSON {"text", "source", "answers"?, "id"?}; DataError names `where`."""
+    """A sentence from JSON {"text", "source", "answers"?, "id"?, "kind"?}; DataError names where.
+    """
     if not isinstance(entry, dict):
         raise DataError(f'{where} is not an object {{"text", "source", …}}')
-    if unknown := set(entry) - {"text", "source", "answers", "id"}:
+    if unknown := set(entry) - {"text", "source", "answers", "id", "kind"}:
         raise DataError(f"{where} has an unknown key {sorted(unknown)[0]!r}")
     text, source = entry.get("text"), entry.get("source", default_source)
     if not isinstance(text, str) or not text.strip():
@@ -139,10 +180,11 @@ def check_sentence(entry: object, where: str, default_source: str | None = None)
     number = entry.get("id")
     if number is not None and (isinstance(number, bool) or not isinstance(number, str | int)):
         raise DataError(f"{where}: id {number!r:.40} is neither a string nor an integer")
-    answers = entry.get("answers")
-    return Sentence(
-        text, source, None if answers is None else check_answers(answers, where), number
-    )
+    answers, kind = entry.get("answers"), entry.get("kind")
+    if kind is not None and (not isinstance(kind, str) or not kind):
+        raise DataError(f"{where}: the kind {kind!r:.40} is no name")
+    found = None if answers is None else check_answers(answers, where)
+    return Sentence(text, source, found, number, kind)
 
 
 def check_answers(answers: object, where: str) -> dict[str, float]:

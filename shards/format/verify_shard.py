@@ -23,7 +23,13 @@ from shards.format.check import check_record
 from shards.format.foreign import scan
 from shards.format.manifest import Manifest
 from shards.format.members import RECORD, members_of
-from shards.format.record import ImageRecord, check_sentence, record_json, record_key
+from shards.format.record import (
+    ImageRecord,
+    check_sentence,
+    record_json,
+    record_key,
+    record_of,
+)
 from shards.format.sentences import Document, SentenceEncoder
 from shards.format.shard_list import ShardInfo
 from shards.format.table import BLOCK, Table, check_table, member_columns, open_table
@@ -231,16 +237,10 @@ def _read_record(
             raise ValueError(f"{who}: there is something between .{member.suffix} and what follows")
     if document["num_objects"] != n:
         raise ValueError(f"{who}: num_objects differs from the table")
-    record = ImageRecord(
-        image=document["image"],
-        width=document["width"],
-        height=document["height"],
-        sentences=tuple(
-            check_sentence(s, f"{who}, sentence {j}") for j, s in enumerate(document["sentences"])
-        ),
-        split=document.get("split"),
-        **found,
-    )
+    sentences = [
+        check_sentence(s, f"{who}, sentence {j}") for j, s in enumerate(document["sentences"])
+    ]
+    record = record_of(document, sentences, found)
     if record_json(record) != text:
         raise ValueError(f"{who}: the JSON is not as a build writes it")
     return record, end

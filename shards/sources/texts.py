@@ -18,6 +18,8 @@ class ImageText:
     sentences: tuple[Sentence, ...]
     split: str | None = None
     """Of the image, where the file says one."""
+    pictures: tuple[str, str] | None = None
+    """Ids of the two images that the sentences are about; `image` is then what both are called."""
 
 
 @dataclass(frozen=True)

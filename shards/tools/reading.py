@@ -18,7 +18,13 @@ from shards.format.answers import load_answers
 from shards.format.foreign import parse_document
 from shards.format.manifest import Manifest, Schema, load_manifest
 from shards.format.members import RECORD, members_of
-from shards.format.record import ImageRecord, Sentence, check_sentence
+from shards.format.record import (
+    ImageRecord,
+    Sentence,
+    check_sentence,
+    record_of,
+    sentence_entry,
+)
 from shards.format.sentences import Document
 from shards.format.table import Table, check_table, open_table
 from shards.format.tokenizer import parse_vocab
@@ -89,7 +95,7 @@ class Shard:
                 raise ValueError(f"{len(sentences)} sentences, and {end - first} in the table")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise self._damaged(i, error) from None
-        return document | {"sentences": [_entry(s) for s in sentences]}
+        return document | {"sentences": [sentence_entry(s) for s in sentences]}
 
     def record(self, i: int, document: Document) -> ImageRecord:
         """Record i, whose JSON is given; its arrays are copies."""
@@ -100,14 +106,7 @@ class Shard:
             begin = int(self.table.offset[member.name][i])
             payload = bytes(self.content[begin : begin + n * member.object_bytes(self.schema)])
             found[member.name] = member.value(payload, n, self.schema)
-        return ImageRecord(
-            image=document["image"],
-            width=document["width"],
-            height=document["height"],
-            sentences=_sentences(document),
-            split=document.get("split"),
-            **found,
-        )
+        return record_of(document, _sentences(document), found)
 
     @property
     def foreign(self) -> bool:
@@ -120,15 +119,6 @@ class Shard:
 
 def _sentences(document: Document) -> tuple[Sentence, ...]:
     return tuple(check_sentence(s, f"sentence {j}") for j, s in enumerate(document["sentences"]))
-
-
-def _entry(sentence: Sentence) -> dict[str, Any]:
-    entry: dict[str, Any] = {"text": sentence.text, "source": sentence.source}
-    if sentence.id is not None:
-        entry["id"] = sentence.id
-    if sentence.answers is not None:
-        entry["answers"] = dict(sentence.answers)
-    return entry
 
 
 def read_table(data: Input, number: int, folder: Path) -> Table:

@@ -30,7 +30,7 @@ from trainer.loop import Control, TrainResult
 FOLDER = "LXSCALE_TEST_FAULTS"
 
 PLACES = {
-    "forward": "model.lxmert:LxmertForPreTraining.forward",
+    "forward": "model.lxmert:Lxmert.forward",
     "backward": "deepspeed:DeepSpeedEngine.backward",
     "reduction": "deepspeed:DeepSpeedEngine.allreduce_gradients",
     "optimizer step": "torch.optim:AdamW.step",

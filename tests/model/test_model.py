@@ -12,7 +12,7 @@ import transformers
 from model.batch import Batch
 from model.config import ModelConfig
 from model.interchange import config_to_huggingface
-from model.lxmert import LxmertForPreTraining, init_weights
+from model.lxmert import Lxmert, init_weights
 from model.objectives import OBJECTIVES, objectives_of, target_counts
 from model.objectives.base import Encoded, LossSettings, Objective, Result, classify
 
@@ -33,8 +33,8 @@ CONFIG = ModelConfig(
 )
 
 
-def make_model(seed: int = 0) -> LxmertForPreTraining:
-    model = LxmertForPreTraining(CONFIG)
+def make_model(seed: int = 0) -> Lxmert:
+    model = Lxmert(CONFIG)
     init_weights(model, seed)
     # Small random weights hide errors: make every part matter.
     with torch.no_grad():
@@ -94,9 +94,9 @@ def make_batch(pairs: int = 6, seed: int = 0, objects: int = 5, ragged: bool = F
     )
 
 
-def reference(model: LxmertForPreTraining, **switches: bool) -> transformers.LxmertForPreTraining:
+def reference(model: Lxmert, **switches: bool) -> transformers.LxmertForPreTraining:
     """Hugging Face's model with our weights."""
-    tree = config_to_huggingface(CONFIG) | switches
+    tree = config_to_huggingface(model) | switches
     config = transformers.LxmertConfig(**{k: v for k, v in tree.items() if k != "architectures"})
     theirs = transformers.LxmertForPreTraining(config).eval()
     # A task that is switched off has no head there; whatever it has gets our weights.
@@ -152,7 +152,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 def test_base_has_the_parameters_of_the_paper() -> None:
     with torch.device("meta"):
-        model = LxmertForPreTraining(ModelConfig())
+        model = Lxmert(ModelConfig())
         count = {id(p): p.numel() for p in model.parameters()}
         assert sum(count.values()) == 228_051_752
         assert sum(p.numel() for p in model.lxmert.parameters()) == 207_936_768
@@ -187,7 +187,7 @@ def test_outputs_agree_with_hugging_face(ragged: bool) -> None:
     close(logits["masked_feature"], heads["feat"].flatten(0, 1)[batch.object_position])
 
 
-def losses(model: LxmertForPreTraining, batch: Batch, *names: str, **settings: str) -> dict:
+def losses(model: Lxmert, batch: Batch, *names: str, **settings: str) -> dict:
     with torch.no_grad():
         out = model(batch, frozenset(names), LossSettings(**settings))
     return {n: float(out.loss_sum[n]) / max(out.count[n], 1) for n in names}
@@ -398,7 +398,7 @@ def test_the_batch_is_not_changed_by_the_forward() -> None:
 
 
 def test_initial_weights_depend_on_the_seed_and_the_name_only() -> None:
-    a, b = LxmertForPreTraining(CONFIG), LxmertForPreTraining(CONFIG)
+    a, b = Lxmert(CONFIG), Lxmert(CONFIG)
     init_weights(a, 1)
     torch.manual_seed(99)
     init_weights(b, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ import safetensors.torch
 import torch
 import transformers
 
+from model.config import ModelConfig
 from model.errors import ModelError
 from model.interchange import config_to_huggingface
-from model.lxmert import LxmertForPreTraining, init_weights
+from model.lxmert import Lxmert, init_weights
 from model.packing import Rows
 from tests.model.test_model import CONFIG, close, make_batch, make_model, padded
 from trainer.config import parse_config
 from trainer.errors import ConfigError
 from trainer.export import write_model
-from trainer.model import build_model, load_initial_weights
+from trainer.initial import read_source, take_weights
+from trainer.model import build_model
 
 EMBEDDING = "lxmert.embeddings.word_embeddings.weight"
 DECODER = "cls.predictions.decoder.weight"
@@ -34,7 +37,17 @@ BERT_SIZES: dict[str, Any] = {
 }
 
 
-def equal(a: LxmertForPreTraining, b: LxmertForPreTraining, *but: str) -> None:
+def load(model: Lxmert, path: Path, fresh: Sequence[str] = (), **more: Any) -> None:
+    take_weights(model, read_source(path, model.config, fresh), fresh, **more)
+
+
+def built(config: ModelConfig, seed: int, path: Path, **more: Any) -> Lxmert:
+    model = build_model(config, seed)
+    load(model, path, **more)
+    return model
+
+
+def equal(a: Lxmert, b: Lxmert, *but: str) -> None:
     """Bitwise, but for the parameters named, which differ somewhere."""
     for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
         assert torch.equal(x, y) != (name in but), name
@@ -72,8 +85,8 @@ def test_what_hugging_face_saves_comes_back_equal(tmp_path: Path, size: str) -> 
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size=size)
     assert (len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1) == (size == "20KB")
     tree = json.loads((tmp_path / "theirs" / "config.json").read_text())
-    assert config_to_huggingface(CONFIG).items() <= tree.items()
-    equal(build_model(CONFIG, 9, tmp_path / "theirs"), model)
+    assert config_to_huggingface(model).items() <= tree.items()
+    equal(built(CONFIG, 9, tmp_path / "theirs"), model)
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -85,7 +98,7 @@ def test_the_released_layout_loads(tmp_path: Path, prefix: str) -> None:
     }
     for content in (released, {"model": released, "epoch": 3}, {0: torch.zeros(1), **released}):
         torch.save(content, tmp_path / "model_LXRT.pth")
-        equal(build_model(CONFIG, 9, tmp_path / "model_LXRT.pth"), model)
+        equal(built(CONFIG, 9, tmp_path / "model_LXRT.pth"), model)
 
 
 def test_an_older_folder_with_a_bin_loads(tmp_path: Path) -> None:
@@ -93,7 +106,7 @@ def test_an_older_folder_with_a_bin_loads(tmp_path: Path) -> None:
     write_model(tmp_path, model)
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    equal(build_model(CONFIG, 9, tmp_path), model)
+    equal(built(CONFIG, 9, tmp_path), model)
 
 
 def test_a_key_or_shape_that_does_not_fit_is_named(tmp_path: Path) -> None:
@@ -103,12 +116,12 @@ def test_a_key_or_shape_that_does_not_fit_is_named(tmp_path: Path) -> None:
     bias = f"{ANSWERS}.bias"
     without = {k: v for k, v in weights.items() if k != bias}
     with pytest.raises(ModelError, match=rf"w\.safetensors has no {bias}.*train\.init_fresh"):
-        load_initial_weights(model, saved(path, without))
+        load(model, saved(path, without))
     with pytest.raises(ModelError, match=r"has extra\.weight"):
-        load_initial_weights(model, saved(path, weights | {"extra.weight": torch.zeros(1)}))
+        load(model, saved(path, weights | {"extra.weight": torch.zeros(1)}))
     message = rf"{bias} is \[12\], this model's is \[11\].*train\.init_fresh"
     with pytest.raises(ModelError, match=message):
-        load_initial_weights(model, saved(path, weights | {bias: torch.zeros(12)}))
+        load(model, saved(path, weights | {bias: torch.zeros(12)}))
 
 
 def test_weights_that_only_seem_to_fit_are_refused(tmp_path: Path) -> None:
@@ -124,7 +137,7 @@ def test_weights_that_only_seem_to_fit_are_refused(tmp_path: Path) -> None:
         other = make_model(1)
         before = {k: v.clone() for k, v in other.state_dict().items()}
         with pytest.raises(ModelError, match=rf"w\.pth.*{message}"):
-            load_initial_weights(other, tmp_path / "w.pth")
+            load(other, tmp_path / "w.pth")
         for k, v in other.state_dict().items():
             assert torch.equal(v, before[k]), k
 
@@ -143,7 +156,7 @@ def test_a_configuration_that_does_not_fit_is_named(
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ModelError, match=rf"config\.json: .*{message}"):
-        build_model(CONFIG, 0, tmp_path)
+        built(CONFIG, 0, tmp_path)
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
@@ -155,10 +168,10 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, wrong: float) -
             weights[DECODER] = weights[name]
         path = saved(tmp_path / "w.safetensors", weights)
         with pytest.raises(ModelError, match=rf"w\.safetensors: {name} has .*not finite"):
-            build_model(CONFIG, 9, path)
+            built(CONFIG, 9, path)
         # What is not taken does not matter.
         if name != EMBEDDING:
-            build_model(CONFIG, 9, path, fresh=["answer_head"])
+            built(CONFIG, 9, path, fresh=["answer_head"])
 
 
 def test_a_trunk_alone_gives_the_trunk(tmp_path: Path) -> None:
@@ -166,7 +179,7 @@ def test_a_trunk_alone_gives_the_trunk(tmp_path: Path) -> None:
     model = make_model()
     write_model(tmp_path, model)
     transformers.AutoModel.from_pretrained(tmp_path).save_pretrained(tmp_path / "trunk")
-    found, random = build_model(CONFIG, 9, tmp_path / "trunk"), build_model(CONFIG, 9)
+    found, random = built(CONFIG, 9, tmp_path / "trunk"), build_model(CONFIG, 9)
     for name, p in found.named_parameters():
         expected = model if name.startswith("lxmert.") else random
         assert torch.equal(p, expected.get_parameter(name)), name
@@ -184,7 +197,7 @@ def test_fresh_parts_keep_their_random_weights(tmp_path: Path) -> None:
     none = {k: v for k, v in weights.items() if not k.startswith("answer_head")}
     random = build_model(CONFIG, 9)
     for changed in (weights, weights | wide, none, weights | {"answer_head.extra": torch.ones(2)}):
-        found = build_model(CONFIG, 9, saved(path, changed), fresh=["answer_head"])
+        found = built(CONFIG, 9, saved(path, changed), fresh=["answer_head"])
         for name, p in found.named_parameters():
             expected = random if name.startswith("answer_head.") else model
             assert torch.equal(p, expected.get_parameter(name)), name
@@ -196,7 +209,7 @@ def test_fresh_words_leave_the_tied_decoder_fresh(tmp_path: Path) -> None:
     words = {EMBEDDING: torch.zeros(7, 24), DECODER: torch.ones(7, 24)}
     bias = {"cls.predictions.bias": torch.zeros(7)}
     path = saved(tmp_path / "w.safetensors", weights | words | bias)
-    found = build_model(CONFIG, 9, path, fresh=[EMBEDDING, "cls.predictions.bias"])
+    found = built(CONFIG, 9, path, fresh=[EMBEDDING, "cls.predictions.bias"])
     equal(found, model, EMBEDDING, DECODER, "cls.predictions.bias")
     assert torch.equal(
         found.cls.predictions.decoder.weight, build_model(CONFIG, 9).get_parameter(EMBEDDING)
@@ -210,7 +223,7 @@ def test_a_table_of_other_entries_takes_rows(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"num_answers": 4})
     take = torch.tensor([3, -1, 10, 3])
     rows = {f"{ANSWERS}.weight": take, f"{ANSWERS}.bias": take}
-    found, random = build_model(config, 9, tmp_path, rows=rows), build_model(config, 9)
+    found, random = built(config, 9, tmp_path, rows=rows), build_model(config, 9)
     for name, p in found.named_parameters():
         theirs = model.get_parameter(name)
         if name in rows:
@@ -220,16 +233,16 @@ def test_a_table_of_other_entries_takes_rows(tmp_path: Path) -> None:
             assert torch.equal(p, theirs), name
     for wrong in (take[:3], take + 1):
         with pytest.raises(ModelError, match=rf"{ANSWERS}\.bias is \[11\], .* is \[4\]"):
-            build_model(config, 9, tmp_path, rows={f"{ANSWERS}.bias": wrong})
+            built(config, 9, tmp_path, rows={f"{ANSWERS}.bias": wrong})
     with pytest.raises(ModelError, match=r"has no answers\.bias"):
-        build_model(config, 9, tmp_path, rows={**rows, "answers.bias": take})
+        built(config, 9, tmp_path, rows={**rows, "answers.bias": take})
 
 
 def test_a_part_that_the_model_has_not_is_named(tmp_path: Path) -> None:
     write_model(tmp_path, make_model())
     message = r"train\.init_fresh: .* no parameter answer_hed .*answer_head, cls, lxmert"
     with pytest.raises(ModelError, match=message):
-        build_model(CONFIG, 0, tmp_path, fresh=["answer_head", "answer_hed"])
+        built(CONFIG, 0, tmp_path, fresh=["answer_head", "answer_hed"])
     tree = {"data": {"train": "d"}, "train": {"steps": 1, "init_fresh": ["answer_head"]}}
     with pytest.raises(ConfigError, match=r"train\.init_fresh goes with train\.init_from"):
         parse_config(tree, "test")
@@ -242,7 +255,7 @@ def bert(kind: Any = transformers.BertModel, **changes: Any) -> Any:
     return kind(transformers.BertConfig(**BERT_SIZES | changes))
 
 
-def from_bert(model: LxmertForPreTraining, theirs: Any) -> None:
+def from_bert(model: Lxmert, theirs: Any) -> None:
     """Embeddings and language layers are the BERT's, all else is random."""
     random = build_model(CONFIG, 9)
     for name, p in model.named_parameters():
@@ -260,7 +273,7 @@ def test_a_bert_gives_embeddings_and_language_layers(tmp_path: Path, kind: Any) 
     theirs = bert(kind)
     theirs.save_pretrained(tmp_path)
     trunk = theirs if kind is transformers.BertModel else theirs.bert
-    model = build_model(CONFIG, 9, tmp_path)
+    model = built(CONFIG, 9, tmp_path)
     from_bert(model, trunk)
     # And they compute what BERT computes.
     ids = torch.tensor([[2, 5, 7, 3]])
@@ -283,7 +296,7 @@ def test_an_old_bert_loads(tmp_path: Path) -> None:
     }
     old["bert.embeddings.position_ids"] = torch.arange(16)
     torch.save(old, tmp_path / "pytorch_model.bin")
-    from_bert(build_model(CONFIG, 9, tmp_path), theirs)
+    from_bert(built(CONFIG, 9, tmp_path), theirs)
 
 
 @pytest.mark.parametrize("kind", [transformers.BertModel, transformers.BertForPreTraining])
@@ -292,7 +305,7 @@ def test_a_bert_without_its_configuration_is_named(tmp_path: Path, kind: Any) ->
     (tmp_path / "config.json").unlink()
     for path in (tmp_path, tmp_path / "model.safetensors"):
         with pytest.raises(ModelError, match=r"BERT.*config\.json"):
-            build_model(CONFIG, 9, path)
+            built(CONFIG, 9, path)
 
 
 @pytest.mark.parametrize(
@@ -322,13 +335,13 @@ def test_a_bert_that_does_not_fit_is_named(
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     for message in messages:
         with pytest.raises(ModelError, match=rf"config\.json.*{message}"):
-            build_model(CONFIG, 9, tmp_path)
+            built(CONFIG, 9, tmp_path)
 
 
 def test_a_bert_of_another_vocabulary_leaves_the_words_fresh(tmp_path: Path) -> None:
     theirs = bert(vocab_size=99)
     theirs.save_pretrained(tmp_path)
-    model = build_model(CONFIG, 9, tmp_path, fresh=[EMBEDDING])
+    model = built(CONFIG, 9, tmp_path, fresh=[EMBEDDING])
     random = build_model(CONFIG, 9)
     assert torch.equal(model.get_parameter(EMBEDDING), random.get_parameter(EMBEDDING))
     name = "embeddings.position_embeddings.weight"
@@ -336,6 +349,6 @@ def test_a_bert_of_another_vocabulary_leaves_the_words_fresh(tmp_path: Path) -> 
 
 
 def test_random_weights_are_those_of_the_seed() -> None:
-    by_hand = LxmertForPreTraining(CONFIG)
+    by_hand = Lxmert(CONFIG)
     init_weights(by_hand, 9)
     equal(build_model(CONFIG, 9), by_hand)

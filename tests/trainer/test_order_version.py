@@ -21,8 +21,8 @@ from trainer.config import parse_config
 from trainer.data.batch import make_batch
 from trainer.data.digest import digest
 from trainer.evaluate import Evaluation, evaluate, without_gradient
-from trainer.export import evaluate_checkpoint
 from trainer.model import load_checkpoint
+from trainer.predict import evaluate_checkpoint
 from trainer.setup import batch_settings, resolve_objectives
 
 STEPS = 9

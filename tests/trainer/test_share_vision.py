@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.batch import Batch
 from model.config import ModelConfig
 from model.flops import training_flops
-from model.lxmert import LxmertForPreTraining, init_weights
+from model.lxmert import Lxmert, init_weights
 from shards.dataset import Dataset, open_dataset
 from shards.format.build import BuildSettings, build
 from shards.order.settings import SamplerSettings
@@ -114,7 +114,7 @@ def test_the_model_computes_the_same_in_fewer_operations(data: Dataset) -> None:
         dropout=0.0,
         attention_dropout=0.0,
     )
-    model = LxmertForPreTraining(config).double()
+    model = Lxmert(config).double()
     init_weights(model, 1)
     with torch.no_grad():
         for p in model.parameters():

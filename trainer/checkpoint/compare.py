@@ -73,6 +73,12 @@ def check_settings(
     newest = newest_whole(found)
     if newest is None:
         return
+    task = newest.manifest.config.get("task", "pretrain")
+    if task != config.task:
+        raise ConfigError(
+            f"{newest.run_url} is a run of task {task}, not {config.task}: give this one another "
+            f"run.name, and to begin from there train.init_from={newest.run_url}"
+        )
     now = config.model_dump(mode="json")
     # Neither pairs nor what is learned of them depend on these, but the learning rate and rounding.
     free = ("steps", "epochs", "global_batch", "precision")

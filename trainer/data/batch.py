@@ -25,6 +25,13 @@ from shards.order.sampler import Plan, Sampler
 from trainer.data.sentences import Pairs, sentences_of, shards_of_text
 from trainer.data.shared_batches import Empty, fresh_memory
 
+# Columns of labels -> fields of a batch.
+_LABELS = {
+    "object_id": "object_label",
+    "object_conf": "object_conf",
+    "attribute_id": "attribute_label",
+    "attribute_conf": "attribute_conf",
+}
 # Of the masked words and objects: 80 % masked or zeroed, 10 % replaced, 10 % kept (LXMERT sec. 3.1)
 _MASKED, _REPLACED = 0.8, 0.9
 
@@ -46,10 +53,17 @@ class BatchSettings:
     vocab_size: int
     order: int = VERSION
     """Version of the order (shards/order/keys.py)."""
+    questions: bool = False
+    """Whether batches have the scores of all answers to every pair's sentence, for fine-tuning."""
 
 
 def settings_of(
-    data: Dataset, seed: int, token_mask: float, object_mask: float, order: int = VERSION
+    data: Dataset,
+    seed: int,
+    token_mask: float,
+    object_mask: float,
+    order: int = VERSION,
+    questions: bool = False,
 ) -> BatchSettings:
     """The settings with a data set's vocabulary. DataError where that lacks what they need."""
     vocab = load_tokenizer(data.file(data.manifest.vocab))
@@ -69,6 +83,7 @@ def settings_of(
         mask_id=token_id("[MASK]"),
         vocab_size=data.manifest.schema.vocab_size,
         order=order,
+        questions=questions,
     )
 
 
@@ -117,15 +132,20 @@ def make_batch(
     masks, objects = drawn.masks, drawn.batch.features.shape[1]
     schema = data.manifest.schema
     features = empty((len(drawn.images), objects, schema.stored_width), NUMPY[schema.feature_type])
-    boxes, found = data.gather_images(drawn.images, drawn.shards, features.numpy())
-    names = ("object_label", "object_conf", "attribute_label", "attribute_conf")
+    found = data.gather_images(drawn.images, drawn.shards, features.numpy())
+    boxes, sides = found.pop("boxes"), found.pop("sides", None)
+    first = None
+    if sides is not None:
+        held = drawn.batch.num_objects
+        first = held - _tensor(sides.sum(1, dtype=np.int64))
     swapped = data.gather_objects(masks.donor_image, masks.donor_shard, masks.donor_object)
     return replace(
         drawn.batch,
         features=features,
         boxes=_tensor(boxes),
         swap_features=_tensor(swapped),
-        **{n: _tensor(v) for n, v in zip(names, found or (), strict=False)},
+        first_objects=first,
+        **{_LABELS[name]: _tensor(values) for name, values in found.items()},
     )
 
 
@@ -189,6 +209,7 @@ def draw_batch(
         dataset=_tensor(plan.dataset),
         view=None if view is None else _tensor(view),
         view_pair=None if view_pair is None else _tensor(view_pair),
+        **(_questions(data, pair) if settings.questions else {}),
     )
     return Drawn(batch, plan, data, distinct, plan.shard[first], masks)
 
@@ -272,6 +293,20 @@ def _views(image: I64, key: U64) -> tuple[I64, I64]:
     number = np.empty_like(order)
     number[order] = np.arange(len(order))
     return number[which.reshape(-1)], first[order]
+
+
+def _questions(data: Dataset, pair: I64) -> dict[str, torch.Tensor]:
+    """Every pair as a question, with the scores of all its answers in the table."""
+    m = data.index
+    length = m.answer_start[pair + 1] - m.answer_start[pair]
+    flat = ranges(m.answer_start[pair], length)
+    number = np.arange(len(pair))
+    return {
+        "question_pair": _tensor(number),
+        "question_answered": _tensor(np.repeat(number, length)),
+        "question_answer": _tensor(m.answer_id[flat].astype(np.int64)),
+        "question_score": _tensor(m.answer_score[flat]),
+    }
 
 
 def _answers(data: Dataset, pair: I64, matched: NDArray[np.bool_], key: U64) -> tuple[I64, I64]:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from model.attention import Attention
-from model.lxmert import LxmertForPreTraining, compile_layers
+from model.lxmert import Lxmert, compile_layers
 from trainer.config import RunConfig
 from trainer.setup import micro_batches
 from trainer.step.optimizer import build_optimizer
@@ -69,7 +69,7 @@ def _offload(what: str | None) -> dict[str, Any]:
     return {f"offload_{part}": place for part in parts}
 
 
-def build_engine(model: LxmertForPreTraining, config: RunConfig) -> Any:
+def build_engine(model: Lxmert, config: RunConfig) -> Any:
     """Wrap a model (fp32, on the CPU) in a DeepSpeed engine; torch.distributed must be up."""
     if config.train.strict:
         # On GPUs, some operations have a quicker way whose sums come in any order.

@@ -68,7 +68,7 @@ def sync_step(
     width = len(objectives) + len(mixture.planned)
     numbers = [0.0] * (width + 5)
     if not loaded.missing:
-        targets = [target_counts(batch, losses) for batch in loaded.batches]
+        targets = [target_counts(batch, losses, objectives) for batch in loaded.batches]
         numbers = [
             *(sum(float(found[name]) for found in targets) for name in objectives),
             *mixture.count(loaded.batches, loaded.step.family),

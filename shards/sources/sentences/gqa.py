@@ -1,6 +1,7 @@
 """GQA's questions: `{"02930152": {"question": …, "imageId": "2354786", "answer": "no", …}, …}`.
 
-Ids of questions are strings with leading zeros, and stay so. Test sets have no answers.
+Ids of questions are strings with leading zeros, and stay so. Test sets have no answers. The kind of
+a question is its structural type (`types`), if it is there.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ def _read(files: Sequence[Path], source: str, report: Report) -> Iterator[ImageT
                 report.add("empty sentences", f"{path}, question {number}")
                 continue
             answers = {answer: 1.0} if answer else None
-            sentence = Sentence(text.strip(), source, answers, number)
+            types = found.get("types")
+            kind = types.get("structural") if isinstance(types, dict) else None
+            kind = kind if isinstance(kind, str) and kind else None
+            sentence = Sentence(text.strip(), source, answers, number, kind)
             yield ImageText(image_id(image, "vg"), (sentence,))
 
 

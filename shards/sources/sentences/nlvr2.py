@@ -1,7 +1,7 @@
 """NLVR2's statements, a line of JSON each: `{"identifier": "train-1-0-0", "sentence", "label"}`.
 
-A statement is about two images, `train-1-0-img0` and `…-img1`: both get it, with the identifier
-as its id (so a pair's halves are found) and its label as the answer.
+A statement is about two images, `train-1-0-img0` and `…-img1`. They become one record, `train-1-0`,
+with all statements about both: the identifier is a statement's id, and its label the answer.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def _read(files: Sequence[Path], source: str, report: Report) -> Iterator[ImageT
                 continue
             answers = None if label is None else {str(label): 1.0}
             sentence = Sentence(text.strip(), source, answers, name)
-            for side in ("img0", "img1"):
-                image = "-".join([*parts[:3], side])
-                yield ImageText(image_id(image), (sentence,), parts[0])
+            both = "-".join(parts[:3])
+            first, second = (image_id(f"{both}-{side}") for side in ("img0", "img1"))
+            yield ImageText(image_id(both), (sentence,), parts[0], (first, second))
 
 
 FORMAT = SentenceFormat(
     name="nlvr2",
-    help="NLVR2's statements (train.json), each for both of its images",
+    help="NLVR2's statements (train.json): records of two images",
     source="nlvr2",
     detect=_detect,
     read=_read,

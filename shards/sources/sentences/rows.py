@@ -5,6 +5,7 @@ sentence   a text
 answers    optional: {"answer": score}, as JSON; a list; or answers with `;` between them (score 1)
 source     optional: the name of the sentence's set
 id         optional: of the question
+kind       optional: of the question or its answer, as `yes/no`
 split      optional: of the image
 """
 
@@ -22,7 +23,7 @@ from shards.sources.image_ids import image_id
 from shards.sources.json_stream import head
 from shards.sources.texts import ImageText, SentenceFormat
 
-_COLUMNS = {"image", "sentence", "answers", "source", "id", "split"}
+_COLUMNS = {"image", "sentence", "answers", "source", "id", "kind", "split"}
 _LONGEST = 1 << 24  # bytes of a line
 
 
@@ -138,6 +139,7 @@ def _read(files: Sequence[Path], source: str, report: Report) -> Iterator[ImageT
                 _name(row, "source", where) or source,
                 _answers(row.get("answers"), where),
                 row.get("id"),
+                _name(row, "kind", where),
             )
             if isinstance(sentence.id, bool) or not isinstance(sentence.id, str | int | None):
                 raise DataError(f"{where}: the id {sentence.id!r:.40} is no text or whole number")
@@ -172,7 +174,7 @@ def _answers(given: object, where: str) -> dict[str, float] | None:
 
 FORMAT = SentenceFormat(
     name="rows",
-    help="CSV or JSON lines of image, sentence, answers, source, id, split",
+    help="CSV or JSON lines of image, sentence, answers, source, id, kind, split",
     source="sentences",
     detect=_detect,
     read=_read,

@@ -1,7 +1,8 @@
 """VQA v2: files of questions, and of annotations with ten people's answers to each.
 
     {"questions":   [{"question_id": 1, "image_id": 318556, "question": "What is …?"}, …]}
-    {"annotations": [{"question_id": 1, "answers": [{"answer": "red"}, …]}, …]}
+    {"annotations": [{"question_id": 1, "answers": [{"answer": "red"}, …],
+                      "answer_type": "other"}, …]}                       (its kind, if it is there)
 
 They belong together by question id, wherever each is. Questions without annotations (test sets)
 have no answers. Scores are the official soft ones (`shards.sources.vqa_rules`).
@@ -51,8 +52,8 @@ def _read(files: Sequence[Path], source: str, report: Report) -> Iterator[ImageT
             used += found is not None
             if annotated and found is None:
                 report.add("questions without annotations", f"{path}, question {number}")
-            given = None if found is None else json.loads(found)
-            sentence = Sentence(text.strip(), source, given, number)
+            given, kind = (None, None) if found is None else json.loads(found)
+            sentence = Sentence(text.strip(), source, given, number, kind)
             yield ImageText(image_id(str(image), "coco"), (sentence,))
     if answers:
         first = next(iter(answers))
@@ -63,11 +64,12 @@ def _read(files: Sequence[Path], source: str, report: Report) -> Iterator[ImageT
 
 
 def _answers(files: Sequence[Path]) -> dict[int, bytes]:
-    """Question id → its answers' scores, as JSON, which takes a part of what objects would."""
+    """Question id → its answers' scores and their kind, as JSON, which takes a part of what objects
+    would."""
     out: dict[int, bytes] = {}
     for path in files:
         for i, entry in list_items(path, "file of annotations", "annotations"):
-            number, given = _fields(entry, ("question_id", "answers"))
+            number, given, kind = _fields(entry, ("question_id", "answers", "answer_type"))
             texts = [_fields(a, ("answer",))[0] for a in given] if isinstance(given, list) else []
             if type(number) is not int or not texts or not all(isinstance(t, str) for t in texts):
                 raise DataError(f"{path}: annotation {i} has no question_id and answers")
@@ -75,7 +77,8 @@ def _answers(files: Sequence[Path]) -> dict[int, bytes]:
                 raise DataError(f"{path}: question_id {number} has annotations already")
             # The only answer of a single annotator has score 0: nobody else gave it.
             kept = {answer: score for answer, score in scores(texts).items() if score > 0}
-            out[number] = json.dumps(kept).encode()
+            kind = kind if isinstance(kind, str) and kind else None
+            out[number] = json.dumps([kept, kind]).encode()
     return out
 
 

@@ -12,7 +12,7 @@ import torch
 
 from model.batch import Batch
 from model.config import ModelConfig
-from model.lxmert import LxmertForPreTraining, pack
+from model.lxmert import Lxmert, pack
 from model.stored import decoded
 from shards.dataset import DatasetSpec, open_dataset
 from shards.errors import DataError
@@ -81,7 +81,7 @@ def test_batches_and_losses(sets: dict[str, Path]) -> None:
         cross_layers=1,
         feature_dim=8,
     )
-    model = LxmertForPreTraining(config).eval()
+    model = Lxmert(config).eval()
     losses = {kind: model(batch).loss_sum for kind, batch in batches.items()}
     for name, due in losses["fp16"].items():
         assert losses["fp32"][name].item() == due.item()

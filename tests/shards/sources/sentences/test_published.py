@@ -144,13 +144,12 @@ def test_statements_about_two_images(tmp_path: Path) -> None:
     sentence = ("An image shows one leather pencil case.", "nlvr2", {"True": 1.0})
     other = ("There is no pencil.", "nlvr2", None, "test1-0-1-0")
     found = read(write(tmp_path / "n", NLVR2, lines=True))
-    assert told(found) == [
-        ("train-10171-0-img0", (*sentence, "train-10171-0-0")),
-        ("train-10171-0-img1", (*sentence, "train-10171-0-0")),
-        ("test1-0-1-img0", other),
-        ("test1-0-1-img1", other),
+    assert told(found) == [("train-10171-0", (*sentence, "train-10171-0-0")), ("test1-0-1", other)]
+    assert [t.split for t in found] == ["train", "test1"]
+    assert [t.pictures for t in found] == [
+        ("train-10171-0-img0", "train-10171-0-img1"),
+        ("test1-0-1-img0", "test1-0-1-img1"),
     ]
-    assert [t.split for t in found] == ["train", "train", "test1", "test1"]
 
 
 ROWS = [

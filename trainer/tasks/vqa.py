@@ -1,0 +1,13 @@
+"""VQA v2: answers to questions about an image, by the soft scores of ten people's answers."""
+
+from __future__ import annotations
+
+from trainer.scores.submission import write_vqa
+from trainer.scores.vqa import score_vqa
+from trainer.tasks.base import Judge, Task, one_objective
+
+VQA = Task(
+    "vqa",
+    one_objective("answers"),
+    judge=Judge(lambda given, files, choices: score_vqa(given, files), write_vqa),
+)
