@@ -49,7 +49,7 @@ from model.batch import Batch
 from model.config import ModelConfig
 from model.flops import training_flops
 from model.interchange import config_to_huggingface
-from model.lxmert import LxmertForPreTraining, compile_layers, init_weights
+from model.lxmert import Lxmert, compile_layers, init_weights
 from model.objectives.base import LossSettings
 from step_batches import make_batch, moved, padded, shared
 
@@ -102,9 +102,7 @@ def lie_flat(model: torch.nn.Module) -> None:
             p.data = piece.view(p.shape)
 
 
-def ours(
-    model: LxmertForPreTraining, batches: list[Batch], settings: LossSettings
-) -> Callable[[int], None]:
+def ours(model: Lxmert, batches: list[Batch], settings: LossSettings) -> Callable[[int], None]:
     lie_flat(model)
     optimizer = Optimizer(model.parameters())
     device = next(model.parameters()).device
@@ -156,15 +154,15 @@ def with_sdpa(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def huggingface(config: ModelConfig, model: LxmertForPreTraining) -> Any:
+def huggingface(config: ModelConfig, model: Lxmert) -> Any:
     """Hugging Face's model with our weights."""
-    tree = {k: v for k, v in config_to_huggingface(config).items() if k != "architectures"}
+    tree = {k: v for k, v in config_to_huggingface(model).items() if k != "architectures"}
     found = transformers.LxmertForPreTraining(transformers.LxmertConfig(**tree))
     assert not found.load_state_dict(model.state_dict(), strict=False).missing_keys
     return found
 
 
-def check_losses(model: LxmertForPreTraining, peer: Any, batch: Batch) -> None:
+def check_losses(model: Lxmert, peer: Any, batch: Batch) -> None:
     """SystemExit unless both have the same loss of masked words and answers with dropout off."""
     model.eval(), peer.eval()
     inputs = moved(padded(batch), torch.device("cpu"), torch.float32)
@@ -234,7 +232,7 @@ def contestants(given: argparse.Namespace, device: torch.device) -> dict[str, Co
     """Each after its first steps, which compile and warm up."""
     config = ModelConfig()
     batches = [make_batch(config, given.batch, s, given.sentences) for s in range(_BATCHES)]
-    model = LxmertForPreTraining(config)
+    model = Lxmert(config)
     init_weights(model, 0)
     peer = huggingface(config, model)
     check_losses(model, peer, make_batch(config, min(given.batch, 32), 0))

@@ -9,6 +9,7 @@ attention.py    attention among packed rows, over true lengths
 joined.py       one product of matrices for query, key and value
 dropout.py      dropout, cheap on the CPU
 layers.py       residuals, FFN, embeddings, and the layers made of them
+top_down.py     what the paper compares the cross-modality encoder with
 trunk.py        the three encoders: from tokens and regions to hidden vectors
 heads.py        from hidden vectors to words, labels, features, answers
 objectives/     the losses: one file an objective, and the table of them all

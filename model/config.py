@@ -20,7 +20,9 @@ class ModelConfig(BaseModel):
     intermediate_size: int = Field(3072, ge=1, lt=2**31)
     language_layers: int = Field(9, ge=0, lt=2**31)
     object_layers: int = Field(5, ge=0, lt=2**31)
-    cross_layers: int = Field(5, ge=1, lt=2**31)
+    cross_layers: int = Field(5, ge=0, lt=2**31)
+    top_down: bool = False
+    """Bottom-up top-down attention in place of the cross-modality encoder (top_down.py)."""
     max_positions: int = Field(512, ge=2, lt=2**31)
     type_vocab_size: int = Field(2, ge=1, lt=2**31)
     feature_dim: int = Field(2048, ge=1, lt=2**31)
@@ -36,5 +38,10 @@ class ModelConfig(BaseModel):
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
+            )
+        if self.top_down == (self.cross_layers > 0):
+            raise ValueError(
+                f"cross_layers={self.cross_layers} with top_down={str(self.top_down).lower()}: "
+                "give at least 1, or 0 where top_down is to meet the objects in their place"
             )
         return self

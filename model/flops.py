@@ -31,6 +31,7 @@ def training_flops(
     where S(a, b) is the sum over pairs, S' over views, of the product of lengths; in the last cross
     layer the second output projection and the FFN, H^2 + 2 H I, count for the rows alone that a
     loss reads.
+    Bottom-up top-down attention has V H^2 + 3 M H^2 for M pairs in the place of cross layers.
     The embedding of objects multiplies R (D H + 4 H), heads their own sizes for each target. A
     backward takes twice as many, and once as many for the embedding, whose inputs have no gradient.
     """
@@ -54,7 +55,10 @@ def training_flops(
     trunk += config.cross_layers * cross
     read = len(read_objects(batch, settings)[0])
     rows = len(length) + len(batch.lm_position) + read
-    trunk -= (tokens + objects - rows) * (h * h + 2 * h * wide)
+    if config.top_down:
+        trunk += (objects + 3 * len(length)) * h * h
+    else:
+        trunk -= (tokens + objects - rows) * (h * h + 2 * h * wide)
 
     targets = target_counts(batch, settings, objectives)
     head = {

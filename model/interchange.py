@@ -63,6 +63,8 @@ def config_to_huggingface(model: Lxmert, answers: Sequence[str] = ()) -> dict[st
 
     answers: the answer table, which becomes `id2label`.
     """
+    if model.config.top_down:
+        raise ModelError("Hugging Face has no model with top-down attention: there is no export")
     heads = {name.partition(".")[0] for name, _ in model.named_parameters()}
     labels: dict[str, Any] = {}
     if len(answers) == model.config.num_answers:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from model.config import ModelConfig
 from model.layers import CrossLayer, Layer, ObjectEmbedding, WordEmbedding
 from model.packing import Rows, rows_of_mask, take
+from model.top_down import TopDown
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Encoder(nn.Module):
         self.layer = nn.ModuleList(Layer(config) for _ in range(config.language_layers))
         self.x_layers = nn.ModuleList(CrossLayer(config) for _ in range(config.cross_layers))
         self.r_layers = nn.ModuleList(Layer(config) for _ in range(config.object_layers))
+        if config.top_down:
+            self.top_down = TopDown(config)
 
     def forward(
         self,
@@ -90,6 +93,10 @@ class Encoder(nn.Module):
             language, vision = self._run(
                 layer, language, vision, tokens, objects, rows, attention_out
             )
+        if not self.x_layers:
+            language = self.top_down(language, vision, tokens, objects)
+            if read is not None:
+                language, vision = take(language, read[0]), take(vision, read[1])
         return language, vision
 
     def _run(self, layer: nn.Module, *inputs: Any) -> Any:

@@ -30,6 +30,7 @@ COMMANDS = {
     "predict": ("cluster.cli.predict", "a checkpoint's answers, as a task's evaluation takes them"),
     "score": ("cluster.cli.score", "official metrics of a file of predictions: VQA, GQA, NLVR2"),
     "show": ("cluster.cli.show", "a page of what a checkpoint does with pairs"),
+    "compare": ("cluster.cli.compare", "train and measure a table of runs, as the paper's"),
     "checkpoint": ("cluster.cli.checkpoint", "list, verify, remove and export checkpoints"),
     "goodput": ("cluster.cli.goodput", "what part of a run's time is in steps that are kept"),
     "doctor": ("cluster.cli.doctor", "check this machine, or a cluster's nodes, before a run"),

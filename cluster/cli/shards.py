@@ -14,8 +14,10 @@ from cluster.cli.build import add_build, add_formats
 from cluster.cli.common import add_cache, out_place, ranges, verdict
 from cluster.cli.extract import add_extract
 from cluster.cli.inspect import add_dump, add_inspect
+from cluster.cli.overlap import add_overlap
 from cluster.cli.plan import plan_report
 from cluster.cli.progress import shown_progress
+from cluster.cli.scenes import add_scenes
 from cluster.cli.shards_tools import (
     add_index,
     add_merge,
@@ -50,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("merge", add_merge, "one data set of several"),
         ("split", add_split, "several data sets of one, by shares or lists of images"),
         ("subset", add_subset, "a data set of some of another's records"),
+        ("overlap", add_overlap, "images that a data set shares with test sets"),
         ("push", add_push, "copy a data set to a store, verified"),
         ("pull", add_pull, "copy a data set, or some of its shards, to a folder, verified"),
         ("index", add_index, "train on tars that others wrote, where they are"),
@@ -58,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("plan", _add_plan, "what windows, visits and a cache limit cost"),
         ("audit", audit.add_arguments, "prove what a run has consumed"),
         ("easy-vqa", _add_easy_vqa, "write inputs of `build` from the easy-VQA package"),
+        ("scenes", add_scenes, "draw pictures with sentences, as inputs of `build`"),
     ):
         add(commands.add_parser(name, help=help_))
 

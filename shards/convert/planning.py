@@ -432,5 +432,5 @@ def _identity(file: FeatureFile) -> str:
 
 
 def _packed(sentences: Sequence[Sentence]) -> str:
-    rows = [[s.text, s.source, s.answers and dict(s.answers), s.id] for s in sentences]
+    rows = [[s.text, s.source, s.answers and dict(s.answers), s.id, s.kind] for s in sentences]
     return json.dumps(rows, ensure_ascii=False, separators=(",", ":"))

@@ -108,11 +108,16 @@ def show(
     """
     data = open_set(url, cache)
     names = load_names(objects, attributes, data.manifest.schema)
-    place = _PLACE.fullmatch(key)
-    shard, index = _place(data, *map(int, place.groups())) if place else _find(data, key, progress)
+    shard, index = locate(data, key, progress)
     table = data.table(shard)
     record = data.record(shard, table, index, features=True)
     return _shown(data, table, record, names)
+
+
+def locate(data: OpenSet, key: str, progress: Progress = no_progress) -> tuple[int, int]:
+    """Shard and place of a record, by what `show` takes, with its errors."""
+    place = _PLACE.fullmatch(key)
+    return _place(data, *map(int, place.groups())) if place else _find(data, key, progress)
 
 
 def _place(data: OpenSet, shard: int, index: int) -> tuple[int, int]:

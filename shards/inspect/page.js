@@ -1,5 +1,4 @@
-'use strict';
-// Reads what page.py writes. Text of the data goes into the page by `textContent` alone.
+// Reads what page.py writes.
 
 const PAGE = 60;  // records that are shown at a time
 const BUSY_MS = 30;  // after which a search lets the page breathe
@@ -7,37 +6,9 @@ const PIECE = '\x1f', ANSWER = '\x1e', SCORE = '\x1d';
 const BOX = 4095, SURE = 255;  // what 1 stands as
 const NAMED = 8;  // boxes that show their label without being looked at
 
-const $ = id => document.getElementById(id);
-const number = n => n.toLocaleString('en-US');
-const counted = (n, what) => `${number(n)} ${what}${n === 1 ? '' : 's'}`;
-const percent = share => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
 const pause = () => new Promise(done => setTimeout(done));
 
-/** An element with some properties, holding texts and elements. */
-function el(tag, properties, ...children) {
-  const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children);
-  return element;
-}
-
 // --- data ---------------------------------------------------------------------------------------
-
-async function inflate(element) {
-  const packed = atob(element.textContent);
-  const bytes = new Uint8Array(packed.length);
-  for (let i = 0; i < packed.length; i++) bytes[i] = packed.charCodeAt(i);
-  element.remove();  // its memory with it
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream('deflate'));
-  return new Response(stream).arrayBuffer();
-}
-
-const utf8 = bytes => new TextDecoder().decode(bytes);
-
-/** Lower case, with every letter where it was. */
-function folded(text) {
-  const low = text.replace(/\u0130/g, 'i').toLowerCase();
-  return low.length === text.length ? low : text;
-}
 
 /** Where each range begins whose lengths are given, and where the last one ends. */
 function starts(lengths, extra = 0) {
@@ -48,13 +19,12 @@ function starts(lengths, extra = 0) {
 
 /** A block of records; `first` is the number of its first one in the page. */
 function parseBlock(buffer, first) {
-  const size = new DataView(buffer).getUint32(0, true);
-  const header = JSON.parse(utf8(new Uint8Array(buffer, 4, size)));
+  const [header, begin] = headed(buffer);
   const kinds = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, text: Uint8Array };
   const column = {};
   for (const [name, [kind, at, length]] of Object.entries(header)) {
     const type = kinds[kind];
-    column[name] = new type(buffer, 4 + size + at, length / type.BYTES_PER_ELEMENT);
+    column[name] = new type(buffer, begin + at, length / type.BYTES_PER_ELEMENT);
   }
   const text = utf8(column.text);
   delete column.text;
@@ -165,7 +135,7 @@ function matches(block, words, source) {
 }
 
 let page, blocks = [], firsts = [], ready = [];
-let words = [], hits = [], shown = 0, chosen = -1;  // shown: the page; chosen: a record
+let hits = [], shown = 0, chosen = -1;  // shown: the page; chosen: a record
 let searches = 0;
 
 async function search() {
@@ -195,23 +165,6 @@ async function search() {
 
 // --- records ------------------------------------------------------------------------------------
 
-/** Text with the words that are searched for marked. */
-function marked(text) {
-  const low = folded(text), out = [];
-  for (let at = 0; at < text.length;) {
-    let begin = text.length, end = begin;
-    for (const word of words) {
-      const i = low.indexOf(word, at);
-      if (i >= 0 && i < begin) { begin = i; end = i + word.length; }
-    }
-    if (begin > at) out.push(text.slice(at, begin));
-    if (end > begin) out.push(el('mark', {}, text.slice(begin, end)));
-    at = end;
-  }
-  return out;
-}
-
-const color = i => `hsl(${(i * 137.5) % 360} 75% 58%)`;
 let urls = [];  // of the pictures that are shown
 
 function pictureOf(record) {

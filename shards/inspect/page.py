@@ -1,22 +1,12 @@
 """One self-contained page with a data set's summary and records, to browse and to search.
 
-All that comes from the data is in the page as base64 of compressed blocks, which is no markup
-whatever the data says; the script shows it as text and never as markup, and the page's policy
-allows that script alone and no network. A block holds some records as columns: the least that has
-to be kept as long as the page is open. `page.js` reads what is written here.
+A block holds some records as columns: the least that has to be kept as long as the page is open.
+`page.js` reads what is written here; html.py says why nothing of the data is markup.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import hashlib
-import html
-import importlib.resources
-import json
-import os
-import re
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +17,17 @@ from numpy.typing import NDArray
 
 from shards.errors import DataError
 from shards.format.manifest import Manifest
+from shards.inspect.html import (
+    as_json,
+    check_pictures,
+    data_element,
+    frame,
+    page_file,
+    with_header,
+)
 from shards.inspect.names import Names
 from shards.inspect.pictures import find_picture, thumbnail
 from shards.inspect.records import Record
-from shards.store.atomic import written_whole
 from shards.urls import shown
 
 _BLOCK = 2048  # records
@@ -72,20 +69,9 @@ def open_page(settings: PageSettings, manifest: Manifest, names: Names) -> Itera
     """A page to be filled with records and then finished; it is at its place at the end of the
     block, or, if that raises, what was there before. DataError where it cannot be written, or there
     is no folder of pictures."""
-    path = Path(os.path.realpath(settings.path))  # renaming would replace a link, not what it is to
-    if path.exists() and not path.is_file():
-        what = "a folder" if path.is_dir() else "no plain file"
-        raise DataError(f"{settings.path} is {what}: name a file for the page")
-    if settings.images and not settings.images.is_dir():
-        raise DataError(f"there is no folder of pictures {settings.images}: name one, or none")
-    try:
-        with written_whole(path) as temporary, open(temporary, "wb") as f:
-            yield PageWriter(settings, manifest, names, f)
-            f.flush()
-    except OSError as error:
-        raise DataError(
-            f"cannot write {error.filename or path}: {error.strerror or error}"
-        ) from None
+    check_pictures(settings.images)
+    with page_file(settings.path) as f:
+        yield PageWriter(settings, manifest, names, f)
 
 
 class PageWriter:
@@ -97,17 +83,9 @@ class PageWriter:
         self._settings, self._manifest, self._names, self._file = settings, manifest, names, file
         self._block = _Block(manifest)
         self._blocks = self._records = self._pictures = self._unreadable = self._size = 0
-        style, self._script, page = (_part(name) for name in ("page.css", "page.js", "page.html"))
-        head, self._tail = page.split("{data}")
-        self._write(
-            _filled(
-                head,
-                title=html.escape(manifest.name),
-                style=style,
-                policy=f"default-src 'none'; img-src blob:; script-src '{_hash(self._script)}'; "
-                f"style-src '{_hash(style)}'; base-uri 'none'; form-action 'none'",
-            )
-        )
+        assert __package__
+        head, self._tail = frame(__package__, manifest.name)
+        self._write(head)
 
     def add(self, record: Record) -> None:
         """Append a record."""
@@ -123,7 +101,7 @@ class PageWriter:
         manifest = self._manifest
         self._write_data(
             "summary",
-            _json(
+            as_json(
                 {
                     "summary": {**summary, "url": shown(summary["url"])},
                     "sources": manifest.sources,
@@ -136,7 +114,7 @@ class PageWriter:
                 }
             ),
         )
-        self._write(_filled(self._tail, script=self._script))
+        self._write(self._tail)
         return Page(
             self._settings.path, self._size, self._records, self._pictures, self._unreadable
         )
@@ -157,8 +135,7 @@ class PageWriter:
         self._blocks += 1
 
     def _write_data(self, kind: str, payload: bytes) -> None:
-        text = base64.b64encode(zlib.compress(payload, 6)).decode()
-        self._write(f'<script type="text/plain" class="{kind}">{text}</script>\n')
+        self._write(data_element(kind, payload))
 
     def _write(self, text: str) -> None:
         self._size += self._file.write(text.encode())
@@ -241,9 +218,7 @@ class _Block:
             header[name] = [kind, at, len(data)]
             body.append(data + bytes(-len(data) % 4))
             at += len(body[-1])
-        head = _json(header)
-        head += b" " * (-len(head) % 4)
-        return b"".join([len(head).to_bytes(4, "little"), head, *body])
+        return with_header(header, body)
 
 
 _COLUMNS = ("shard", "index", "width", "height", "sentences", "objects", "picture")
@@ -256,25 +231,6 @@ _LABELS = {
 }
 
 
-def _part(name: str) -> str:
-    """A part of every page."""
-    return (importlib.resources.files(__package__) / name).read_text("utf-8")
-
-
-def _filled(template: str, **values: str) -> str:
-    """A template with its `{name}`s replaced, all at once: what a value has is left alone."""
-    return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], template)
-
-
 def _clean(text: str) -> str:
     """Text without what separates texts."""
     return text.translate(_SEPARATORS)
-
-
-def _json(document: Any) -> bytes:
-    return json.dumps(document, separators=(",", ":")).encode()
-
-
-def _hash(text: str) -> str:
-    """For the page's policy."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from model.batch import Batch
 from model.config import ModelConfig
-from model.lxmert import LxmertForPreTraining, compile_layers, init_weights
+from model.lxmert import Lxmert, compile_layers, init_weights
 from step_batches import make_batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def small(dropout: float = 0.0) -> LxmertForPreTraining:
+def small(dropout: float = 0.0) -> Lxmert:
     config = ModelConfig(
         hidden_size=128,
         num_heads=2,
@@ -31,14 +31,12 @@ def small(dropout: float = 0.0) -> LxmertForPreTraining:
         dropout=dropout,
         attention_dropout=dropout,
     )
-    model = LxmertForPreTraining(config)
+    model = Lxmert(config)
     init_weights(model, 0)
     return model.train()
 
 
-def gradients(
-    model: LxmertForPreTraining, batch: Batch, device: torch.device
-) -> dict[str, torch.Tensor]:
+def gradients(model: Lxmert, batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
     """Every objective's loss, and every parameter's gradient, in fp64 on the CPU."""
     model.to(device)
     model.zero_grad()

@@ -8,12 +8,11 @@ of the ten annotators out. Which answers are the same:
 - Where all gave the same one, that and the prediction are compared as they are, but for line ends,
   tabs and spaces around them: "T-shirt" beside ten "t-shirt" scores 1 only if it is written so.
 
-That is what the official code has done since it is used for VQA v2. Others differ from it there:
-its own early versions took the prediction's normal form always and the annotators' without number
-words and articles; soft targets made of normal forms alone, LXMERT's among them, know no such
-exception. Two more differences are too small to be seen in any result: the official code drops 32
-periods of an answer at most, and leaves out every annotator whose entry equals another's in all
-fields, which cannot be where entries are numbered as in the published files.
+That is the official code's latest form. Others differ: an earlier form, which took the prediction's
+normal form always and the annotators' without number words and articles; and soft targets made of
+normal forms alone, LXMERT's among them. Two more differences can hardly be seen: the
+official code drops 32 periods of an answer at most, and with one annotator it leaves out all whose
+entries equal that one's in all fields, which cannot be where entries are numbered, as published.
 """
 
 from __future__ import annotations

@@ -8,11 +8,9 @@ import io
 import json
 import re
 import resource
-import shutil
-import subprocess
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +27,7 @@ from shards.inspect import page as page_module
 from shards.inspect.page import PageSettings
 from shards.inspect.pictures import find_picture
 from shards.inspect.summary import Settings, inspect
+from tests.browser import Dom, open_browser
 from tests.shards.inspect.sets import VOCAB, build_set, command, made_records
 
 OWN = "document.title='owned'"
@@ -227,33 +226,10 @@ def current_umask() -> int:
 
 # --- in a browser -------------------------------------------------------------------------------
 
-Dom = Callable[..., str]
-
 
 @pytest.fixture(scope="module")
-def dom(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dom]:
-    """Opens a page at a fragment; its DOM after all work is done."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    browser = next(filter(None, map(shutil.which, names)), None)
-    if browser is None:
-        pytest.skip("needs chromium on the PATH, which the page is opened in")
-    profile = tmp_path_factory.mktemp("profile")
-
-    def opened(page: Path, fragment: str = "", seconds: int = 60) -> str:
-        found = subprocess.run(
-            [
-                *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"),
-                *(f"--user-data-dir={profile}", f"--virtual-time-budget={seconds * 1000}"),
-                f"{page.as_uri()}#{fragment}",
-            ],
-            capture_output=True,
-            text=True,
-            timeout=2 * seconds,
-            check=True,
-        )
-        return found.stdout
-
-    yield opened
+def dom(tmp_path_factory: pytest.TempPathFactory) -> Dom:
+    return open_browser(tmp_path_factory.mktemp("profile"))
 
 
 def cards(dom: str) -> list[int]:
