@@ -166,7 +166,7 @@ def record_of(
 
 
 def check_sentence(entry: object, where: str, default_source: str | None = None) -> Sentence:
-    """A sentence from JSON {"text", "source", "answers"?, "id"?, "kind"?}; DataError names where."""
+    """A sentence of a record's JSON (`sentence_entry`); DataError names `where` it is."""
     if not isinstance(entry, dict):
         raise DataError(f'{where} is not an object {{"text", "source", …}}')
     if unknown := set(entry) - {"text", "source", "answers", "id", "kind"}:
