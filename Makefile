@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.ready-bench
 
-.PHONY: demo demo-full test test-faults test-cluster lint bench clean
+.PHONY: demo demo-full paper test test-faults test-cluster lint bench clean
 
 demo: $(READY)
 	$(BIN)/lxscale demo
 
 demo-full: $(READY)
 	$(BIN)/lxscale demo --full
+
+paper: $(READY)
+	$(BIN)/python benchmarks/paper.py
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults"

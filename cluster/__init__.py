@@ -21,6 +21,8 @@ jobs            a run as a job: its command, its environment, its id
 watch           a run brought to its end, job after job
 doctor          what a run needs of a machine, looked at before there is one
 doctor_nodes    the same of every node of a cluster, and between them
+comparison      a table of runs that are compared
+compare         its runs trained and measured, some at a time
 bounded         calls that may never return
 errors          which errors end a command with one line, and with which status
 """

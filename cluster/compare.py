@@ -6,8 +6,8 @@ that the same command goes on where it was cut; a run that is cut goes on from i
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -24,6 +24,7 @@ from cluster.comparison import (
     configuration,
     overrides,
     run_name,
+    used_runs,
 )
 from cluster.errors import LaunchError
 from shards.errors import DataError
@@ -40,13 +41,15 @@ _LINES = 20  # of a process's output that an error shows
 
 @dataclass(frozen=True)
 class Job:
-    """A run of the table with one seed."""
+    """A run of the table with one seed, or a cell of it."""
 
     name: str
+    run: str
+    """What is trained, or was by the job of that name."""
     trained: Trained
     seed: int
     after: str | None
-    """The job that it begins from."""
+    """The job that must be done before."""
     data: str | None = None
     """What it is measured on; None: it is not."""
 
@@ -56,20 +59,24 @@ class Job:
 
 
 def jobs(table: Comparison) -> list[Job]:
-    """All runs, those that others begin from first; ConfigError for a configuration that is
-    wrong."""
-    out = []
+    """All runs, those that others begin from first. Cells that are trained alike are one run.
+    ConfigError for a configuration that is wrong."""
+    out: list[Job] = []
     for seed in table.seeds:
-        for name, run in table.runs.items():
-            before = None if run.from_ is None else run_name(run.from_, seed)
-            out.append(Job(run_name(name, seed), run, seed, before))
+        trained: dict[tuple[object, ...], str] = {}
+
+        def add(name: str, of: Trained, data: str | None, seed: int = seed) -> None:
+            same = trained.setdefault((of.config, of.set, of.from_), name)  # noqa: B023
+            before = None if of.from_ is None else run_name(of.from_, seed)
+            out.append(Job(name, same, of, seed, before if same == name else same, data))
+
+        for name, run in used_runs(table).items():
+            add(run_name(name, seed), run, None)
         for row in table.rows:
             for column, cell in row.cells.items():
-                before = None if cell.from_ is None else run_name(cell.from_, seed)
-                name = cell_name(row, column, seed)
-                out.append(Job(name, cell, seed, before, table.columns[column].data))
+                add(cell_name(row, column, seed), cell, table.columns[column].data)
     for job in out:
-        configuration(table, job.name.rpartition("/seed-")[0], job.trained, job.seed)
+        configuration(table, job.run, job.trained, job.seed)
     return out
 
 
@@ -86,14 +93,17 @@ def compare(table: Comparison, at_once: int, say: Callable[[str], None]) -> dict
     under_way: dict[Future[dict[str, Any]], Job] = {}
     problem: LaunchError | None = None
     began, total = time.monotonic(), len(todo)
-    with ThreadPoolExecutor(at_once) as pool:
+    commands = _Commands()
+    with ThreadPoolExecutor(at_once) as pool, contextlib.ExitStack() as stack:
+        # However this ends, nothing goes on without it.
+        stack.callback(commands.end)
         while (todo and problem is None) or under_way:
             ready = [j for j in todo if j.after is None or j.after in done]
             for job in ready if problem is None else []:
                 if len(under_way) == at_once:
                     break
                 todo.remove(job)
-                under_way[pool.submit(_do, table, job, found.get(job.name))] = job
+                under_way[pool.submit(_do, table, job, found.get(job.name), commands)] = job
             finished, _ = wait(under_way, return_when=FIRST_COMPLETED)
             for future in finished:
                 job = under_way.pop(future)
@@ -126,20 +136,21 @@ def _read(results: str) -> dict[str, Any]:
         ) from None
 
 
-def _do(table: Comparison, job: Job, before: dict[str, Any] | None) -> dict[str, Any]:
+def _do(
+    table: Comparison, job: Job, before: dict[str, Any] | None, commands: _Commands
+) -> dict[str, Any]:
     """Train and measure a run; its metrics with what they are of."""
-    name = job.name.rpartition("/seed-")[0]
-    config = configuration(table, name, job.trained, job.seed)
+    config = configuration(table, job.run, job.trained, job.seed)
     if _state(run_url(config)) != "done":
         given = [str(table.folder / job.trained.config)]
-        _run(job, "train", *given, *overrides(table, name, job.trained, job.seed))
+        commands.run(job, "train", *given, *overrides(table, job.run, job.trained, job.seed))
     if job.data is None:
         return {}
     of = f"{run_status(run_url(config)).generation} on {load_manifest(job.data).fingerprint}"
     if before and before.get("of") == of:
         return before
     more = ["--blind"] if job.blind else []
-    text = _run(job, "evaluate", run_url(config), "--data", job.data, "--json", *more)
+    text = commands.run(job, "evaluate", run_url(config), "--data", job.data, "--json", *more)
     return {**json.loads(text), "of": of}
 
 
@@ -150,11 +161,29 @@ def _state(url: str) -> str:
         return "new"
 
 
-def _run(job: Job, *arguments: str) -> str:
-    """The output of an lxscale command; LaunchError where it fails."""
-    command = [sys.executable, "-m", "cluster.cli", *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-    if ended.returncode:
-        last = "\n".join((ended.stdout + ended.stderr).splitlines()[-_LINES:])
-        raise LaunchError(f"{job.name}: `lxscale {' '.join(arguments)}` failed:\n{last}")
-    return ended.stdout
+class _Commands:
+    """The lxscale commands that are under way."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[str]] = set()
+
+    def run(self, job: Job, *arguments: str) -> str:
+        """The output of a command; LaunchError where it fails."""
+        command = [sys.executable, "-m", "cluster.cli", *arguments]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self._running.add(process)
+        try:
+            out, err = process.communicate()
+        finally:
+            self._running.discard(process)
+        if process.returncode:
+            last = "\n".join((out + err).splitlines()[-_LINES:])
+            raise LaunchError(f"{job.name}: `lxscale {' '.join(arguments)}` failed:\n{last}")
+        return out
+
+    def end(self) -> None:
+        """Have them save and end."""
+        for process in list(self._running):
+            process.terminate()

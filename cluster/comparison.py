@@ -1,6 +1,6 @@
 """A table of runs that are compared: which there are, what they begin from, what is measured.
 
-The YAML of a table, beside the configurations that it names:
+The YAML of a table, from whose folder on it names configurations:
 
     storage: runs/paper            where its runs are
     seeds: [1, 2]                  each run is trained with each
@@ -17,6 +17,7 @@ The YAML of a table, beside the configurations that it names:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,8 +30,8 @@ from trainer.sections import Place, Section
 
 
 def _file(name: str) -> str:
-    if "/" in name or not name.endswith((".yaml", ".yml")):
-        raise ValueError(f"{name} is no YAML file beside the table")
+    if not name.endswith((".yaml", ".yml")):
+        raise ValueError(f"{name} is no YAML file")
     return name
 
 
@@ -38,7 +39,7 @@ class Trained(Section):
     """A run, for every seed."""
 
     config: Annotated[str, AfterValidator(_file)]
-    """A file beside the table."""
+    """A file, by its path from the table's folder."""
     set: tuple[str, ...] = ()
     """What differs from it: section.key=value."""
     from_: str | None = Field(None, alias="from")
@@ -121,6 +122,23 @@ def load_comparison(path: Path) -> Comparison:
         raise ConfigError(f"{path}: {'; '.join(wrong)}") from None
 
 
+def with_rows(table: Comparison, names: Sequence[str]) -> Comparison:
+    """The table with some rows. ConfigError for a name that it has not."""
+    there = [row.name for row in table.rows]
+    if unknown := [name for name in names if name not in there]:
+        raise ConfigError(f"the table has no row {unknown[0]!r}: it has {', '.join(there)}")
+    return table.model_copy(update={"rows": tuple(r for r in table.rows if r.name in names)})
+
+
+def used_runs(table: Comparison) -> dict[str, Trained]:
+    """The runs that a row begins from, or another of these does."""
+    used = {cell.from_ for row in table.rows for cell in row.cells.values()}
+    for name in reversed(table.runs):
+        if name in used:
+            used.add(table.runs[name].from_)
+    return {name: run for name, run in table.runs.items() if name in used}
+
+
 def run_name(name: str, seed: int) -> str:
     """Of a run in the storage."""
     plain = "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
@@ -128,13 +146,9 @@ def run_name(name: str, seed: int) -> str:
 
 
 def overrides(table: Comparison, name: str, run: Trained, seed: int) -> list[str]:
-    """What a run's configuration gets, after its own file: the later ones count."""
-    out = [
-        *run.set,
-        f"run.storage={table.storage}",
-        f"run.name={run_name(name, seed)}",
-        f"run.seed={seed}",
-    ]
+    """What a run's configuration gets, after its own file: the later ones count. name: of the run
+    in the storage."""
+    out = [*run.set, f"run.storage={table.storage}", f"run.name={name}", f"run.seed={seed}"]
     if run.from_ is not None:
         out.append(f"train.init_from={table.storage}/{run_name(run.from_, seed)}")
     return out

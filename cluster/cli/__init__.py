@@ -13,6 +13,10 @@ shards      `shards build | verify | info | plan | easy-vqa`: data sets
 plan        what `shards plan` reports
 audit       `shards audit`: the proof of what a run consumed
 evaluate    `evaluate`: the metrics of a checkpoint
+predict     `predict`: its answers as a file
+score       `score`: a file of answers against a task's annotations
+show        `show`: what it does, on a page
+compare     `compare`: a table of runs
 goodput     `goodput`: where a run's time went
 checkpoint  `checkpoint ls | verify | rm | export`: the generations of a run
 demo        `demo`: all of it on easy-VQA

@@ -83,7 +83,7 @@ def _inspect(args: argparse.Namespace) -> int:
 def _say_page(page: Page, images: Path | None) -> None:
     say(f"{page.path}: {page.records:,} records, {page.size / 1e6:,.1f} MB")
     if images:
-        say(f"{page.pictures:,} of them with their picture from {images}")
+        say(f"{page.pictures:,} pictures in it, from {images}")
     if page.unreadable:
         say(f"{page.unreadable:,} files there are no pictures that can be read")
 

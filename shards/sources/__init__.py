@@ -9,4 +9,5 @@ tars           samples of tars, read to a proven end, and
 members        values in their members
 json_stream    JSON of any size, one item at a time
 easy_vqa       the easy-VQA package, as files of these formats
+scenes         drawn pictures with sentences, likewise
 """

@@ -25,6 +25,8 @@ _SHARDS = (
     "plan",
     "audit",
     "easy-vqa",
+    "scenes",
+    "overlap",
 )
 _LINES = [
     *([name] for name in COMMANDS),
