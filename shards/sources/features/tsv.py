@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import binascii
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
@@ -34,7 +35,8 @@ COLUMNS = {
     6: ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features"),
 }
 _LONGEST_ROW = 64 << 20  # bytes; 1,000 boxes have 11 MB: a longer row has lost its line end
-_READ = 8 << 20  # bytes at a time
+_HEAD = 32 << 10  # bytes: of a row of 300 boxes, all but the features
+_READ = 256 << 10  # bytes at a time, of a row of which no more is known
 _AGAIN = "extract or copy the file again, or leave such rows out with --skip-bad"
 
 
@@ -70,7 +72,8 @@ def _opened(path: str, buffering: int = 1 << 20) -> Iterator[IO[bytes]]:
 def _entries(path: str, options: Options) -> Iterator[Entry]:
     columns = 0
     with _opened(path, 0) as f:
-        for number, (at, head, tabs, whole) in enumerate(_lines(f, path), 1):
+        lines = _lines(f.fileno(), path, options.feature_dim)
+        for number, (at, head, tabs, whole) in enumerate(lines, 1):
             where = f"line {number}"
             if not columns and tabs + 1 not in COLUMNS:
                 problem = (
@@ -88,39 +91,74 @@ def _entries(path: str, options: Options) -> Iterator[Entry]:
                 yield Entry("", str(at), f"{where}, {error.part}", problem=str(error))
 
 
-def _lines(f: IO[bytes], path: str) -> Iterator[tuple[int, bytes, int, bool]]:
-    """Of each line: where it begins, what is before its last two columns (the long ones, boxes and
-    features), how many tabs it has, and whether it has its end. DataError at one that does not
-    end. A file is listed about as fast as it can be read."""
-    buffer, begin, end, at, number = bytearray(_READ), 0, 0, 0, 0
-    while True:
-        stop = buffer.find(b"\n", begin, end)
-        if stop < 0:
-            if begin:
-                buffer[: end - begin] = buffer[begin:end]
-                begin, end = 0, end - begin
-            if end >= _LONGEST_ROW:
-                raise DataError(f"{path}, line {number + 1}: the row does not end: not such a TSV")
-            if end == len(buffer):
-                buffer.extend(bytes(len(buffer)))
-            if count := f.readinto(memoryview(buffer)[end:]):  # type: ignore[attr-defined]
-                end += count
-                continue
-            if begin == end:
-                return
-            stop = end
+_Line = tuple[int, bytes, int, bool]
+"""Where a line begins, what is before its last two columns (the long ones, boxes and features), how
+many tabs it has, and whether it has its end."""
+
+
+def _lines(file: int, path: str, width: int) -> Iterator[_Line]:
+    """The lines of an open file. Of a row whose features have the given width, its beginning alone
+    is read; what is in the features is looked at when they are. DataError at one that does not
+    end."""
+    at = number = 0
+    while begin := os.pread(file, _HEAD, at):
         number += 1
-        tabs = _tabs(buffer, begin, stop)
-        head = bytes(memoryview(buffer)[begin : tabs[-2]]) if len(tabs) > 1 else b""
-        yield at, head, len(tabs), stop < end
-        at, begin = at + stop + 1 - begin, min(stop + 1, end)
+        short = begin.find(b"\n")
+        if short >= 0:
+            tabs = _tabs(begin[:short])
+            line, end = (at, _head(begin, tabs), len(tabs), True), at + short + 1
+        else:
+            found = _by_count(file, at, begin, width)
+            line, end = found or _by_scan(file, at, f"{path}, line {number}")
+        yield line
+        at = end
 
 
-def _tabs(line: bytearray, begin: int, end: int) -> list[int]:
-    """Where they are; of more than belong there one more."""
+def _by_count(file: int, at: int, begin: bytes, width: int) -> tuple[_Line, int] | None:
+    """The line at `at`, which begins with `begin`, and where the next one begins; None where the
+    line does not end where its number of boxes says."""
+    tabs = _tabs(begin)
+    if len(tabs) + 1 not in COLUMNS:
+        return None
+    head = _head(begin, tabs)
+    boxes = head.rpartition(b"\t")[2]
+    if not boxes.isdigit() or len(boxes) > 9:
+        return None
+    end = at + tabs[-1] + 1 + _encoded(int(boxes) * width * 4)
+    after = os.pread(file, 2, end)
+    feed = 1 if after[:1] == b"\n" else 2 if after == b"\r\n" else 0
+    return ((at, head, len(tabs), True), end + feed) if feed else None
+
+
+def _head(begin: bytes, tabs: list[int]) -> bytes:
+    return begin[: tabs[-2]] if len(tabs) > 1 else b""
+
+
+def _encoded(size: int) -> int:
+    """Characters of so many bytes in base64."""
+    return -(-size // 3) * 4
+
+
+def _by_scan(file: int, at: int, where: str) -> tuple[_Line, int]:
+    """The same of any line, which is read to its end."""
+    tabs: list[int] = []
+    size, stop = 0, -1
+    while stop < 0 and (data := os.pread(file, _READ, at + size)):
+        stop = data.find(b"\n")
+        tabs += [size + t for t in _tabs(data[:stop] if stop >= 0 else data)]
+        size += len(data) if stop < 0 else stop
+        if stop < 0 and size >= _LONGEST_ROW:
+            raise DataError(f"{where}: the row does not end: not such a TSV")
+    tabs = tabs[: max(COLUMNS) + 1]
+    head = os.pread(file, tabs[-2], at) if len(tabs) > 1 else b""
+    return (at, head, len(tabs), stop >= 0), at + size + (stop >= 0)
+
+
+def _tabs(data: bytes) -> list[int]:
+    """Where they are; of more than belong in a line one more."""
     found: list[int] = []
-    at = begin - 1
-    while len(found) <= max(COLUMNS) and (at := line.find(b"\t", at + 1, end)) >= 0:
+    at = -1
+    while len(found) <= max(COLUMNS) and (at := data.find(b"\t", at + 1)) >= 0:
         found.append(at)
     return found
 

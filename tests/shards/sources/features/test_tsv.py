@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +214,40 @@ def test_a_suffix_may_be_in_upper_case(source: Source) -> None:
     source.write([make_row("a")])
     source.tsv = source.tsv.rename(source.tsv.with_suffix(".TSV"))
     assert [r.image for r in source.read()] == ["a"]
+
+
+@pytest.mark.parametrize("end", [b"\r\n", b"\n"])
+@pytest.mark.parametrize("width", [2048, 1024])
+def test_long_rows_are_listed_as_they_stand(tmp_path: Path, end: bytes, width: int) -> None:
+    """Whether features have the width that is expected or not, rows are found where plain splitting
+    finds them: damaged ones, and a last one without its end, among them."""
+    rng = np.random.default_rng(0)
+
+    def row(i: int, n: int) -> bytes:
+        features = b64(rng.random((n, 2048), dtype=np.float32), "<f4")
+        boxes = b64(np.tile([0, 0, 9, 9], (n, 1)), "<f4")
+        return "\t".join(make_row(f"image{i}", n=n, boxes=boxes, features=features)).encode()
+
+    rows = [row(i, 1 + 5 * (i % 8)) for i in range(12)]
+    rows[3] = rows[3][:-5000]  # features cut, the line goes on
+    rows[5] = rows[5].replace(b"A", b"\t", 1)  # a column too many
+    rows[7] = rows[7][: len(rows[7]) // 2] + b"\t" + rows[7][len(rows[7]) // 2 :]
+    rows[9] = b"image9\t100"
+    rows[10] = rows[10][:-4000] + b"\n" + rows[10][-4000:]  # a line's end within
+    data = end.join(rows)
+    (tmp_path / "f.tsv").write_bytes(data)
+    form = feature_format(str(tmp_path / "f.tsv"), "tsv")
+    found = list(form.entries(str(tmp_path / "f.tsv"), replace(OPTIONS, feature_dim=width)))
+    at, due = 0, []
+    for line in data.split(b"\n"):
+        cells = line.split(b"\t")
+        good = len(cells) == 10
+        due.append((str(at), cells[0].decode() if good else "", int(cells[7]) if good else 0))
+        at += len(line) + 1
+    assert [(e.position, e.image, e.objects) for e in found] == due
+    assert [bool(e.problem) for e in found] == [not image for _, image, _ in due]
+    with form.reader(str(tmp_path / "f.tsv"), replace(OPTIONS, feature_dim=2048)) as read:
+        for i in (0, 1, 2, 4, 6, 8):
+            assert len(read(found[i]).features) == 1 + 5 * (i % 8)
+        with pytest.raises(ValueError, match="bytes, where 16 boxes"):
+            read(found[3])
