@@ -4,10 +4,10 @@
 
 The TSV has N images of 36 boxes with features of 2,048 fp32, as LXMERT's; it is in the page cache.
 `bare` is the least that anybody does: rows split, features decoded from base64 by Python's binascii
-and converted to fp16, nothing written; two processes of it show what two cores make of one here. All
-others write to the temporary folder: ours with sentences tokenised, everything checked and hashed
-(`lxscale shards build`); webdataset's ShardWriter, mosaicml-streaming's MDSWriter and litdata's
-optimize are fed our parser's records.
+and converted to fp16, nothing written; two processes of it show what two cores make of one here.
+All others write to the temporary folder: ours with sentences tokenised, everything checked and
+hashed (`lxscale shards build`); webdataset's ShardWriter, mosaicml-streaming's MDSWriter and
+litdata's optimize are fed our parser's records.
 Each is a process of its own, started anew; they run in turn, and rates are medians.
 """
 
