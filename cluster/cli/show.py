@@ -69,11 +69,11 @@ def _show(args: argparse.Namespace) -> int:
         page = show(args.checkpoint, args.data, settings, args.cache, progress)
     each = page.size / page.pairs / 1e3
     print(
-        f"{page.path}: {page.pairs:,} pairs of {page.images:,} images, {page.size / 1e6:,.1f} MB "
+        f"{page.path}: {page.pairs:,} pairs of {page.records:,} records, {page.size / 1e6:,.1f} MB "
         f"({each:,.0f} KB a pair)"
     )
     if args.pictures:
-        say(f"{page.pictures:,} images with their picture from {args.pictures}")
+        say(f"{page.pictures:,} pictures in it, from {args.pictures}")
     if page.unreadable:
         say(f"{page.unreadable:,} files there are no pictures that can be read")
     return 0

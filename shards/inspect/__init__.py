@@ -12,6 +12,7 @@ summary.py     both, and the page if one is asked for
 find.py        one record, by id, key or place
 names.py       names of object and attribute labels
 text.py        summaries and records for a terminal
-page.py        the page: page.html, page.css and page.js around the data; pictures.py: small JPEGs
+page.py        the page: page.html, page.css, page.js and summary.js around the data; pictures.py:
+               small JPEGs
 html.py        what this page and others have in common, with common.css and common.js
 """

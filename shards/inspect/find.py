@@ -7,7 +7,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 from shards.errors import DataError
 from shards.format.answers import answer_index, normalise_answer
 from shards.format.members import RECORD
-from shards.format.record import Sentence, record_key
+from shards.format.record import Picture, Sentence, record_key
 from shards.format.table import BLOCK, Table
 from shards.format.tokenizer import encode_batch, make_tokenizer
 from shards.inspect.names import Names, load_names
@@ -55,9 +55,14 @@ class Shown:
             "tar": self.tar,
             "width": r.width,
             "height": r.height,
+            **({"pictures": [asdict(picture) for picture in r.pictures]} if r.pictures else {}),
             "split": r.split,
             "sentences": [self._sentence(i, s) for i, s in enumerate(r.sentences)],
-            "objects": [self._object(i) for i in range(len(r.boxes))],
+            "objects": [
+                self._object(i, side, part.picture)
+                for side, part in enumerate(r.parts)
+                for i in range(part.objects.start, part.objects.stop)
+            ],
         }
 
     def _sentence(self, i: int, s: Sentence) -> dict[str, Any]:
@@ -71,10 +76,12 @@ class Shown:
             "cut": self.cut[i],
         }
 
-    def _object(self, i: int) -> dict[str, Any]:
+    def _object(self, i: int, side: int, picture: Picture) -> dict[str, Any]:
+        """side: number of its picture, which is there where there are two."""
         r = self.record
-        size = np.asarray([r.width, r.height] * 2)
-        out: dict[str, Any] = {"box": r.boxes[i].tolist(), "pixels": (r.boxes[i] * size).tolist()}
+        size = np.asarray([picture.width, picture.height] * 2)
+        out: dict[str, Any] = {"picture": side} if r.pictures else {}
+        out |= {"box": r.boxes[i].tolist(), "pixels": (r.boxes[i] * size).tolist()}
         if r.labels:
             for name, column in vars(r.labels).items():
                 out[name] = column[i].item()

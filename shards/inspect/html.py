@@ -16,7 +16,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,13 +48,11 @@ def check_pictures(folder: Path | None) -> None:
         raise DataError(f"there is no folder of pictures {folder}: name one, or none")
 
 
-def frame(package: str, title: str) -> tuple[str, str]:
+def frame(package: str, title: str, scripts: Sequence[str]) -> tuple[str, str]:
     """What a page has before its data and after it: `page.html` of a package, filled with its
-    `page.css` and `page.js`, which go on from `common.css` and `common.js` here."""
-    style, script = (
-        _part(__package__, f"common.{suffix}") + _part(package, f"page.{suffix}")
-        for suffix in ("css", "js")
-    )
+    `page.css` and its scripts in this order, which go on from `common.css` and `common.js` here."""
+    style = _part(__package__, "common.css") + _part(package, "page.css")
+    script = "".join([_part(__package__, "common.js"), *(_part(package, s) for s in scripts)])
     values = {
         "title": html.escape(title),
         "style": style,

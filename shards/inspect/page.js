@@ -28,7 +28,7 @@ function parseBlock(buffer, first) {
   }
   const text = utf8(column.text);
   delete column.text;
-  const sentence = starts(column.sentences), piece = starts(column.sentences, 2);
+  const sentence = starts(column.sentences), piece = starts(column.sentences, before());
   const count = piece[piece.length - 1];
   const place = new Uint32Array(count + 1);  // of each piece in the text
   for (let i = 1; i < count; i++) place[i] = text.indexOf(PIECE, place[i - 1]) + 1;
@@ -36,10 +36,13 @@ function parseBlock(buffer, first) {
   return {
     first, column, text, low: folded(text), sentence, piece, place,
     records: column.shard.length,
-    object: starts(column.objects),
+    object: starts(column.objects),  // of each picture of a record
     picture: starts(column.picture),
   };
 }
+
+/** Pieces of a record's text before its sentences: id, split, and of two pictures theirs. */
+const before = () => page.parts > 1 ? 2 + page.parts : 2;
 
 /** The last i with sorted[i] <= value. */
 function placeOf(sorted, value) {
@@ -59,27 +62,39 @@ function recordAt(n) {
   const begin = block.piece[i];
   const sentences = [];
   for (let j = 0; j < c.sentences[i]; j++) {
-    const [text, ...answers] = pieceOf(block, begin + 2 + j).split(ANSWER);
+    const [text, ...answers] = pieceOf(block, begin + before() + j).split(ANSWER);
     sentences.push({
       text, source: page.sources[c.source[block.sentence[i] + j]],
       answers: answers.map(a => a.split(SCORE)),
     });
   }
-  const total = block.object[block.records], objects = [];
-  for (let o = block.object[i]; o < block.object[i + 1]; o++) {
-    const box = [0, 1, 2, 3].map(side => c.boxes[side * total + o] / BOX);
-    objects.push(c.object_id ? {
-      box, sure: c.object_conf[o] / SURE, attributeSure: c.attribute_conf[o] / SURE,
-      name: nameOf(page.objects, c.object_id[o]),
-      attribute: nameOf(page.attributes, c.attribute_id[o]),
-    } : { box });
+  const image = pieceOf(block, begin), parts = [];
+  for (let k = 0; k < page.parts; k++) {
+    const part = i * page.parts + k, objects = [];
+    for (let o = block.object[part]; o < block.object[part + 1]; o++) {
+      objects.push(objectAt(block, o, o - block.object[i * page.parts]));
+    }
+    parts.push({
+      image: page.parts > 1 ? pieceOf(block, begin + 2 + k) : image, objects,
+      width: c.width[part], height: c.height[part],
+      picture: c.pictures.subarray(block.picture[part], block.picture[part + 1]),
+    });
   }
   return {
-    n, sentences, objects, image: pieceOf(block, begin), split: pieceOf(block, begin + 1),
-    width: c.width[i], height: c.height[i],
+    n, sentences, parts, image, split: pieceOf(block, begin + 1),
     place: `${page.shards[c.shard[i]]} · ${c.shard[i]}:${c.index[i]}`,
-    picture: c.pictures.subarray(block.picture[i], block.picture[i + 1]),
   };
+}
+
+/** Object o of a block, which is number n of its record. */
+function objectAt(block, o, n) {
+  const c = block.column, total = block.object[block.object.length - 1];
+  const box = [0, 1, 2, 3].map(side => c.boxes[side * total + o] / BOX);
+  return c.object_id ? {
+    n, box, sure: c.object_conf[o] / SURE, attributeSure: c.attribute_conf[o] / SURE,
+    name: nameOf(page.objects, c.object_id[o]),
+    attribute: nameOf(page.attributes, c.attribute_id[o]),
+  } : { n, box };
 }
 
 const nameOf = (names, id) => names[id] || `#${id}`;
@@ -91,7 +106,7 @@ const nameOf = (names, id) => names[id] || `#${id}`;
 function markText(block, word, source, marks) {
   const { low, place, piece, sentence, column } = block;
   for (let at = low.indexOf(word); at >= 0;) {
-    const p = placeOf(place, at), i = placeOf(piece, p), s = p - piece[i] - 2;
+    const p = placeOf(place, at), i = placeOf(piece, p), s = p - piece[i] - before();
     const good = s < 0 || source < 0 || column.source[sentence[i] + s] === source;
     marks[i] |= good;
     at = low.indexOf(word, place[good ? piece[i + 1] : p + 1]);
@@ -107,7 +122,8 @@ function markLabels(block, names, ids, word, marks) {
   if (id >= 0 && !names[id]) wanted[id] = true;
   if (!wanted.includes(true)) return;
   for (let i = 0; i < block.records; i++) {
-    for (let o = block.object[i]; o < block.object[i + 1] && !marks[i]; o++) {
+    const end = block.object[(i + 1) * page.parts];
+    for (let o = block.object[i * page.parts]; o < end && !marks[i]; o++) {
       if (wanted[ids[o]]) marks[i] = 1;
     }
   }
@@ -167,22 +183,22 @@ async function search() {
 
 let urls = [];  // of the pictures that are shown
 
-function pictureOf(record) {
-  const url = URL.createObjectURL(new Blob([record.picture], { type: 'image/jpeg' }));
+function pictureOf(part) {
+  const url = URL.createObjectURL(new Blob([part.picture], { type: 'image/jpeg' }));
   urls.push(url);
   return el('img', { src: url, alt: '' });
 }
 
-/** The boxes of a record without a picture. */
-function layout(record, width, height) {
-  const scale = Math.min(width / record.width, height / record.height);
+/** The boxes of a part of which there is no picture. */
+function layout(part, width, height) {
+  const scale = Math.min(width / part.width, height / part.height);
   const canvas = el('canvas', {
-    width: Math.max(record.width * scale, 1), height: Math.max(record.height * scale, 1),
+    width: Math.max(part.width * scale, 1), height: Math.max(part.height * scale, 1),
   });
   const pen = canvas.getContext('2d');
   pen.globalAlpha = 0.8;
-  record.objects.forEach(({ box: [x1, y1, x2, y2] }, i) => {
-    pen.strokeStyle = color(i);
+  part.objects.forEach(({ n, box: [x1, y1, x2, y2] }) => {
+    pen.strokeStyle = color(n);
     pen.strokeRect(x1 * canvas.width, y1 * canvas.height,
       (x2 - x1) * canvas.width, (y2 - y1) * canvas.height);
   });
@@ -192,8 +208,8 @@ function layout(record, width, height) {
 function card(record) {
   const isFound = s => words.some(word => folded(s.text).includes(word));
   const sentence = record.sentences.find(isFound) || record.sentences[0];
-  const view = el('div', { className: 'view' },
-    record.picture.length ? pictureOf(record) : layout(record, 240, 130));
+  const view = el('div', { className: 'view' }, ...record.parts.map(
+    part => part.picture.length ? pictureOf(part) : layout(part, 240 / page.parts, 130)));
   const button = el('button', {
     className: record.n === chosen ? 'card chosen' : 'card', onclick: () => choose(record.n),
   }, view, el('b', { title: record.image }, ...marked(record.image)),
@@ -236,36 +252,41 @@ function showDetail() {
   $('detail').hidden = !there;
   if (!there) return;
   const record = recordAt(chosen);
-  const facts = [record.place, `${number(record.width)} × ${number(record.height)}`];
+  const size = part => `${number(part.width)} × ${number(part.height)}`;
+  const facts = [record.place, ...record.parts.map(size)];
   if (record.split) facts.push(record.split);
+  const title = part => page.parts > 1 ? [el('h3', {}, ...marked(part.image))] : [];
+  const views = record.parts.map(part => [part, ...objectsOf(part)]);
   $('detail').replaceChildren(
     el('h2', {}, ...marked(record.image)), el('p', {}, facts.join(' · ')),
-    ...[objectsOf(record)].flatMap(([stage, table]) => [stage, sentencesOf(record), table]));
+    el('div', { className: 'stages' },
+      ...views.map(([part, stage]) => el('div', {}, ...title(part), stage))),
+    sentencesOf(record), ...views.flatMap(([part, , table]) => [...title(part), table]));
 }
 
 /** The stage with the boxes, and the table of what they are of; each shows the other's. */
-function objectsOf(record) {
+function objectsOf(part) {
   const stage = el('div', { className: 'stage' });
-  stage.style.aspectRatio = `${record.width} / ${record.height}`;
-  if (record.picture.length) stage.append(pictureOf(record));
-  const labelled = record.objects.length > 0 && 'name' in record.objects[0];
-  const order = record.objects.map((_, i) => i);
-  if (labelled) order.sort((a, b) => record.objects[b].sure - record.objects[a].sure);
+  stage.style.aspectRatio = `${part.width} / ${part.height}`;
+  if (part.picture.length) stage.append(pictureOf(part));
+  const labelled = part.objects.length > 0 && 'name' in part.objects[0];
+  const order = part.objects.map((_, i) => i);
+  if (labelled) order.sort((a, b) => part.objects[b].sure - part.objects[a].sure);
   const head = labelled ? ['', 'object', '', 'attribute', ''] : ['', 'x1', 'y1', 'x2', 'y2'];
   const table = el('table', { className: 'objects' },
     el('tr', {}, ...head.map(name => el('th', {}, name))));
   order.forEach((i, rank) => {
-    const object = record.objects[i], [x1, y1, x2, y2] = object.box;
+    const object = part.objects[i], [x1, y1, x2, y2] = object.box;
     const cells = labelled
       ? [marked(object.name), object.sure.toFixed(2),
         marked(object.attribute), object.attributeSure.toFixed(2)]
-      : [x1 * record.width, y1 * record.height, x2 * record.width, y2 * record.height]
+      : [x1 * part.width, y1 * part.height, x2 * part.width, y2 * part.height]
         .map(v => v.toFixed(0));
     const swatch = el('span', { className: 'swatch' });
-    swatch.style.background = color(i);
+    swatch.style.background = color(object.n);
     const row = el('tr', {}, el('td', {}, swatch), ...cells.map(
       cell => el('td', { className: Array.isArray(cell) ? '' : 'number' }, ...[cell].flat())));
-    const name = labelled ? `${object.name} ${object.sure.toFixed(2)}` : `object ${i}`;
+    const name = labelled ? `${object.name} ${object.sure.toFixed(2)}` : `object ${object.n}`;
     const label = el('i', {}, name);
     const box = el('div', {
       className: labelled && rank < NAMED ? 'box named' : 'box',
@@ -273,9 +294,9 @@ function objectsOf(record) {
     }, label);
     Object.assign(box.style, {
       left: `${100 * x1}%`, top: `${100 * y1}%`, width: `${100 * (x2 - x1)}%`,
-      height: `${100 * (y2 - y1)}%`, borderColor: color(i),
+      height: `${100 * (y2 - y1)}%`, borderColor: color(object.n),
     });
-    label.style.background = color(i);
+    label.style.background = color(object.n);
     const look = is => {
       stage.classList.toggle('looking', is);
       box.classList.toggle('looked', is);
@@ -301,75 +322,6 @@ function sentencesOf(record) {
     el('td', {}, ...marked(s.text), ...(s.answers.length ? [el('br')] : []),
       ...s.answers.map(([answer, score]) =>
         el('span', { className: 'answer' }, ...marked(answer), score === '1' ? '' : ` ${score}`))))));
-}
-
-// --- distributions ------------------------------------------------------------------------------
-
-/** Bars of [label, value] with a caption. */
-function bars(title, note, rows) {
-  const most = Math.max(...rows.map(row => row[1]), 1);
-  const total = rows.reduce((sum, row) => sum + row[1], 0) || 1;
-  return el('figure', {}, el('figcaption', {}, title, el('small', {}, note)),
-    ...rows.map(([label, value, text]) => {
-      const bar = el('div');
-      bar.style.width = `${100 * value / most}%`;
-      if (!value) bar.style.minWidth = '0';
-      return el('div', { className: 'row' }, el('span', { title: label }, label),
-        el('div', { className: 'bar' }, bar),
-        el('span', {}, text || `${number(value)} · ${percent(value / total)}`));
-    }));
-}
-
-function histogram(title, h, { scale = 1, unit = '', spans } = {}) {
-  const round = v => Number((v * scale).toPrecision(3)).toLocaleString('en-US');
-  const span = i => {
-    const [a, b] = [h.edges[i], h.edges[i + 1]];
-    if (h.whole) return b - a <= 1 ? number(a) : `${number(a)}–${number(b - 1)}`;
-    return `${round(a)}–${round(b)}${unit}`;
-  };
-  const median = h.median === null ? '' : `median ${number(h.median)}, `;
-  return bars(title,
-    `${round(h.least)} to ${round(h.most)}${unit}, ${median}mean ${round(h.mean)}${unit}`,
-    h.counts.map((count, i) => [(spans || span)(i), count]));
-}
-
-function labelBars(title, labels) {
-  return bars(title, `${number(labels.distinct)} in these records; mean confidence behind`,
-    labels.top.map(([, name, count, sure]) => [name, count, `${number(count)} · ${sure.toFixed(2)}`]));
-}
-
-function showSummary() {
-  const { summary } = page, { sampled } = summary, tables = summary.counted;
-  const section = (title, ...figures) =>
-    [el('h2', {}, title), el('div', { className: 'figures' }, ...figures)];
-  const sources = tables.sources.map(s => [s.source, s.sentences]);
-  const all = section(`All ${number(summary.images)} images and ${number(summary.pairs)} sentences`,
-    bars('sentences by source', 'pairs of image and sentence', sources),
-    histogram('objects of an image', tables.objects),
-    histogram('sentences of an image', tables.sentences),
-    histogram('tokens of a sentence', tables.tokens));
-  const each = tables.sources.flatMap(s => section(s.source,
-    ...(s.answers ? [bars('best answers',
-      `${percent(s.answered / s.sentences)} of the sentences have one in the table; ten answers ` +
-      `are ${percent(s.answers.coverage[10])} of these`, s.answers.top)] : []),
-    histogram('sentences of an image', s.per_image),
-    histogram('tokens of a sentence', s.tokens)));
-  const values = sampled.features.values, powers = values.edges;
-  const power = v => Math.abs(v) < 1e-9 ? '0' : Number(v.toPrecision(3)).toString();
-  const drawn = section(`${sampled.seed === null ? 'All' : 'Of'} ${number(sampled.records)} records` +
-    (sampled.seed === null ? '' : ` from ${number(sampled.shards)} of ${number(summary.shards)} ` +
-      `shards, drawn with seed ${sampled.seed}`),
-  bars('splits', 'images', sampled.splits.map(([split, n]) => [split || '(none)', n])),
-  histogram('area of boxes', sampled.box_area, { scale: 100, unit: ' %' }),
-  ...(sampled.objects ? [
-    labelBars('objects', sampled.objects), labelBars('attributes', sampled.attributes),
-    histogram('confidence in objects', sampled.objects.confidence),
-    histogram('confidence in attributes', sampled.attributes.confidence)] : []),
-  histogram(`features of ${number(sampled.features.records)} records`, values, {
-    spans: i => powers[i] < 0 && powers[i + 1] > 0 ? '0'
-      : `${power(powers[i])} to ${power(powers[i + 1])}`,
-  }));
-  $('summary').replaceChildren(...all, ...drawn, ...each);
 }
 
 // --- the page -----------------------------------------------------------------------------------
@@ -405,11 +357,12 @@ function view(summary) {
 function showHead() {
   const { summary } = page, { sampled } = summary;
   $('name').textContent = summary.name;
-  const facts = [counted(summary.images, 'image'), counted(summary.pairs, 'pair'),
+  const facts = [counted(summary.images, page.parts > 1 ? 'record' : 'image'),
+    ...(page.parts > 1 ? ['two pictures a record'] : []), counted(summary.pairs, 'pair'),
     counted(summary.shards, 'shard'), `${(summary.bytes / 1e6).toFixed(1)} MB`];
   facts.push(sampled.seed === null ? 'all records are here'
     : `${number(page.records)} records are here, drawn with seed ${sampled.seed}`);
-  if (page.pictures) facts.push(`${number(page.pictures)} with their picture`);
+  if (page.pictures) facts.push(counted(page.pictures, 'picture'));
   $('facts').textContent = facts.join(' · ');
   $('source').append(el('option', { value: -1 }, 'all sources'),
     ...page.sources.map((name, i) => el('option', { value: i }, name)));

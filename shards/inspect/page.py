@@ -47,7 +47,7 @@ class PageSettings:
     images: Path | None = None
     """Folder of the pictures, by image id; without, the layout of boxes is drawn."""
     pictures: int = 300
-    """Pictures that are in the page at most, those of the first records."""
+    """That are in the page at most, those of the first records."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Page:
     """In bytes."""
     records: int
     pictures: int
-    """Records with a picture in it."""
+    """That are in it."""
     unreadable: int
-    """Files that have a record's name and are no picture."""
+    """Files that have the name of one and are no picture."""
 
 
 @contextlib.contextmanager
@@ -84,12 +84,12 @@ class PageWriter:
         self._block = _Block(manifest)
         self._blocks = self._records = self._pictures = self._unreadable = self._size = 0
         assert __package__
-        head, self._tail = frame(__package__, manifest.name)
+        head, self._tail = frame(__package__, manifest.name, ("summary.js", "page.js"))
         self._write(head)
 
     def add(self, record: Record) -> None:
         """Append a record."""
-        self._block.add(record, self._picture(record.image))
+        self._block.add(record, [self._picture(part.picture.image) for part in record.parts])
         self._records += 1
         if len(self._block) == _BLOCK or self._block.bytes >= _BLOCK_BYTES:
             self._end_block()
@@ -103,6 +103,7 @@ class PageWriter:
             "summary",
             as_json(
                 {
+                    "parts": 2 if manifest.schema.sides else 1,
                     "summary": {**summary, "url": shown(summary["url"])},
                     "sources": manifest.sources,
                     "objects": self._names.objects,
@@ -151,7 +152,7 @@ class _Block:
         self.clear()
 
     def clear(self) -> None:
-        self._numbers: dict[str, list[int]] = {name: [] for name in _COLUMNS}
+        self._numbers: dict[str, list[int]] = {name: [] for name in (*_COLUMNS, *_PART_COLUMNS)}
         self._source: list[int] = []
         self._boxes: list[NDArray] = []
         self._labels: dict[str, list[NDArray]] = {name: [] for name in _LABELS}
@@ -162,20 +163,21 @@ class _Block:
     def __len__(self) -> int:
         return len(self._numbers["shard"])
 
-    def add(self, record: Record, picture: bytes) -> None:
+    def add(self, record: Record, pictures: list[bytes]) -> None:
+        """pictures: a JPEG, or nothing, of each of its parts."""
         self.shards.add(record.shard)
-        row = {
-            "shard": record.shard,
-            "index": record.index,
-            "width": record.width,
-            "height": record.height,
-            "sentences": len(record.sentences),
-            "objects": len(record.boxes),
-            "picture": len(picture),
-        }
-        for name, value in row.items():
-            self._numbers[name].append(value)
+        numbers = self._numbers
+        for name, value in zip(
+            _COLUMNS, (record.shard, record.index, len(record.sentences)), strict=True
+        ):
+            numbers[name].append(value)
+        for part, picture in zip(record.parts, pictures, strict=True):
+            size, of = part.picture, part.objects
+            values = (size.width, size.height, of.stop - of.start, len(picture))
+            for name, value in zip(_PART_COLUMNS, values, strict=True):
+                numbers[name].append(value)
         pieces = [_clean(record.image), _clean(record.split or "")]
+        pieces += [_clean(picture.image) for picture in record.pictures]
         for sentence in record.sentences:
             if sentence.source not in self._sources:
                 raise DataError(
@@ -196,15 +198,15 @@ class _Block:
                 if scale > 1:
                     values = np.rint(np.clip(values, 0, 1) * scale)
                 self._labels[name].append(values.astype(kind))
-        self._pictures.append(picture)
-        self.bytes += sum(map(len, pieces)) + len(picture)
+        self._pictures += pictures
+        self.bytes += sum(map(len, pieces)) + sum(map(len, pictures))
 
     def payload(self) -> bytes:
         """A header in JSON after its length (u32), then the columns, the text and the pictures.
         All of it is little-endian, and every column begins at a multiple of 4."""
         boxes = np.concatenate(self._boxes)
         columns: dict[str, NDArray] = {
-            **{name: np.asarray(self._numbers[name], dtype="<u4") for name in _COLUMNS},
+            **{name: np.asarray(values, dtype="<u4") for name, values in self._numbers.items()},
             "source": np.asarray(self._source, dtype="<u1"),
             # One column for each of x1, y1, x2 and y2: compresses better.
             "boxes": np.ascontiguousarray(boxes.T),
@@ -221,7 +223,9 @@ class _Block:
         return with_header(header, body)
 
 
-_COLUMNS = ("shard", "index", "width", "height", "sentences", "objects", "picture")
+# A number for each record, and one for each picture that a record is of.
+_COLUMNS = ("shard", "index", "sentences")
+_PART_COLUMNS = ("width", "height", "objects", "picture")
 # Type in the page, and what 1 stands as.
 _LABELS = {
     "object_id": ("<u4", 1),

@@ -15,8 +15,8 @@ from shards.errors import DataError
 from shards.format.answers import load_answers
 from shards.format.features import as_numbers
 from shards.format.manifest import FileInfo, Manifest, load_manifest
-from shards.format.members import BOXES, FEATURES, LABELS, RECORD, members_of
-from shards.format.record import Labels, Sentence, check_sentence, record_key
+from shards.format.members import BOXES, FEATURES, LABELS, RECORD, SIDES, members_of
+from shards.format.record import Labels, Picture, Sentence, check_sentence, record_key
 from shards.format.table import Table, check_table, open_table
 from shards.format.tokenizer import load_vocab
 from shards.gather import gather_bytes
@@ -25,17 +25,26 @@ from shards.store.prefetch import ShardFiles
 
 
 @dataclass(frozen=True)
+class Part:
+    """An image that a record is of."""
+
+    picture: Picture
+    objects: slice
+    """Which of the record's are its."""
+
+
+@dataclass(frozen=True)
 class Record:
-    """One image of a data set, as its tar has it."""
+    """One image of a data set, as its tar has it; or two, whose sentences are about both."""
 
     shard: int
     """Number of its shard."""
     index: int
     """Its place in that."""
     image: str
-    """Its id in the source."""
+    """Its id in the source; of two images their common one."""
     width: int
-    """In pixels."""
+    """In pixels; of two images the first's."""
     height: int
     split: str | None
     sentences: tuple[Sentence, ...]
@@ -44,11 +53,26 @@ class Record:
     labels: Labels | None
     features: NDArray[np.floating] | None
     """(n, feature_dim), where they were asked for."""
+    sides: NDArray[np.uint8] | None = None
+    """(n,): 0 for objects of the first of two images, then 1 for the second's; None: there is
+    one."""
+    pictures: tuple[Picture, ...] = ()
+    """The two images."""
 
     @property
     def key(self) -> str:
         """The base name of its tar members."""
         return record_key(self.image)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The one image, or both."""
+        count = len(self.boxes)
+        if self.sides is None:
+            return (Part(Picture(self.image, self.width, self.height), slice(0, count)),)
+        first, second = self.pictures
+        begin = int(np.searchsorted(self.sides, 1))
+        return Part(first, slice(0, begin)), Part(second, slice(begin, count))
 
 
 @dataclass(frozen=True)
@@ -129,6 +153,8 @@ class OpenSet:
             sentences = tuple(
                 check_sentence(s, f"sentence {j}") for j, s in enumerate(document["sentences"])
             )
+            sides = found.get(SIDES.name)
+            pictures = _pictures(document, sides)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
                 f"{self.where(shard)}: record {index}: {error}; build the data set again"
@@ -144,6 +170,8 @@ class OpenSet:
             boxes=found[BOXES.name],
             labels=found.get(LABELS.name),
             features=as_numbers(found[FEATURES.name]) if features else None,
+            sides=sides,
+            pictures=pictures,
         )
 
 
@@ -163,9 +191,7 @@ def _check(document: Any, found: dict[str, Any], objects: int, sentences: int) -
     """ValueError where the JSON of a record is not what one holds, or numbers are not finite."""
     if not isinstance(document, dict) or not isinstance(document["image"], str):
         raise ValueError("its JSON has no image id")
-    for name in ("width", "height"):
-        if type(document[name]) is not int or not 1 <= document[name] < 1 << 31:
-            raise ValueError(f"its {name} is {document[name]!r:.40}")
+    _check_size(document, "its")
     if document["num_objects"] != objects:
         raise ValueError("num_objects differs from the table")
     if not isinstance(document["sentences"], list) or len(document["sentences"]) != sentences:
@@ -181,3 +207,29 @@ def _check(document: Any, found: dict[str, Any], objects: int, sentences: int) -
         raise ValueError("a box lies outside of 0..1")
     if labels and min(labels.object_id.min(), labels.attribute_id.min()) < 0:
         raise ValueError("a label is below 0")
+
+
+def _check_size(document: dict[str, Any], whose: str) -> None:
+    for name in ("width", "height"):
+        if type(document[name]) is not int or not 1 <= document[name] < 1 << 31:
+            raise ValueError(f"{whose} {name} is {document[name]!r:.40}")
+
+
+def _pictures(document: dict[str, Any], sides: NDArray[np.uint8] | None) -> tuple[Picture, ...]:
+    """The images that a record with these sides is of, none for a record of one; ValueError where
+    there are not two, or objects are not those of the first and then those of the second."""
+    given = document.get("pictures", [])
+    count = len(given) if isinstance(given, list) else 0
+    if sides is None:
+        if given:
+            raise ValueError("it has pictures, but does not say which object is of which")
+        return ()
+    if count != 2:
+        raise ValueError(f"its objects are of two pictures, but it names {count}")
+    for picture in given:
+        if not isinstance(picture, dict) or not isinstance(picture["image"], str):
+            raise ValueError("a picture of it has no image id")
+        _check_size(picture, "a picture's")
+    if not len(sides) or sides[0] != 0 or sides[-1] != 1 or (np.diff(sides.astype(int)) < 0).any():
+        raise ValueError("its objects are not those of the first picture and then the second's")
+    return tuple(Picture(**picture) for picture in given)

@@ -157,9 +157,10 @@ class SampleTally:
     def add(self, table: Table, record: Record) -> None:
         self._records += 1
         self._splits[record.split or ""] += 1
-        w, h = record.width, record.height
-        a, b, c, d = self._sizes or (w, w, h, h)
-        self._sizes = min(a, w), max(b, w), min(c, h), max(d, h)
+        for picture in (part.picture for part in record.parts):
+            w, h = picture.width, picture.height
+            a, b, c, d = self._sizes or (w, w, h, h)
+            self._sizes = min(a, w), max(b, w), min(c, h), max(d, h)
         self._boxes += len(record.boxes)
         self._area.add(np.prod(record.boxes[:, 2:] - record.boxes[:, :2], axis=1))
         self._add_sentences(table, record)

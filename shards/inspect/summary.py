@@ -25,6 +25,9 @@ class Summary:
     extractor: str
     fingerprint: str
     images: int
+    """Records."""
+    sides: bool
+    """Whether these are of two pictures each."""
     pairs: int
     shards: int
     bytes: int
@@ -98,6 +101,7 @@ def _summary(url: str, m: Manifest, counted: TableCounts, sampled: Sampled) -> S
         extractor=m.extractor,
         fingerprint=m.fingerprint,
         images=m.images,
+        sides=m.schema.sides,
         pairs=m.pairs,
         shards=len(m.shards),
         bytes=int(m.shards.size.sum() + m.shards.table_size.sum()),

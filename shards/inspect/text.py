@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from shards.inspect.counts import SourceCounts
 from shards.inspect.find import Shown
@@ -95,11 +95,15 @@ def _listed(title: str, parts: Iterable[str]) -> list[str]:
 
 def summary_lines(summary: Summary) -> Iterator[str]:
     """A summary for a person; what is counted and what is drawn is said."""
-    counted = summary.counted
-    yield f"All {summary.images:,} images and {summary.pairs:,} sentences"
+    counted, noun = summary.counted, "a record" if summary.sides else "an image"
+    if summary.sides:
+        records = f"{summary.images:,} records, two pictures a record,"
+    else:
+        records = f"{summary.images:,} images"
+    yield f"All {records} and {summary.pairs:,} sentences"
     yield ""
-    yield from histogram("objects of an image", counted.objects)
-    yield from histogram("sentences of an image", counted.sentences)
+    yield from histogram(f"objects of {noun}", counted.objects)
+    yield from histogram(f"sentences of {noun}", counted.sentences)
     yield from histogram("tokens of a sentence, without [CLS] and [SEP]", counted.tokens)
     yield ""
     yield from _source_lines(summary, counted.sources)
@@ -109,8 +113,9 @@ def summary_lines(summary: Summary) -> Iterator[str]:
 
 def _source_lines(summary: Summary, sources: Sequence[SourceCounts]) -> Iterator[str]:
     limit = summary.max_tokens - 2
-    head = ("source", "sentences", "share", "images", "answered", f"at {limit} tokens")
-    rows = [(*head, "sentences of an image", "tokens")]
+    one, many = ("a record", "records") if summary.sides else ("an image", "images")
+    head = ("source", "sentences", "share", many, "answered", f"at {limit} tokens")
+    rows = [(*head, f"sentences of {one}", "tokens")]
     for s in sources:
         rows.append(
             (
@@ -208,7 +213,10 @@ def record_lines(shown: Shown) -> Iterator[str]:
     yield f"image     {plain(d['image'])}"
     yield f"key       {d['key']}"
     yield f"place     {d['shard']}:{d['index']}, {plain(d['tar'])}"
-    yield f"size      {d['width']:,} × {d['height']:,} pixels"
+    for i, picture in enumerate(d.get("pictures", ())):
+        yield f"picture {i} {plain(picture['image'])}, {_size(picture)}"
+    if "pictures" not in d:
+        yield f"size      {_size(d)}"
     yield f"split     {plain(d['split']) if d['split'] else '(none)'}"
     yield ""
     yield f"{len(d['sentences'])} sentences, with their tokens"
@@ -221,12 +229,14 @@ def record_lines(shown: Shown) -> Iterator[str]:
             yield f"      → {plain(answer)} ({score:g}{outside})"
     yield ""
     labelled = d["objects"][0].get("object_id") is not None
+    paired = "pictures" in d
     yield f"{len(d['objects'])} objects, boxes in pixels; features: least, most, mean, zeros"
-    head = ["", "x1", "y1", "x2", "y2"]
+    head = ["", *(["picture"] if paired else []), "x1", "y1", "x2", "y2"]
     head += ["object", "sure", "attribute", "sure"] if labelled else []
     rows = [[*head, "least", "most", "mean", "zeros"]]
     for i, o in enumerate(d["objects"]):
-        row = [str(i), *(f"{v:.1f}" for v in o["pixels"])]
+        row = [str(i), *([str(o["picture"])] if paired else [])]
+        row += [f"{v:.1f}" for v in o["pixels"]]
         if labelled:
             row += [plain(o["object"]), f"{o['object_conf']:.2f}"]
             row += [plain(o["attribute"]), f"{o['attribute_conf']:.2f}"]
@@ -234,3 +244,7 @@ def record_lines(shown: Shown) -> Iterator[str]:
         row += [f"{f[name]:.3g}" for name in ("least", "most", "mean")]
         rows.append([*row, f"{100 * f['zeros']:.0f} %"])
     yield from table(rows, left=0)
+
+
+def _size(picture: Mapping[str, int]) -> str:
+    return f"{picture['width']:,} × {picture['height']:,} pixels"

@@ -28,7 +28,7 @@ from shards.errors import DataError
 from shards.format.build import BuildSettings, build
 from shards.format.features import FeatureType
 from shards.format.manifest import load_manifest
-from shards.format.record import ImageRecord, Labels, Sentence
+from shards.format.record import ImageRecord, Labels, Picture, Sentence
 from shards.inspect.records import open_set
 from tests.browser import Dom, open_browser
 from tests.ranks import config_tree
@@ -39,12 +39,13 @@ from trainer.checkpoint.owner import Claimant, claim
 from trainer.checkpoint.saver import Snapshot, write_object
 from trainer.config import parse_config
 from trainer.errors import ConfigError
+from trainer.kinds import answer_type, kind_of
 from trainer.model import build_model, load_checkpoint
 from trainer.setup import resolve_model
 from trainer.show import show as show_module
-from trainer.show.example import answer_type, kind_of
 from trainer.show.look import Heads, Masks, Sight, Viewer, heads_of, layers_of, look
 from trainer.show.show import Settings, show
+from trainer.tasks import TASKS
 
 EVIL = "</script><img src=x onerror=document.title='owned'>"
 WORDS = ["red", "green", "what", "color", "is", "it", "how", "many", "?", "<", ">", "/", "img"]
@@ -102,7 +103,34 @@ def build_set(folder: Path, made: list[ImageRecord], **settings: Any) -> Path:
     return folder
 
 
-def write_run(folder: Path, data: Path, **trained: float) -> Path:
+def pair_records() -> list[ImageRecord]:
+    """Records of two images with 1 and 2, 3 and 4, or 5 and 6 objects, and two statements each, the
+    last without a label."""
+    single, out = records(), []
+    for i, (a, b) in enumerate(zip(single[0:6:2], single[1:6:2], strict=True)):
+        assert a.labels and b.labels
+        joined = [np.concatenate(x) for x in zip(*(vars(r.labels).values() for r in (a, b)),
+                                                 strict=True)]  # fmt: skip
+        statements = (
+            Sentence("red is green", "nlvr2", {["True", "False"][i % 2]: 1.0}, f"dev-{i}-0-0"),
+            Sentence("it is red", "nlvr2", None if i == 2 else {"True": 1.0}, f"dev-{i}-0-1"),
+        )
+        out.append(
+            replace(
+                a,
+                image=f"dev-{i}-0",
+                boxes=np.concatenate([a.boxes, b.boxes]),
+                features=np.concatenate([a.features, b.features]),
+                labels=Labels(*joined),
+                sentences=statements,
+                sides=np.repeat(np.arange(2, dtype=np.uint8), [len(a.boxes), len(b.boxes)]),
+                pictures=(Picture(f"dev-{i}-0-img0", 640, 480), Picture(f"dev-{i}-0-img1", 64, 48)),
+            )
+        )
+    return out
+
+
+def write_run(folder: Path, data: Path, task: str = "pretrain", **trained: float) -> Path:
     """A run with one checkpoint of random weights, whose objectives are `trained`."""
     sizes = {
         "language_layers": 2,
@@ -110,10 +138,12 @@ def write_run(folder: Path, data: Path, **trained: float) -> Path:
         "initializer_range": 0.4,
         "max_positions": 16,
     }
-    config = parse_config(config_tree(data, folder, "run", model=sizes), "test")
+    tree = config_tree(data, folder, "run", model=sizes)
+    config = parse_config({"task": task, **tree}, "test")
     opened = open_dataset(str(data), folder / "cache")
     config = config.model_copy(update={"model": resolve_model(config, opened)})
-    weights = dict(build_model(config.model, 3).named_parameters())
+    model = build_model(config.model, 3, TASKS[task].objectives)
+    weights = dict(model.named_parameters())
     flat = np.concatenate([w.detach().numpy().reshape(-1) for w in weights.values()])
     spans = tuple(Span(name, 0, w.numel()) for name, w in weights.items())
     manifest = load_manifest(str(data))
@@ -286,8 +316,7 @@ def test_numbers_are_those_of_the_model(made: Made, page: Path, kind: FeatureTyp
         real = direct(made, model, block.header["place"], example["number"])
         out = real.forward()
         assert told["tokens"] == [VOCAB[i] for i in real.ids[0].tolist()]
-        maps = iter(told["maps"])
-        of_image = iter(block.header["maps"])
+        (maps,), (of_image,) = (map(iter, x["maps"]) for x in (told, block.header))
         for layer, weights in zip(index["layers"], out.attentions, strict=True):
             found = block.map(next(of_image if layer["of_image"] else maps))
             np.testing.assert_allclose(found, weights[0].numpy(), atol=0.004)
@@ -337,7 +366,7 @@ def test_a_list_says_what_is_asked_and_right(page: Path) -> None:
     by_id = {e["id"]: e for e in index["examples"] if e["id"] is not None}
     assert by_id["q1"]["kind"] == "what color" and by_id["q1"]["type"] == "other"
     assert by_id[1]["kind"] == "count" and by_id[1]["type"] == "number"
-    assert by_id[0]["truth"] == [["rare", 1.0, False]] and by_id[0]["score"] is None
+    assert by_id[0]["truth"] == [["rare", 1.0, None]] and by_id[0]["score"] is None
     cut = [s["cut"] for s in blocks[2].header["sentences"]]
     assert cut == [True, False, False]
     assert len(blocks[2].header["sentences"][0]["tokens"]) == MAX_TOKENS
@@ -357,7 +386,70 @@ def test_a_list_says_what_is_asked_and_right(page: Path) -> None:
     ],
 )
 def test_kinds(text: str, answers: dict[str, float], expected: tuple[str, str | None]) -> None:
-    assert (kind_of(Sentence(text, "vqa"), True), answer_type(answers)) == expected
+    assert (kind_of(None, text), answer_type(answers)) == expected
+
+
+# --- two images a record ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def paired(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    root = tmp_path_factory.mktemp("paired")
+    answers = ["false", "true"]
+    data = build_set(root / "data", pair_records(), answers=answers, feature_type="fp32")
+    return Made(root, data, write_run(root, data, "nlvr2", statement=1.0))
+
+
+@pytest.fixture(scope="module")
+def paired_page(paired: Made) -> Path:
+    folder = paired.root / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (64, 48), (200, 9, 9)).save(folder / "dev-1-0-img1.jpg")
+    return paired.page(images=0, sentences=0, pictures=folder)
+
+
+def test_statements_are_seen_with_one_picture_and_the_other(
+    paired: Made, paired_page: Path
+) -> None:
+    index, blocks = contents(paired_page)
+    assert index["heads"] == vars(Heads(True, False, False, False, False))
+    assert len(index["examples"]) == 6 and len(blocks) == 3
+    model = load_checkpoint(str(paired.run))[0].eval()
+    for example in index["examples"]:
+        header, i = blocks[example["image"]].header, example["image"]
+        told, parts = header["sentences"][example["sentence"]], header["parts"]
+        assert [p["image"] for p in parts] == [f"dev-{i}-0-img0", f"dev-{i}-0-img1"]
+        assert [(p["width"], p["height"]) for p in parts] == [(640, 480), (64, 48)]
+        assert [(p["first"], p["objects"]) for p in parts] == [
+            (0, 2 * i + 1),
+            (2 * i + 1, 2 * i + 2),
+        ]
+        whole, pooled = direct(paired, model, header["place"], example["number"]), []
+        assert example["objects"] == whole.boxes.shape[1] == 4 * i + 3
+        for n, some in enumerate((slice(0, 2 * i + 1), slice(2 * i + 1, None))):
+            part = replace(whole, features=whole.features[:, some], boxes=whole.boxes[:, some])
+            out = part.forward()
+            pooled.append(out.pooled)
+            maps, of_image = (iter(x["maps"][n]) for x in (told, header))
+            for layer, weights in zip(index["layers"], out.attentions, strict=True):
+                found = blocks[i].map(next(of_image if layer["of_image"] else maps))
+                np.testing.assert_allclose(found, weights[0].numpy(), atol=0.004)
+        chances = whole.chances("pair_head", torch.cat(pooled, 1))[0]
+        is_top(told["answers"], ["false", "true"], chances)
+        best = ["false", "true"][int(chances.argmax())]
+        assert example["answer"] == best and example["matching"] is None
+        truth = pair_records()[i].sentences[example["number"]].answers
+        due = None if truth is None else float(truth.get(best.capitalize(), 0.0))
+        assert example["score"] == due and told["masked"]["says"] is None
+    sizes = [[p["picture"][1] > 0 for p in b.header["parts"]] for b in blocks]
+    assert sizes == [[False, False], [False, True], [False, False]]
+
+
+def test_records_of_as_many_images_as_the_tasks(made: Made, paired: Made) -> None:
+    with pytest.raises(ConfigError, match="task nlvr2 is about two images a record, and those"):
+        replace(paired, data=made.data).page("never.html")
+    with pytest.raises(ConfigError, match="task pretrain is about one image a record, and those"):
+        replace(made, data=paired.data).page("never.html")
 
 
 # --- which pairs --------------------------------------------------------------------------------
@@ -426,7 +518,7 @@ def test_a_model_with_an_answer_head_alone(made: Made) -> None:
     heads = heads_of(model, {"answers": 1.0}, answers=True, labels=True)
     assert heads == Heads(True, True, False, False, False)
     viewer = Viewer(model.eval(), layers_of(config.model), heads, 4)
-    sight = Sight([np.asarray([2, 5, 3])], np.ones((2, 6)), np.zeros((2, 4)))
+    sight = Sight([np.asarray([2, 5, 3])], np.ones((2, 6)), np.zeros((2, 4)), [slice(0, 2)])
     (seen,) = look(viewer, sight, [Masks((1,), (0,))])
     assert (seen.matching, seen.filled.words, seen.filled.objects) == (None, None, None)
     with torch.no_grad():
@@ -443,7 +535,7 @@ def test_a_model_that_is_broken(made: Made) -> None:
     model, config, _ = load_checkpoint(str(made.run))
     model.lxmert.pooler.dense.bias.data.fill_(torch.nan)
     viewer = Viewer(model.eval(), layers_of(config.model), Heads(*[False] * 5), 4)
-    sight = Sight([np.asarray([2, 5, 3])], np.ones((2, 6)), np.zeros((2, 4)))
+    sight = Sight([np.asarray([2, 5, 3])], np.ones((2, 6)), np.zeros((2, 4)), [slice(0, 2)])
     with pytest.raises(ModelError, match="not finite: take an earlier checkpoint"):
         next(look(viewer, sight, [Masks((1,), (0,))]))
 
@@ -480,7 +572,7 @@ def test_the_command(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["show", str(made.run), "--data", str(made.data), "--cache", str(made.root / "c")]
     assert main([*arguments, "--out", str(out), "--pairs", "q1", "img_3#0", "--quiet"]) == 0
     said = capsys.readouterr()
-    assert f"{out}: 2 pairs of 2 images, 0.0 MB" in said.out
+    assert f"{out}: 2 pairs of 2 records, 0.0 MB" in said.out
     assert pairs_of(out) == [("1:0", 0), ("0:1", 1)]
     before = out.read_bytes()
     assert main([*arguments, "--out", str(out), "--pairs", "nothing"]) == 2
@@ -503,14 +595,17 @@ def dom(tmp_path_factory: pytest.TempPathFactory) -> Dom:
     return open_browser(tmp_path_factory.mktemp("profile"))
 
 
-def weights_in(dom: str, tag: str) -> list[float]:
-    """The attention that words or boxes are shaded by, in order; nan where there is none."""
+def weights_in(dom: str, tag: str, part: int = 0) -> list[float]:
+    """The attention that words or boxes of a picture are shaded by, in order; nan where there is
+    none."""
     kind = "button" if tag == "word" else "div"
     found = {}
     for element in re.findall(rf"<{kind} [^>]*data-{tag}=[^>]*>", dom):
+        if f'data-part="{part}"' not in element:
+            continue
         (place,) = re.findall(rf'data-{tag}="(\d+)"', element)
         found[int(place)] = float((re.findall(r'data-weight="([\d.]+)"', element) or ["nan"])[0])
-    return [found[i] for i in range(len(found))]
+    return [found[i] for i in sorted(found)]
 
 
 def test_a_word_shades_boxes_and_words(page: Path, dom: Dom) -> None:
@@ -519,7 +614,7 @@ def test_a_word_shades_boxes_and_words(page: Path, dom: Dom) -> None:
     block = blocks[example["image"]]
     told = block.header["sentences"][example["sentence"]]
     names = [layer["name"] for layer in index["layers"] if not layer["of_image"]]
-    maps = {name: block.map(where) for name, where in zip(names, told["maps"], strict=True)}
+    maps = {name: block.map(where) for name, where in zip(names, told["maps"][0], strict=True)}
     out = dom(page, f"pair={number}&layer=cross 1: all four&head=2&on=words3")
     boxes, words = weights_in(out, "object"), weights_in(out, "word")
     assert boxes == pytest.approx(maps["cross 1: language → vision"][1, 3], abs=6e-5)
@@ -551,3 +646,31 @@ def test_masks_filters_and_text_that_stays_text(page: Path, dom: Dom) -> None:
     wrong = [i for i, e in enumerate(index["examples"]) if e in scored and e["score"] == 0]
     assert re.findall(r'data-example="(\d+)"', out) == [str(i) for i in wrong]
     assert f"accuracy 0.0 % of {len(wrong)} questions shown" in out
+
+
+def test_two_pictures_are_shaded_by_their_own_attention(paired_page: Path, dom: Dom) -> None:
+    index, blocks = contents(paired_page)
+    block = blocks[1]
+    number = next(i for i, e in enumerate(index["examples"]) if e["id"] == "dev-1-0-1")
+    told = block.header["sentences"][index["examples"][number]["sentence"]]
+    names = [layer["name"] for layer in index["layers"] if not layer["of_image"]]
+    maps = [
+        {name: block.map(where) for name, where in zip(names, part, strict=True)}
+        for part in told["maps"]
+    ]
+    out = dom(paired_page, f"pair={number}&layer=cross 2: all four&head=2&on=words3")
+    for n in (0, 1):
+        boxes, words = weights_in(out, "object", n), weights_in(out, "word", n)
+        assert len(boxes) == 3 + n and len(words) == 5
+        assert boxes == pytest.approx(maps[n]["cross 2: language → vision"][1, 3], abs=6e-5)
+        assert words == pytest.approx(maps[n]["cross 2: language self"][1, 3], abs=6e-5)
+    assert out.count('<img src="blob:') == 1 and out.count("<canvas") == 2
+    answers = out[out.index('id="answers"') :]
+    (best, chance), _ = told["answers"]
+    assert f">{best}</td>" in answers and f"{100 * chance:.1f} %" in answers
+    # An object of the second picture is seen by that picture's words, and by nothing of the first.
+    out = dom(paired_page, f"pair={number}&layer=cross 2: all four&head=1&on=objects4")
+    due = maps[1]["cross 2: vision → language"][0, 1]
+    assert weights_in(out, "word", 1) == pytest.approx(due, abs=6e-5)
+    nothing = weights_in(out, "word", 0) + weights_in(out, "object", 0)
+    assert len(nothing) == 8 and np.isnan(nothing).all()

@@ -1,9 +1,10 @@
-"""What a model makes of the sentences of an image: attention, answers, what it fills in."""
+"""What a model makes of the sentences of an image, or of two: attention, answers, what it fills
+in."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -87,13 +88,14 @@ def heads_of(model: nn.Module, trained: Mapping[str, float], answers: bool, labe
     """
     tuned = not trained.keys() & OBJECTIVES.keys()
     modules = {name for name, _ in model.named_modules()}
+    pairs = "pair_head" in modules
 
     def there(head: str, *objectives: str) -> bool:
         return head in modules and (tuned or any(o in trained for o in objectives))
 
     return Heads(
-        answers=answers and there("answer_head", "qa"),
-        soft=tuned,
+        answers=answers and (pairs or there("answer_head", "qa")),
+        soft=tuned and not pairs,
         matching=there("cls.seq_relationship", "matching"),
         words=there("cls.predictions", "masked_lm"),
         objects=labels and there("obj_predict_head", "masked_object", "masked_attribute"),
@@ -102,7 +104,7 @@ def heads_of(model: nn.Module, trained: Mapping[str, float], answers: bool, labe
 
 @dataclass(frozen=True)
 class Sight:
-    """An image with sentences: what a model is given."""
+    """An image, or two, with sentences: what a model is given."""
 
     sentences: Sequence[NDArray[np.int64]]
     """Ids of each, with [CLS] and [SEP]."""
@@ -110,6 +112,8 @@ class Sight:
     """(O, D)."""
     boxes: NDArray[np.floating]
     """(O, 4)."""
+    images: Sequence[slice]
+    """The objects of each image. The model sees a sentence with the one after the other."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +139,8 @@ class Filled:
 class Seen:
     """What a model makes of a pair."""
 
-    attentions: tuple[NDArray[np.float32], ...]
-    """(heads, queries, keys) of each layer."""
+    attentions: tuple[tuple[NDArray[np.float32], ...], ...]
+    """(heads, queries, keys) of each layer, as it sees each of the images."""
     answers: Top | None
     """None without that head. Likewise below."""
     matching: float | None
@@ -172,18 +176,69 @@ class Viewer:
 
 @torch.inference_mode()
 def look(viewer: Viewer, sight: Sight, masks: Sequence[Masks]) -> Iterator[Seen]:
-    """What a model makes of each sentence with the image; once as it is, and once masked (words by
-    [MASK], objects by a feature of zeros). ModelError where it gives what is not finite."""
+    """What a model makes of each sentence with what it is about; once as it is, and, by a model
+    that fills in, once masked (words by [MASK], objects by a feature of zeros). ModelError where it
+    gives what is not finite."""
     for begin in range(0, len(sight.sentences), _SENTENCES):
         some = slice(begin, begin + _SENTENCES)
-        part = Sight(sight.sentences[some], sight.features, sight.boxes)
+        part = replace(sight, sentences=sight.sentences[some])
         yield from _look(viewer, part, masks[some])
 
 
 def _look(viewer: Viewer, sight: Sight, masks: Sequence[Masks]) -> Iterator[Seen]:
-    model, heads = viewer.model, viewer.heads
-    trunk, device = model.get_submodule("lxmert"), next(model.parameters()).device
+    model, heads, given = viewer.model, viewer.heads, _given(viewer, sight)
+    passes = [
+        given.forward(model, objects.start, objects.stop, attention=True)
+        for objects in sight.images
+    ]
+    pooled = torch.cat([out.pooled for out in passes], 1)
+    if not bool(torch.isfinite(pooled).all()):
+        raise ModelError("what the model gives is not finite: take an earlier checkpoint")
+    answers = None
+    if heads.answers:
+        head = "answer_head" if len(passes) == 1 else "pair_head"
+        answers = _tops(model, head, pooled, _ANSWERS, heads.soft)
+    matching = None
+    if heads.matching:
+        matched = model.get_submodule("cls.seq_relationship")(pooled)
+        matching = matched.float().softmax(-1)[:, 1].tolist()
+    filled = _fill(viewer, given, masks)
+    for i, sentence in enumerate(sight.sentences):
+        yield Seen(
+            tuple(
+                tuple(
+                    _cut(weights[i], layer, len(sentence), objects.stop - objects.start)
+                    for weights, layer in zip(out.attentions, viewer.layers, strict=True)
+                )
+                for out, objects in zip(passes, sight.images, strict=True)
+            ),
+            None if answers is None else answers[i],
+            None if matching is None else matching[i],
+            filled[i],
+        )
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Sentences (M, L) with objects, on the model's device."""
+
+    ids: Tensor
+    real: Tensor
+    """bool (M, L): not padding."""
+    features: Tensor
+    """(M, O, D)."""
+    boxes: Tensor
+
+    def forward(self, model: nn.Module, first: int, end: int, attention: bool = False) -> Any:
+        """What the trunk makes of them with the objects from `first` to `end`."""
+        trunk, some = model.get_submodule("lxmert"), slice(first, end)
+        features, boxes = self.features[:, some], self.boxes[:, some]
+        return trunk(self.ids, self.real, features, boxes, return_attention=attention)
+
+
+def _given(viewer: Viewer, sight: Sight) -> _Given:
     count, longest = len(sight.sentences), max(map(len, sight.sentences))
+    device = next(viewer.model.parameters()).device
     ids = torch.zeros(count, longest, dtype=torch.long)
     real = torch.zeros(count, longest, dtype=torch.bool)
     for i, sentence in enumerate(sight.sentences):
@@ -193,39 +248,26 @@ def _look(viewer: Viewer, sight: Sight, masks: Sequence[Masks]) -> Iterator[Seen
         torch.from_numpy(x.astype(np.float32)).repeat(count, 1, 1)
         for x in (sight.features, sight.boxes)
     )
-    real, boxes = real.to(device), boxes.to(device)
-    out = trunk(ids.to(device), real, features.to(device), boxes, return_attention=True)
-    if not bool(torch.isfinite(out.pooled).all()):
-        raise ModelError("what the model gives is not finite: take an earlier checkpoint")
-    answers = None
-    if heads.answers:
-        answers = _tops(model, "answer_head", out.pooled, _ANSWERS, heads.soft)
-    matching = None
-    if heads.matching:
-        matched = model.get_submodule("cls.seq_relationship")(out.pooled)
-        matching = matched.float().softmax(-1)[:, 1].tolist()
+    return _Given(ids.to(device), real.to(device), features.to(device), boxes.to(device))
 
+
+def _fill(viewer: Viewer, given: _Given, masks: Sequence[Masks]) -> list[Filled]:
+    """What the model fills in. A model that sees two images has been trained on no masks."""
+    model, heads = viewer.model, viewer.heads
+    if not (heads.words or heads.objects):
+        return [Filled(mask, None, None, None) for mask in masks]
+    ids, features = given.ids.clone(), given.features.clone()
     for i, mask in enumerate(masks):
         ids[i, list(mask.words)] = viewer.mask_id
         features[i, list(mask.objects)] = 0
-    masked = trunk(ids.to(device), real, features.to(device), boxes)
-    for i, (sentence, mask) in enumerate(zip(sight.sentences, masks, strict=True)):
+    masked = replace(given, ids=ids, features=features).forward(model, 0, features.shape[1])
+    found = []
+    for i, mask in enumerate(masks):
         words, vision = masked.language[i, list(mask.words)], masked.vision[i, list(mask.objects)]
         objects, attributes = _labels(model, vision) if heads.objects else (None, None)
-        yield Seen(
-            tuple(
-                _cut(weights[i], layer, len(sentence), len(sight.boxes))
-                for weights, layer in zip(out.attentions, viewer.layers, strict=True)
-            ),
-            None if answers is None else answers[i],
-            None if matching is None else matching[i],
-            Filled(
-                mask,
-                _tops(model, "cls.predictions", words, _WORDS) if heads.words else None,
-                objects,
-                attributes,
-            ),
-        )
+        said = _tops(model, "cls.predictions", words, _WORDS) if heads.words else None
+        found.append(Filled(mask, said, objects, attributes))
+    return found
 
 
 def _labels(model: nn.Module, vision: Tensor) -> tuple[tuple[Top, ...], tuple[Top, ...]]:

@@ -1,4 +1,4 @@
-"""An image with its pairs: read from the data set, looked at by the model, told to the page."""
+"""A record with its pairs: read from the data set, looked at by the model, told to the page."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from shards.inspect.pictures import find_picture, thumbnail
 from shards.inspect.records import OpenSet, Record
 from shards.order.keys import VERSION, pair_keys
 from trainer.evaluate import VALIDATION_SEED
+from trainer.kinds import answer_type, kind_of
 from trainer.show.choose import Chosen
-from trainer.show.example import Example, answer_type, kind_of, score_of, truth_of
+from trainer.show.example import Example, score_of, truth_of
 from trainer.show.look import Masks, Seen, Sight, Viewer, draw_masks, look
-from trainer.show.page import Part, Told, Vocabulary, image_block
+from trainer.show.page import Told, Vocabulary, image_block
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Maker:
         return make_tokenizer(self.vocabulary.tokens)
 
     def image(self, number: int, table: Table, chosen: Chosen) -> tuple[bytes, list[Example]]:
-        """The block of image `number` of the page, and the rows of its pairs in the list."""
+        """The block of image record `number` of the page, and the rows of its pairs in the list."""
         data, vocabulary = self.data, self.vocabulary
         record = data.record(chosen.shard, table, chosen.index, features=True)
         first = int(table.image_sentences[chosen.index])
@@ -65,7 +66,7 @@ class Maker:
             Told(tuple(vocabulary.tokens[i] for i in sentence), len(all_) > limit, sight)
             for sentence, all_, sight in zip(ids, whole, seen, strict=True)
         ]
-        block = image_block(record, self._parts(record), told, self.viewer.layers, vocabulary)
+        block = image_block(record, self._pictures(record), told, self.viewer.layers, vocabulary)
         examples = [
             self._example(table, record, (number, i), n, sight)
             for i, (n, sight) in enumerate(zip(chosen.sentences, seen, strict=True))
@@ -89,20 +90,24 @@ class Maker:
             for i, sentence in enumerate(ids)
         ]
 
-    def _parts(self, record: Record) -> list[Part]:
-        """The pictures that an image record is of."""
-        path = find_picture(self.folder, record.image) if self.folder else None
-        jpeg = thumbnail(path) if path else None
-        self.pictures += jpeg is not None
-        self.unreadable += path is not None and jpeg is None
-        return [Part(record.image, record.width, record.height, len(record.boxes), jpeg or b"")]
+    def _pictures(self, record: Record) -> list[bytes]:
+        """A JPEG of each picture that a record is of, or nothing."""
+        found = []
+        for part in record.parts:
+            path = find_picture(self.folder, part.picture.image) if self.folder else None
+            jpeg = thumbnail(path) if path else None
+            self.pictures += jpeg is not None
+            self.unreadable += path is not None and jpeg is None
+            found.append(jpeg or b"")
+        return found
 
     def _example(
         self, table: Table, record: Record, place: tuple[int, int], number: int, seen: Seen
     ) -> Example:
         sentence, manifest = record.sentences[number], self.data.manifest
         row = int(table.image_sentences[record.index]) + number
-        question = sentence.source in manifest.question_sources
+        # What is said about two images is to be judged, in a test set without answers, too.
+        question = record.sides is not None or sentence.source in manifest.question_sources
         begin, end = table.answer_start[row : row + 2].tolist()
         best = seen.answers[0][0] if question and seen.answers else None
         return Example(
@@ -113,10 +118,12 @@ class Maker:
             id=sentence.id,
             text=sentence.text,
             source=sentence.source,
-            kind=kind_of(sentence, question),
+            kind=kind_of(sentence.kind, sentence.text)
+            if question
+            else sentence.kind or sentence.source,
             type=answer_type(sentence.answers),
             objects=len(record.boxes),
-            truth=truth_of(sentence, self._known),
+            truth=truth_of(sentence, self._known, self.vocabulary.answers),
             answer=None if best is None else self.vocabulary.answers[best],
             score=None
             if best is None
@@ -128,4 +135,4 @@ class Maker:
 def _sight(record: Record, ids: list[NDArray[np.int64]]) -> Sight:
     """What the model is given."""
     assert record.features is not None
-    return Sight(ids, record.features, record.boxes)
+    return Sight(ids, record.features, record.boxes, [part.objects for part in record.parts])

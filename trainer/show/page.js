@@ -3,76 +3,21 @@
 const LISTED = 500;  // rows of the list
 const KINDS = 12, BINS = 6;  // rows of a table of the summary
 const NAMED = 8;  // boxes that show their label without being looked at
-const MOST = 3;  // boxes that are named while something looks at them
 const DRAWN = 600;  // points that a picture is wide
-const SHADE = '31 111 235', VEIL = '0 0 0';
 
-let page, elements = [], blocks = [], views = [];
+let page, elements = [], blocks = [];
 let hits = [], chosen = -1, shown = null;  // shown: what of the chosen pair is on the page
 let pinned = null, looks = 0;  // pinned: ['words' or 'objects', place]
 
 // --- data ---------------------------------------------------------------------------------------
 
-/** The block of an image, unpacked when it is first asked for. */
+/** The block of an image record, unpacked when it is first asked for. */
 function blockOf(image) {
   blocks[image] ??= inflate(elements[image]).then(buffer => {
     const [header, begin] = headed(buffer);
     return { ...header, bytes: new Uint8Array(buffer, begin) };
   });
   return blocks[image];
-}
-
-/** What can be looked through: each attention, and all four of a cross-modality layer as one.
- * `maps` has the layer's number by what looks and what is looked at. */
-function viewsOf(layers) {
-  const out = [];
-  layers.forEach((layer, i) => {
-    if (layer.cross && layers[i - 1]?.cross !== layer.cross) {
-      const maps = { words: {}, objects: {} };
-      layers.forEach((l, n) => { if (l.cross === layer.cross) maps[l.asks][l.asked] = n; });
-      out.push({ name: `cross ${layer.cross}: all four`, cross: layer.cross, maps });
-    }
-    const maps = { words: {}, objects: {} };
-    maps[layer.asks][layer.asked] = i;
-    out.push({ name: layer.name, cross: layer.cross, maps });
-  });
-  return out;
-}
-
-/** The weights of a map, (head, query, key) -> number; head -1 is the mean of all. */
-function weightsOf(number) {
-  const of = page.layers.slice(0, number).filter(
-    layer => layer.of_image === page.layers[number].of_image).length;
-  const maps = page.layers[number].of_image ? shown.block.maps : shown.sentence.maps;
-  const [begin, heads, queries, keys] = maps[of], { bytes } = shown.block;
-  const one = (head, query, key) =>
-    (bytes[begin + (head * queries + query) * keys + key] / 255) ** 2;
-  return (head, query, key) => {
-    if (head >= 0) return one(head, query, key);
-    let sum = 0;
-    for (let h = 0; h < heads; h++) sum += one(h, query, key);
-    return sum / heads;
-  };
-}
-
-/** What a word or an object looks at in the chosen view, or where only that is there, what looks
- * at it: for words and for objects, if any, { weights, by }. */
-function attentionOf([side, place]) {
-  const { maps } = views[Number($('layer').value)], head = Number($('head').value);
-  const out = {};
-  for (const other of ['words', 'objects']) {
-    const count = other === 'words' ? shown.sentence.tokens.length : shown.block.boxes.length;
-    const places = Array.from({ length: count }, (_, i) => i);
-    const [row, column] = [maps[side][other], maps[other][side]];
-    if (row !== undefined) {
-      const weight = weightsOf(row);
-      out[other] = { by: row, weights: places.map(i => weight(head, place, i)) };
-    } else if (column !== undefined) {
-      const weight = weightsOf(column);
-      out[other] = { by: column, back: true, weights: places.map(i => weight(head, i, place)) };
-    }
-  }
-  return out;
 }
 
 // --- the list and the summary -------------------------------------------------------------------
@@ -100,7 +45,7 @@ function row(i) {
   const sign = { right: '✓', wrong: '✗', open: '·' }[result];
   const truth = e.truth.length ? e.truth[0][0] : null;
   const said = e.answer === null ? [e.source]
-    : [...marked(e.answer), ...(result === 'wrong' ? [' · true: ', ...marked(truth)] : [])];
+    : [...marked(e.answer), ...(result === 'wrong' ? [' · right: ', ...marked(truth)] : [])];
   const button = el('button', {
     type: 'button', className: i === chosen ? 'chosen' : '', onclick: () => choose(i),
   }, el('b', { className: result }, sign), el('span', {}, ...marked(e.text)),
@@ -163,8 +108,9 @@ async function choose(i, keepPin = false) {
   keep();
 }
 
-/** An element that looks when the mouse is on it, and goes on when it is clicked. */
-function looking(element, side, place) {
+/** An element that looks when the mouse is on it, and goes on when it is clicked. part: number of
+ * the picture that it goes with. */
+function looking(element, side, place, part) {
   element.onmouseenter = () => shade([side, place]);
   element.onmouseleave = () => shade(pinned);
   element.onclick = () => {
@@ -174,6 +120,7 @@ function looking(element, side, place) {
     keep();
   };
   element.dataset[side === 'words' ? 'word' : 'object'] = place;
+  element.dataset.part = part;
   return element;
 }
 
@@ -183,27 +130,31 @@ function showPair() {
   const { e, block, sentence } = shown, covered = $('masked').checked ? sentence.masked : null;
   urls.forEach(url => URL.revokeObjectURL(url));
   urls = [];
-  $('words').replaceChildren(...sentence.tokens.map((token, i) => {
-    const hidden = covered && covered.words.includes(i);
-    return looking(el('button', { className: hidden ? 'word covered' : 'word', type: 'button' },
-      el('span', {}, hidden ? '[MASK]' : token), el('small')), 'words', i);
-  }), sentence.cut ? '… cut' : '');
-  const stages = [];
-  let first = 0;
-  for (const part of block.parts) {
-    stages.push(stageOf(part, first, covered));
-    first += part.objects;
-  }
-  $('stages').replaceChildren(...stages);
+  $('words').replaceChildren(...block.parts.map((_, n) => wordsOf(n, covered)));
+  $('stages').replaceChildren(...block.parts.map((_, n) => stageOf(n, covered)));
   $('says').replaceChildren(...(covered ? filledIn(covered) : answersOf(e, sentence)));
   $('objects').replaceChildren(objectsOf(block));
   shade(pinned);
 }
 
+/** The name of a picture, where a record is of two. */
+const titleOf = n => shown.block.parts.length > 1
+  ? [el('small', { className: 'title' }, ...marked(shown.block.parts[n].image))] : [];
+
+/** The words, as the model reads them with picture n. */
+function wordsOf(n, covered) {
+  const { sentence } = shown;
+  return el('div', { className: 'words' }, ...titleOf(n), ...sentence.tokens.map((token, i) => {
+    const hidden = covered && covered.words.includes(i);
+    return looking(el('button', { className: hidden ? 'word covered' : 'word', type: 'button' },
+      el('span', {}, hidden ? '[MASK]' : token), el('small')), 'words', i, n);
+  }), sentence.cut ? '… cut' : '');
+}
+
 const nameOf = o => shown.block.labels ? shown.block.labels[o][0] : `object ${o}`;
 
-function stageOf(part, first, covered) {
-  const { block } = shown, stage = el('div', { className: 'stage' });
+function stageOf(n, covered) {
+  const { block } = shown, part = block.parts[n], stage = el('div', { className: 'stage' });
   stage.style.aspectRatio = `${part.width} / ${part.height}`;
   const [at, length] = part.picture;
   if (length) {
@@ -212,19 +163,18 @@ function stageOf(part, first, covered) {
     urls.push(url);
     stage.append(el('img', { src: url, alt: '' }));
   }
-  const canvas = el('canvas', {
+  stage.append(el('canvas', {
     width: DRAWN, height: Math.max(Math.round(DRAWN * part.height / part.width), 1),
-  });
-  Object.assign(canvas.dataset, { first, end: first + part.objects });
-  stage.append(canvas);
-  const places = Array.from({ length: part.objects }, (_, i) => first + i);
+  }));
+  const places = placesOf(part);
   const sure = o => block.labels ? block.labels[o][1] : 0;
   const named = block.labels ? [...places].sort((a, b) => sure(b) - sure(a)).slice(0, NAMED) : [];
   const area = o => { const [x1, y1, x2, y2] = block.boxes[o]; return (x2 - x1) * (y2 - y1); };
   // Small boxes lie above large ones, where the mouse finds them.
   for (const o of places.sort((a, b) => area(b) - area(a))) {
     const [x1, y1, x2, y2] = block.boxes[o], label = el('i', {}, nameOf(o));
-    const box = looking(el('div', { className: 'box', title: nameOf(o) }, label), 'objects', o);
+    const box = looking(
+      el('div', { className: 'box', title: nameOf(o) }, label), 'objects', o, n);
     Object.assign(box.style, {
       left: `${100 * x1}%`, top: `${100 * y1}%`, width: `${100 * (x2 - x1)}%`,
       height: `${100 * (y2 - y1)}%`, borderColor: color(o),
@@ -238,8 +188,7 @@ function stageOf(part, first, covered) {
     }
     stage.append(box);
   }
-  return el('div', {}, stage,
-    block.parts.length > 1 ? el('small', {}, ...marked(part.image)) : '');
+  return el('div', {}, stage, ...titleOf(n));
 }
 
 const chance = p => p < 0.001 ? '< 0.1 %' : `${(100 * p).toFixed(1)} %`;
@@ -249,13 +198,13 @@ function answersOf(e, sentence) {
   const out = [el('h2', {}, ...marked(e.text)), el('p', {}, [shown.block.image, shown.block.place,
     e.source, e.id === null ? '' : `question ${e.id}`, e.kind].filter(Boolean).join(' · '))];
   if (e.truth.length) {
-    out.push(el('table', {}, el('tr', {}, el('th', {}, 'true'), el('th', {}, 'score')),
+    out.push(el('table', {}, el('tr', {}, el('th', {}, 'right answer'), el('th', {}, 'score')),
       ...e.truth.map(([answer, score, known]) => el('tr', {}, el('td', {}, ...marked(answer)),
         el('td', { className: 'number' }, String(Number(score.toFixed(3)))),
-        el('td', {}, known ? '' : 'not in the answer table')))));
+        el('td', {}, known === null ? 'not in the answer table' : '')))));
   }
   if (sentence.answers && e.answer !== null) {
-    const good = answer => e.truth.some(([t, , known]) => known && t === answer);
+    const good = answer => e.truth.some(([, , known]) => known === answer);
     out.push(el('table', { id: 'answers' },
       el('tr', {}, el('th', {}, 'the model'), el('th', {}, 'probability')),
       ...sentence.answers.map(([answer, p], i) => {
@@ -300,83 +249,20 @@ function filledIn(covered) {
 function objectsOf(block) {
   const head = block.labels ? ['', '', 'object', '', 'attribute', '', 'attention']
     : ['', '', 'x1', 'y1', 'x2', 'y2', 'attention'];
-  const last = block.parts[0];
-  return el('table', {}, el('tr', {}, ...head.map(name => el('th', {}, name))),
-    ...block.boxes.map((box, o) => {
-      const swatch = el('span', { className: 'swatch' });
-      swatch.style.background = color(o);
-      const size = block.parts.length > 1 ? [1, 1] : [last.width, last.height];
-      const cells = block.labels
-        ? block.labels[o].map(x => typeof x === 'number' ? x.toFixed(2) : x)
-        : box.map((x, i) => (x * size[i % 2]).toFixed(size[0] > 1 ? 0 : 2));
-      return looking(el('tr', {}, el('td', {}, swatch), el('td', { className: 'number' }, `${o}`),
-        ...cells.map(cell => el('td', {}, cell)), el('td', { className: 'weight number' })),
-      'objects', o);
-    }));
-}
-
-// --- attention ----------------------------------------------------------------------------------
-
-/** Shade words and objects by the attention of one of them; null: none. */
-function shade(on) {
-  const found = on ? attentionOf(on) : {};
-  for (const side of ['words', 'objects']) {
-    const weights = found[side]?.weights, most = Math.max(...(weights || []), 1e-6);
-    const top = weights && [...weights].sort((a, b) => b - a)[Math.min(MOST, weights.length) - 1];
-    const tag = side === 'words' ? 'word' : 'object';
-    for (const element of document.querySelectorAll(`#detail [data-${tag}]`)) {
-      const place = Number(element.dataset[tag]), weight = weights?.[place];
-      element.classList.toggle('on', Boolean(on) && on[0] === side && on[1] === place);
-      if (weight === undefined) delete element.dataset.weight;
-      else element.dataset.weight = weight.toFixed(4);
-      const text = weight === undefined ? '' : chance(weight);
-      if (element.classList.contains('box')) {
-        element.classList.toggle('most', weight !== undefined && weight >= top);
-        continue;
-      }
-      element.lastChild.textContent = text;
-      if (side === 'objects') continue;
-      const strength = weight === undefined ? '' : (0.75 * weight / most).toFixed(3);
-      element.style.background = strength && `rgb(${SHADE} / ${strength})`;
-    }
-  }
-  document.querySelectorAll('.stage').forEach(stage => {
-    stage.classList.toggle('looking', Boolean(found.objects));
-    shadeStage(stage.querySelector('canvas'), found.objects?.weights);
-  });
-  $('told').textContent = on ? told(on, found)
-    : 'Point at a word or a box to see what it looks at; click to keep it.';
-}
-
-/** Light up what is looked at: each point as the box over it that has most of the attention. A
- * picture is veiled elsewhere, an empty layout is coloured there. */
-function shadeStage(canvas, weights) {
-  const pen = canvas.getContext('2d'), { width, height } = canvas;
-  pen.clearRect(0, 0, width, height);
-  if (!weights?.length) return;
-  const most = Math.max(...weights, 1e-6), veiled = canvas.previousSibling !== null;
-  const fill = (share, ...area) => {
-    const strength = veiled ? 0.8 * (1 - share) : 0.75 * share;
-    pen.clearRect(...area);
-    pen.fillStyle = `rgb(${veiled ? VEIL : SHADE} / ${strength})`;
-    pen.fillRect(...area);
+  const row = (part, n, o) => {
+    const swatch = el('span', { className: 'swatch' }), size = [part.width, part.height];
+    swatch.style.background = color(o);
+    const cells = block.labels
+      ? block.labels[o].map(x => typeof x === 'number' ? x.toFixed(2) : x)
+      : block.boxes[o].map((x, i) => (x * size[i % 2]).toFixed(0));
+    return looking(el('tr', {}, el('td', {}, swatch), el('td', { className: 'number' }, `${o}`),
+      ...cells.map(cell => el('td', {}, cell)), el('td', { className: 'weight number' })),
+    'objects', o, n);
   };
-  fill(0, 0, 0, width, height);
-  const [first, end] = [Number(canvas.dataset.first), Number(canvas.dataset.end)];
-  const places = Array.from({ length: end - first }, (_, i) => first + i);
-  for (const o of places.sort((a, b) => weights[a] - weights[b])) {
-    const [x1, y1, x2, y2] = shown.block.boxes[o];
-    fill(weights[o] / most, x1 * width, y1 * height, (x2 - x1) * width, (y2 - y1) * height);
-  }
-}
-
-function told([side, place], found) {
-  const name = side === 'words' ? `“${shown.sentence.tokens[place]}”` : nameOf(place);
-  const parts = Object.entries(found).map(([other, { by, back }]) => back
-    ? `is looked at by ${other} (${page.layers[by].name})`
-    : `looks at ${other} (${page.layers[by].name})`);
-  const masked = $('masked').checked ? ', with nothing masked' : '';
-  return parts.length ? `${name} ${parts.join(', ')}${masked}` : `${name} has no part in this layer`;
+  return el('table', {}, el('tr', {}, ...head.map(name => el('th', {}, name))),
+    ...block.parts.flatMap((part, n) => [
+      ...titleOf(n).map(title => el('tr', {}, el('th', { colSpan: head.length }, title))),
+      ...placesOf(part).map(o => row(part, n, o))]));
 }
 
 // --- the page -----------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""What a page holds of an image and its pairs, as `page.js` reads it.
+"""What a page holds of an image record and its pairs, as `page.js` reads it.
 
-A block is an image: a header in JSON with all that is said of it, then attention and pictures as
+A block is a record: a header in JSON with all that is said of it, then attention and pictures as
 bytes. A weight w is there as the byte 255 √w: so that small ones, as 1/36 is, are not lost, it is
 off by less than 0.004, and by less than 0.0007 below 1/36.
 """
@@ -8,7 +8,7 @@ off by less than 0.004, and by less than 0.0007 below 1/36.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -19,20 +19,6 @@ from shards.inspect.html import with_header
 from shards.inspect.names import Names
 from shards.inspect.records import Record
 from trainer.show.look import Layer, Seen, Top
-
-
-@dataclass(frozen=True)
-class Part:
-    """A picture of an image record, with its objects, which follow those of the part before."""
-
-    image: str
-    """Its id."""
-    width: int
-    """In pixels."""
-    height: int
-    objects: int
-    picture: bytes
-    """A JPEG, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -55,22 +41,25 @@ class Vocabulary:
     names: Names
 
 
-def attention_bytes(config: ModelConfig, objects: int, tokens: Sequence[int]) -> int:
-    """Bytes of the attention of an image with its sentences, of so many tokens each."""
-    total = config.object_layers * objects**2
-    for t in tokens:
-        total += config.language_layers * t * t + config.cross_layers * (t + objects) ** 2
+def attention_bytes(config: ModelConfig, objects: Sequence[int], tokens: Sequence[int]) -> int:
+    """Bytes of the attention of a record with its sentences. objects: of each of its pictures;
+    tokens: of each sentence."""
+    total = 0
+    for n in objects:
+        total += config.object_layers * n * n
+        for t in tokens:
+            total += config.language_layers * t * t + config.cross_layers * (t + n) ** 2
     return total * config.num_heads
 
 
 def image_block(
     record: Record,
-    parts: Sequence[Part],
+    pictures: Sequence[bytes],
     told: Sequence[Told],
     layers: Sequence[Layer],
     vocabulary: Vocabulary,
 ) -> bytes:
-    """The block of an image, all of whose parts are there."""
+    """The block of a record. pictures: a JPEG, or nothing, of each of its parts."""
     body = _Body()
     labels = record.labels
     header = {
@@ -79,13 +68,12 @@ def image_block(
         "split": record.split,
         "parts": [
             {
-                "image": part.image,
-                "width": part.width,
-                "height": part.height,
-                "objects": part.objects,
-                "picture": body.add(part.picture),
+                **asdict(part.picture),
+                "first": part.objects.start,
+                "objects": part.objects.stop - part.objects.start,
+                "picture": body.add(picture),
             }
-            for part in parts
+            for part, picture in zip(record.parts, pictures, strict=True)
         ],
         "boxes": [[round(x, 4) for x in box] for box in record.boxes.tolist()],
         "labels": None
@@ -101,11 +89,7 @@ def image_block(
             )
         ],
         # These are alike in all of its pairs.
-        "maps": [
-            body.map(weights)
-            for layer, weights in zip(layers, told[0].seen.attentions, strict=True)
-            if layer.of_image
-        ],
+        "maps": _maps(body, told[0].seen, layers, of_image=True),
         "sentences": [
             {
                 "tokens": t.tokens,
@@ -113,11 +97,7 @@ def image_block(
                 "answers": _named(t.seen.answers, vocabulary.answers),
                 "matching": None if t.seen.matching is None else round(t.seen.matching, 4),
                 "masked": _filled(t.seen, vocabulary),
-                "maps": [
-                    body.map(weights)
-                    for layer, weights in zip(layers, t.seen.attentions, strict=True)
-                    if not layer.of_image
-                ],
+                "maps": _maps(body, t.seen, layers, of_image=False),
             }
             for t in told
         ],
@@ -141,6 +121,18 @@ class _Body:
         """Where weights (heads, queries, keys) begin, then their three sizes."""
         bytes_ = np.rint(255 * np.sqrt(weights)).astype(np.uint8).tobytes()
         return [self.add(bytes_)[0], *weights.shape]
+
+
+def _maps(body: _Body, seen: Seen, layers: Sequence[Layer], of_image: bool) -> list[Any]:
+    """Where the weights of some layers are: for each part of the record those of each layer."""
+    return [
+        [
+            body.map(weights)
+            for layer, weights in zip(layers, attentions, strict=True)
+            if layer.of_image == of_image
+        ]
+        for attentions in seen.attentions
+    ]
 
 
 def _named(top: Top | None, names: Sequence[str]) -> list[list[Any]] | None:

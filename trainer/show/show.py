@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from shards.dataset import open_dataset
+from shards.format.table import Table
 from shards.inspect.html import as_json, check_pictures, data_element, frame, page_file
 from shards.inspect.names import load_names
 from shards.inspect.records import OpenSet, open_set
@@ -24,7 +25,6 @@ from trainer.show.choose import Chosen, draw_pairs, named_pairs, with_tables
 from trainer.show.look import Viewer, heads_of, layers_of
 from trainer.show.make import Maker
 from trainer.show.page import Vocabulary, attention_bytes
-from trainer.tasks import TASKS
 
 MOST_BYTES = 256 << 20
 """Of attention in a page, in base64: what browsers open without trouble."""
@@ -37,7 +37,7 @@ class Settings:
     path: Path
     """Of the page; what is there is replaced."""
     images: int = 20
-    """That are drawn; 0 for all."""
+    """Image records that are drawn; 0 for all."""
     sentences: int = 5
     """Of each of these at most; 0 for all."""
     pairs: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ class Page:
     path: Path
     size: int
     """In bytes."""
-    images: int
+    records: int
     pairs: int
     pictures: int
     """That are in it."""
@@ -75,10 +75,10 @@ def show(
 ) -> Page:
     """Write the page of pairs of the data set at `url`, as the model of a checkpoint sees them.
 
-    Memory: the model and one image with its sentences. Raises ConfigError where the data set has
-    another vocabulary, answer table or feature width than the model, and where the page would be
-    too large; DataError naming what is missing, damaged, or cannot be written. The page's file is
-    then as it was before.
+    Memory: the model and one record with its sentences. Raises ConfigError where the data set has
+    another vocabulary, answer table or feature width than the model, or records of one image where
+    its task is about two, or the reverse, and where the page would be too large; DataError naming
+    what is missing, damaged, or cannot be written. The page's file is then as it was before.
     """
     check_pictures(settings.pictures)
     model, config, generation = load_checkpoint(run)
@@ -109,7 +109,8 @@ def show(
     maker = Maker(data, viewer, vocabulary, settings.pictures)
     size, examples = 0, []
     assert __package__
-    head, tail = frame(__package__, f"{config.run.name} on {data.manifest.name}")
+    title = f"{config.run.name} on {data.manifest.name}"
+    head, tail = frame(__package__, title, ("attention.js", "page.js"))
     with page_file(settings.path) as f:
         size += f.write(head.encode())
         progress("images shown", 0, len(chosen))
@@ -141,11 +142,9 @@ def _check_data(
 ) -> None:
     """ConfigError unless a data set is such as the model can read and answer."""
     data, trained = open_dataset(url, cache, text="window"), generation.manifest
+    setup.check_records(config, data)
     setup.check_same_tables(data, trained.vocab_sha256, trained.answers_sha256)
     schema = data.manifest.schema
-    if schema.sides or TASKS[config.task].images > 1:
-        what = f"the task {config.task}" if TASKS[config.task].images > 1 else data.url
-        raise ConfigError(f"{what} is about two images a record: only single ones can be shown")
     for thing, has, takes, good in (
         ("features", schema.feature_dim, config.model.feature_dim,
          schema.feature_dim == config.model.feature_dim),
@@ -159,13 +158,19 @@ def _check_data(
             )
 
 
+def _each(data: OpenSet, table: Table, index: int) -> list[int]:
+    """About how many objects each picture of a record has: of two, only tars tell."""
+    objects = int(table.image_objects[index])
+    return [objects // 2, objects - objects // 2] if data.manifest.schema.sides else [objects]
+
+
 def _check_size(data: OpenSet, config: RunConfig, chosen: Sequence[Chosen]) -> None:
     """ConfigError where the page would be too large for a browser."""
     total = pairs = 0
     for table, image in with_tables(data, chosen):
         rows = int(table.image_sentences[image.index]) + np.asarray(image.sentences)
         tokens = (table.token_start[rows + 1] - table.token_start[rows] + 2).tolist()
-        total += attention_bytes(config.model, int(table.image_objects[image.index]), tokens)
+        total += attention_bytes(config.model, _each(data, table, image.index), tokens)
         pairs += len(tokens)
     if (size := total * 4 // 3) > MOST_BYTES:
         fit = pairs * MOST_BYTES // size

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from cluster.cli.inspect import add_dump, add_inspect
 from shards.format.build import BuildSettings, build
-from shards.format.record import ImageRecord, Labels, Sentence
+from shards.format.record import ImageRecord, Labels, Picture, Sentence
 
 WORDS = ["red", "green", "blue", "circle", "line", "left", "right", "above"]
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
@@ -60,6 +61,29 @@ def made_records(n: int, seed: int = 0) -> list[ImageRecord]:
             )
         )
     return records
+
+
+def paired_records(n: int) -> list[ImageRecord]:
+    """Records of two images of other sizes, each as one of `made_records`."""
+    single, out = made_records(2 * n), []
+    for i, (a, b) in enumerate(zip(single[::2], single[1::2], strict=True)):
+        assert a.labels and b.labels
+        both = zip(vars(a.labels).values(), vars(b.labels).values(), strict=True)
+        out.append(
+            replace(
+                a,
+                image=f"dev-{i}-0",
+                boxes=np.concatenate([a.boxes, b.boxes]),
+                features=np.concatenate([a.features, b.features]),
+                labels=Labels(*map(np.concatenate, both)),
+                sides=np.repeat(np.arange(2, dtype=np.uint8), [len(a.boxes), len(b.boxes)]),
+                pictures=(
+                    Picture(f"dev-{i}-0-img0", a.width, a.height),
+                    Picture(f"dev-{i}-0-img1", 1000 + i, 30),
+                ),
+            )
+        )
+    return out
 
 
 def build_set(

@@ -214,7 +214,7 @@ def test_it_says_what_it_wrote(
     again = page.with_name("again.html")
     command("inspect", data, "--html", again, "--images", pictures, "--json")
     said = capsys.readouterr()
-    assert f"{again}: 100 records, 0." in said.err and "4 of them with their picture" in said.err
+    assert f"{again}: 100 records, 0." in said.err and "4 pictures in it, from" in said.err
     assert "1 files there are no pictures" in said.err and json.loads(said.out)["images"] == 100
     assert again.stat().st_mode & 0o777 == 0o666 & ~current_umask()
 
