@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from typing import Any
 
 from cluster.cli.streams import say
 from shards.arguments import given_path
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add(
-    tasks: argparse._SubParsersAction,
+    tasks: Any,
     name: str,
     scores: Callable[[argparse.Namespace], dict[str, float]],
     help_: str,

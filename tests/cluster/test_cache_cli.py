@@ -16,6 +16,7 @@ from cluster.cli.main import main
 from shards import inventory
 from shards.dataset import Dataset, open_dataset
 from shards.format.build import BuildSettings, build
+from shards.format.index import LAYOUT
 from shards.inventory import items
 from tests.conftest import small_records
 
@@ -79,7 +80,7 @@ def test_clean_removes_what_nothing_uses(data: Dataset, capsys: pytest.CaptureFi
     left.write_bytes(b"half")
     (data.cache / "files" / f"{sha256}.damaged").write_bytes(b"bad")
     old = next(data.cache.glob("merged-*.safetensors"))
-    (data.cache / old.name.replace("-3.", "-2.")).write_bytes(b"old")
+    (data.cache / old.name.replace(f"-{LAYOUT}.", f"-{LAYOUT - 1}.")).write_bytes(b"old")
     assert kinds(data) == WHOLE | {"old index": 1, "damaged": 1, "temporary": 1}
     assert run(data, "clean", "--dry-run") == 0
     assert "would remove 3" in capsys.readouterr().out and left.exists()

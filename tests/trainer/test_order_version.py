@@ -69,6 +69,7 @@ def test_a_run_keeps_its_order(tmp_path: Path, version: int) -> None:
 
     # Validations, too, are of the run's version, whoever makes them.
     metrics = evaluate_checkpoint(str(tmp_path / "run"), str(tmp_path / "set"))
+    metrics = {name: value for name, value in metrics.items() if name.count("/") == 1}
     assert validated(tmp_path / "run") == pytest.approx(metrics, rel=1e-4)
     model, config, _ = load_checkpoint(str(tmp_path / "run"))
     task = Evaluation(data, drawn, frozenset(resolve_objectives(config, data)), 20)

@@ -139,7 +139,7 @@ def test_a_finished_run_has_nothing_left_to_do(data: Path, tmp_path: Path) -> No
     assert [g.step for g in found if isinstance(g, Generation)] == [8, 6, 3]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.faults)])
 def test_initial_weights_may_be_gone_once_there_is_a_checkpoint(
     data: Path, tmp_path: Path, precision: str
 ) -> None:

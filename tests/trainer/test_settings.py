@@ -118,7 +118,9 @@ def test_every_setting_has_been_thought_of() -> None:
     for key in ModelConfig.model_fields:
         if f"model.{key}" in compared or key == "initializer_range":
             continue
-        changed = base.model_copy(update={key: getattr(base, key) * 2})
+        value = getattr(base, key)
+        other = not value if isinstance(value, bool) else value * 2
+        changed = base.model_copy(update={key: other})
         assert parameter_shapes(build_model(changed, 0)) != shapes, key
     masks = {"token_mask", "object_mask"}  # of the data state
     assert {f"objectives.{k}" for k in ObjectiveSection.model_fields if k not in masks} <= compared

@@ -55,12 +55,12 @@ def gathered(data: Dataset) -> tuple[Any, ...]:
     images = np.arange(data.manifest.images)
     shards, count = data.shard_of_image(images), data.manifest.schema.max_objects
     features = np.empty((len(images), count, data.manifest.schema.feature_dim), dtype=np.float16)
-    boxes, labels = data.gather_images(images, shards, features)
+    columns = data.gather_images(images, shards, features)
     single = data.gather_objects(images, shards, np.zeros_like(images))
     m = data.index
     words = [m.tokens[a:b].tolist() for a, b in zip(m.token_start, m.token_start[1:], strict=False)]
     answers = m.answer_start, m.answer_id, m.answer_score
-    return features, boxes, labels, single, words, m.source, *answers, data.answers()
+    return features, columns, single, words, m.source, *answers, data.answers()
 
 
 def assert_same(one: tuple[Any, ...], other: tuple[Any, ...]) -> None:

@@ -450,7 +450,11 @@ def test_packed_tokens_begin_and_end_with_the_marks(data: Dataset) -> None:
     assert (batch.tokens[start[:-1]] == 2).all() and (batch.tokens[start[1:] - 1] == 3).all()
     assert int(start[-1]) == len(batch.tokens)
     missing = {f.name for f in fields(batch) if getattr(batch, f.name) is None}
-    assert missing == {"view", "view_pair"}  # of sampler.share_vision alone
+    assert missing == {
+        *("view", "view_pair"),  # of sampler.share_vision alone
+        "first_objects",  # of records of two images
+        *(f"question_{name}" for name in ("pair", "answered", "answer", "score")),  # fine-tuning's
+    }
 
 
 def test_an_empty_slice_is_a_batch_of_no_pairs(data: Dataset) -> None:

@@ -50,6 +50,7 @@ def test_a_killed_run_goes_on_bitwise(data: Path, tmp_path: Path, names: list[st
         assert_bitwise(tmp_path / f"whole-{name}", tmp_path / f"killed-{name}")
 
 
+@pytest.mark.faults
 def test_it_goes_on_at_another_size_with_other_options(data: Path, tmp_path: Path) -> None:
     off = {"dropout": 0.0, "attention_dropout": 0.0}
     low = {"precision": "fp32"}
@@ -85,6 +86,7 @@ def test_checkpointing_is_bitwise_the_same(data: Path, tmp_path: Path) -> None:
         assert_bitwise(tmp_path / f"{strict}-with", tmp_path / f"{strict}-without")
 
 
+@pytest.mark.faults
 def test_a_bad_step_is_left_out_of_masters_in_host_memory(data: Path, tmp_path: Path) -> None:
     options = [OPTIONS[n] for n in ("optimizer-1", "optimizer-2", "parameters-3")]
 
