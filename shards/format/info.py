@@ -23,7 +23,7 @@ def info(url: str | Path) -> str:
         f"name         {m.name}",
         f"extractor    {m.extractor}",
         f"fingerprint  {m.fingerprint}",
-        f"images       {m.images:,}",
+        f"images       {m.images:,}{' records of two' if m.schema.sides else ''}",
         f"pairs        {m.pairs:,}",
         f"shards       {len(m.shards)} ({size / 1e6:,.1f} MB)",
         f"objects      up to {m.schema.max_objects} of width {width}, {labels}",
