@@ -7,6 +7,7 @@ that the same command goes on where it was cut; a run that is cut goes on from i
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 from cluster.comparison import (
     Cell,
+    Column,
     Comparison,
     Trained,
     cell_name,
@@ -27,11 +29,14 @@ from cluster.comparison import (
     used_runs,
 )
 from cluster.errors import LaunchError
-from shards.errors import DataError
+from cluster.launch import absolute_paths
+from shards.errors import DataError, NotFoundError
 from shards.format.manifest import load_manifest
 from shards.store import objects
+from trainer.checkpoint.generations import find_generation
+from trainer.config import RunConfig
 from trainer.errors import ConfigError
-from trainer.run_status import run_status
+from trainer.run_status import run_config, run_status
 from trainer.setup import run_url
 
 RESULTS = "comparison.json"
@@ -50,8 +55,8 @@ class Job:
     seed: int
     after: str | None
     """The job that must be done before."""
-    data: str | None = None
-    """What it is measured on; None: it is not."""
+    column: Column | None = None
+    """What is measured; None: nothing."""
 
     @property
     def blind(self) -> bool:
@@ -65,16 +70,16 @@ def jobs(table: Comparison) -> list[Job]:
     for seed in table.seeds:
         trained: dict[tuple[object, ...], str] = {}
 
-        def add(name: str, of: Trained, data: str | None, seed: int = seed) -> None:
+        def add(name: str, of: Trained, what: Column | None, seed: int = seed) -> None:
             same = trained.setdefault((of.config, of.set, of.from_), name)  # noqa: B023
             before = None if of.from_ is None else run_name(of.from_, seed)
-            out.append(Job(name, same, of, seed, before if same == name else same, data))
+            out.append(Job(name, same, of, seed, before if same == name else same, what))
 
         for name, run in used_runs(table).items():
             add(run_name(name, seed), run, None)
         for row in table.rows:
             for column, cell in row.cells.items():
-                add(cell_name(row, column, seed), cell, table.columns[column].data)
+                add(cell_name(row, column, seed), cell, table.columns[column])
     for job in out:
         configuration(table, job.run, job.trained, job.seed)
     return out
@@ -91,7 +96,7 @@ def compare(table: Comparison, at_once: int, say: Callable[[str], None]) -> dict
     found = _read(results)
     done: set[str] = set()
     under_way: dict[Future[dict[str, Any]], Job] = {}
-    problem: LaunchError | None = None
+    problem: Exception | None = None
     began, total = time.monotonic(), len(todo)
     commands = _Commands()
     with ThreadPoolExecutor(at_once) as pool, contextlib.ExitStack() as stack:
@@ -103,22 +108,23 @@ def compare(table: Comparison, at_once: int, say: Callable[[str], None]) -> dict
                 if len(under_way) == at_once:
                     break
                 todo.remove(job)
+                say(f"begins: {job.name}")
                 under_way[pool.submit(_do, table, job, found.get(job.name), commands)] = job
             finished, _ = wait(under_way, return_when=FIRST_COMPLETED)
             for future in finished:
                 job = under_way.pop(future)
                 try:
                     metrics = future.result()
-                except LaunchError as error:
+                except (LaunchError, DataError, ConfigError) as error:
                     problem = problem or error
                     continue
                 done.add(job.name)
                 minutes = (time.monotonic() - began) / 60
                 shown = ""
-                if metrics:
-                    found[job.name] = metrics
-                    objects.write_bytes(results, json.dumps(found, indent=1).encode())
-                    shown = f": accuracy {metrics['accuracy']:.4f}" if "accuracy" in metrics else ""
+                found[job.name] = metrics
+                objects.write_bytes(results, json.dumps(found, indent=1).encode())
+                if job.column:
+                    shown = f": {job.column.metric} {metrics[job.column.metric]:.4f}"
                 say(f"{len(done)} of {total} runs, {minutes:.1f} min | {job.name}{shown}")
     if problem:
         raise problem
@@ -127,13 +133,14 @@ def compare(table: Comparison, at_once: int, say: Callable[[str], None]) -> dict
 
 def _read(results: str) -> dict[str, Any]:
     try:
-        return dict(json.loads(objects.read_bytes(results)))
-    except DataError:
+        found = json.loads(objects.read_bytes(results))
+    except NotFoundError:
         return {}
-    except ValueError as error:
-        raise ConfigError(
-            f"{results} is not what a comparison writes ({error}): remove it"
-        ) from None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
+        raise ConfigError(f"{results} is not what a comparison writes: remove it")
+    return found
 
 
 def _do(
@@ -141,23 +148,59 @@ def _do(
 ) -> dict[str, Any]:
     """Train and measure a run; its metrics with what they are of."""
     config = configuration(table, job.run, job.trained, job.seed)
-    if _state(run_url(config)) != "done":
+    url, begins = run_url(config), ""
+    if job.trained.from_ is not None:
+        begins = _identity(f"{table.storage}/{run_name(job.trained.from_, job.seed)}")
+    if _state(url) == "done":
+        _check_same(url, config, begins, before)
+    else:
         given = [str(table.folder / job.trained.config)]
         commands.run(job, "train", *given, *overrides(table, job.run, job.trained, job.seed))
-    if job.data is None:
-        return {}
-    of = f"{run_status(run_url(config)).generation} on {load_manifest(job.data).fingerprint}"
-    if before and before.get("of") == of:
+    of = {"checkpoint": _identity(url), "begins from": begins}
+    if job.column is None:
+        return {"of": of}
+    of |= {"data": load_manifest(job.column.data).fingerprint, "blind": str(job.blind)}
+    if before and before.get("of") == of and job.column.metric in before:
         return before
     more = ["--blind"] if job.blind else []
-    text = commands.run(job, "evaluate", run_url(config), "--data", job.data, "--json", *more)
-    return {**json.loads(text), "of": of}
+    text = commands.run(job, "evaluate", url, "--data", job.column.data, "--json", *more)
+    metrics = json.loads(text)
+    if job.column.metric not in metrics:
+        raise ConfigError(
+            f"{job.name} has no metric {job.column.metric!r}: it has {', '.join(metrics)}"
+        )
+    return {**metrics, "of": of}
+
+
+def _identity(url: str) -> str:
+    """Of what a run has learned: another where it was trained anew."""
+    return hashlib.sha256(objects.read_bytes(find_generation(url).url)).hexdigest()
+
+
+def _check_same(url: str, config: RunConfig, begins: str, before: dict[str, Any] | None) -> None:
+    """ConfigError where a run that is done was trained with other settings than the table now has,
+    or began from a run that was trained anew since."""
+    stored = run_config(url).model_dump(mode="json")
+    for section, given in absolute_paths(config).given().items():
+        was = stored[section]
+        keys = given if isinstance(given, dict) else {}
+        wrong = [f"{section}.{key}" for key in keys if was.get(key) != given[key]]
+        wrong += [section] if not isinstance(given, dict) and was != given else []
+        if wrong:
+            raise ConfigError(
+                f"{url} was trained with another {wrong[0]} than the table has now: remove the "
+                "run, or give the row another name"
+            )
+    if before and before.get("of", {}).get("begins from", begins) != begins:
+        raise ConfigError(
+            f"{url} began from a run that was trained anew since: remove it, to train it again"
+        )
 
 
 def _state(url: str) -> str:
     try:
         return run_status(url).state
-    except DataError:
+    except NotFoundError:
         return "new"
 
 

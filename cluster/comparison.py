@@ -87,9 +87,13 @@ class Comparison(Section):
         for name, run in self.runs.items():
             if run.from_ is not None and run.from_ not in list(self.runs)[: self._place(name)]:
                 raise ValueError(f"runs.{name}: from: {run.from_} is no run above it")
-        names = [row.name for row in self.rows]
-        if twice := {n for n in names if names.count(n) > 1}:
-            raise ValueError(f"two rows are called {sorted(twice)[0]}")
+        named = [run_name(name, 0) for name in self.runs]
+        named += [cell_name(row, column, 0) for row in self.rows for column in row.cells]
+        if twice := {n for n in named if named.count(n) > 1}:
+            place = sorted(twice)[0].removesuffix("/seed-0")
+            raise ValueError(f"two runs would be in one folder, {place}: give rows other names")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: one is there twice")
         for row in self.rows:
             for column, cell in row.cells.items():
                 if column not in self.columns:

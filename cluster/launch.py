@@ -240,7 +240,7 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     for section, keys in (
         ("run", ("storage", "tensorboard")),
         ("data", ("validation", "cache")),
-        ("train", ("init_from",)),
+        ("train", ("init_from", "init_answers")),
         ("checkpoint", ("fast_folder",)),
     ):
         for key in keys:

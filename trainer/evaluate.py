@@ -8,6 +8,7 @@ and what fine-tuning trains on every question, unmasked, with its own image.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +29,8 @@ from trainer.data.batch import BatchSettings
 from trainer.data.loader import RankSlice, load_steps
 from trainer.ranks import all_reduce_sum, rank_and_world
 from trainer.sections import LoaderSettings
+
+log = logging.getLogger("lxscale")
 
 # Draws of validation are the same in every run, whatever its seed.
 VALIDATION_SEED = 2019
@@ -74,6 +77,8 @@ class Evaluation:
     that follows from the data set alone."""
     done: int = 0
     """Pairs of questions that are passed over, from the first one on: whole batches."""
+    every_sentence: bool = False
+    """Ask every sentence, not the question sources' alone: those of a test set have no answers."""
 
 
 def without_gradient(model: Any, device: torch.device, losses: LossSettings) -> Forward:
@@ -164,11 +169,16 @@ def _masked_pass(
     return metrics
 
 
-def questions(data: Dataset, order: int = VERSION) -> Sampler:
-    """All pairs of the question sources, with their own sentences, as one stream; where no sentence
-    has an answer, as in a test set, all pairs. order: its version."""
+def questions(data: Dataset, order: int = VERSION, every_sentence: bool = False) -> Sampler:
+    """All pairs of the question sources, or of all, with their own sentences, as one stream. order:
+    its version."""
     manifest = data.manifest
-    asked = manifest.question_sources or manifest.sources
+    asked = manifest.sources if every_sentence else manifest.question_sources
+    if not asked:
+        raise DataError(
+            f"{data.url} has no question with an answer: there is nothing to measure (`lxscale "
+            "predict` answers without)"
+        )
     others = {s: 0.0 for s in manifest.sources if s not in asked}
     settings = SamplerSettings(window=1, mismatch=0.0, source_weights=others)
     return data.sampler(settings, VALIDATION_SEED, order)
@@ -185,7 +195,9 @@ def answer_questions(forward: Forward, task: Evaluation, name: str) -> dict[str,
     score, asked = np.zeros(kinds), np.zeros(kinds)
     loss = np.zeros(2)
     told = _Told(task.data) if task.answered else None
-    for batch in _batches(task, questions(task.data, drawn.order), drawn, task.done):
+    sampler = questions(task.data, drawn.order, task.every_sentence)
+    unlabelled = 0
+    for batch in _batches(task, sampler, drawn, task.done):
         out = forward(batch, frozenset({name}))
         loss += [float(out.loss_sum[name]), float(out.count[name])]
         predicted = out.prediction[name].cpu().numpy()
@@ -201,12 +213,17 @@ def answer_questions(forward: Forward, task: Evaluation, name: str) -> dict[str,
         ):
             span = slice(int(m.answer_start[pair]), int(m.answer_start[pair + 1]))
             hit = float(m.answer_score[span][m.answer_id[span] == answer].sum())
-            score[source] += hit
-            asked[source] += 1
             if told:
                 found.append(told.of(pair, answer, hit))
+                if found[-1].answers is None:  # nobody has said what is right
+                    unlabelled += 1
+                    continue
+            score[source] += hit
+            asked[source] += 1
         if task.answered:
             task.answered(found, batch.pairs)
+    if unlabelled and not task.every_sentence:
+        log.warning("%d questions have no answers, and are not measured", unlabelled)
     sums = torch.from_numpy(np.concatenate([score, asked, loss]))
     all_reduce_sum(sums)
     score, asked, loss = np.split(sums.numpy(), [kinds, 2 * kinds])

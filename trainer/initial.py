@@ -29,6 +29,12 @@ from trainer.tasks import TASKS
 log = logging.getLogger("lxscale")
 
 _FILES = (".pth", ".pt", ".bin", ".safetensors")
+# What a folder of Hugging Face's has, one of these at least.
+_MODEL = (
+    "config.json",
+    *(f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin")
+      for end in ("", ".index.json")),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,14 +79,7 @@ def begin_from(model: Lxmert, config: RunConfig, data: Dataset) -> None:
                 f"train.init_from={source.path} has {len(source.weights[last[0]])} answers, and "
                 f"its answer table {len(table)}: give the right one with train.init_answers"
             )
-        found = answer_rows(table, data.answers())
-        rows = dict.fromkeys(last, found)
-        log.info(
-            "%d of %d answers begin with the weights that they have in %s",
-            int((found >= 0).sum()),
-            len(found),
-            source.path,
-        )
+        rows = dict.fromkeys(last, answer_rows(table, data.answers()))
     elif fine_tunes and last and last[0] in source.weights and not is_part(last[0], fresh):
         log.warning(
             "answers begin at random, as it is not known which %s has: name its answer table in "
@@ -89,6 +88,10 @@ def begin_from(model: Lxmert, config: RunConfig, data: Dataset) -> None:
         )
         fresh += last
     take_weights(model, source, fresh, rows, "some" if fine_tunes else "all")
+    if rows:
+        found = rows[last[0]]
+        told = int((found >= 0).sum()), len(found), source.path
+        log.info("%d of %d answers begin with the weights that they have in %s", *told)
 
 
 def answer_rows(theirs: Sequence[str], ours: Sequence[str]) -> Tensor:
@@ -124,14 +127,19 @@ def read_source(path: str | Path, config: ModelConfig, fresh: Sequence[str] = ()
 def _generation(path: str) -> Generation | None:
     """The newest one of a run, or the one that is named; None where the path is none of a run."""
     local = objects.local_path(path)
-    if path.endswith(_FILES) or (local is not None and (local / "config.json").is_file()):
+    if local is not None and not local.exists():
+        raise ModelError(f"{path} does not exist: name a run, a Hugging Face folder or a .pth file")
+    if path.endswith(_FILES) or (local is not None and any((local / n).is_file() for n in _MODEL)):
         return None
     try:
         return find_generation(path)
-    except CheckpointError:
+    except CheckpointError as error:
         if local is None or (local / "checkpoints").is_dir() or local.is_file():
             raise
-        return None
+        raise ModelError(
+            f"{path} is neither a run's folder nor a model's: {error}, and no config.json or "
+            "weights either"
+        ) from None
 
 
 def _of_run(path: str, generation: Generation, config: ModelConfig) -> Source:
@@ -188,6 +196,8 @@ def take_weights(
             hint = "is it an LXMERT with its pre-training heads?"
             if not any("x_layers." in n for n in weights):
                 hint = "if it is a BERT, name its Hugging Face folder, with its config.json."
+            elif name.startswith("lxmert.encoder."):
+                hint = "has it as many layers (model.language_layers, …)?"
             raise ModelError(
                 f"{path} has no {name}: {hint} What the file need not have is named in "
                 "train.init_fresh"

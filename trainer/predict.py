@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import sqlite3
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,12 @@ import torch
 from shards.dataset import Dataset, open_dataset
 from shards.errors import DataError
 from shards.progress import Progress, no_progress
+from shards.store import objects
 from shards.store.atomic import written_whole
 from trainer import setup
+from trainer.behaviour import Behaviour
 from trainer.checkpoint.generations import Generation
+from trainer.errors import ConfigError
 from trainer.evaluate import (
     Answered,
     Evaluation,
@@ -28,14 +29,11 @@ from trainer.evaluate import (
     questions,
     without_gradient,
 )
-from trainer.kinds import answer_type, kind_of
 from trainer.model import load_checkpoint
+from trainer.partial import Key, Partial, QuestionsError
 from trainer.scores.nlvr2 import score_nlvr2
 from trainer.tasks import TASKS
-from trainer.tasks.base import Task
-
-PARTIAL = ".partial"
-"""End of the name of what a file of predictions is collected in."""
+from trainer.tasks.base import Judge, Task
 
 
 @dataclass(frozen=True)
@@ -72,31 +70,47 @@ def evaluate_checkpoint(
     table than the model was trained with; DataError for files that are not the data set's.
     """
     asked = _ask(path, data_url, cache, batch_size, blind)
-    behaviour, given = Behaviour(), dict[Any, str]()
+    _check_files(asked.task, annotations, choices)
+    behaviour, given, labels = Behaviour(), dict[Any, str](), dict[Any, str]()
     count = _counted(asked.evaluation.data, progress)
+    by_id = asked.task.images == 2  # NLVR2's consistency is of all statements together
 
     def answered(found: list[Answered], pairs: int) -> None:
         behaviour.add(found)
-        if annotations:
-            given.update((_id(a), a.answer) for a in found)
-        if asked.task.images == 2:
-            statements.update((str(_id(a)), (a.answer, a.answers)) for a in found)
+        for a in found if annotations or by_id else []:
+            key = _id(a)
+            if key in given:
+                raise QuestionsError(
+                    f"the question id {key!r:.60} comes twice in {data_url}: build it from files "
+                    "of one split"
+                )
+            given[key] = a.answer
+            if a.answers:
+                labels[key] = max(a.answers, key=lambda answer: (a.answers or {})[answer])
         count(pairs)
 
-    statements = dict[str, tuple[str, Any]]()
-    if annotations and asked.task.judge is None:
-        raise DataError("files of annotations go with a fine-tuned run: pre-training has no task's")
-    evaluation = replace(asked.evaluation, answered=answered)
-    metrics = evaluate(asked.forward, evaluation)
+    metrics = evaluate(asked.forward, replace(asked.evaluation, answered=answered))
     if asked.task.fine_tunes:
         metrics = {name.replace(f"/{asked.objective}", ""): v for name, v in metrics.items()}
     metrics |= behaviour.metrics()
-    labels = {i: max(a, key=a.get) for i, (_, a) in statements.items() if a}
-    if labels and len(labels) == len(statements):
-        metrics |= score_nlvr2({i: a for i, (a, _) in statements.items()}, labels)
+    if by_id:
+        metrics |= score_nlvr2({i: a for i, a in given.items() if i in labels}, labels)
     if annotations and asked.task.judge:
         metrics |= asked.task.judge.score(given, annotations, choices)
     return metrics
+
+
+def _check_files(task: Task, annotations: Sequence[Path], choices: Sequence[Path]) -> None:
+    """ConfigError or DataError where a file is of no use, before anything is computed."""
+    if annotations and task.judge is None:
+        raise ConfigError("--annotations go with a fine-tuned run: pre-training has no task's")
+    if choices and not (annotations and task.judge and task.judge.takes_choices):
+        raise ConfigError("--choices are GQA's, and go with its --annotations")
+    for path in (*annotations, *choices):
+        try:
+            open(path, "rb").close()
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from None
 
 
 def predict(
@@ -115,30 +129,38 @@ def predict(
     What is answered is kept in `out` with the end `.partial`, from which a call that was cut goes
     on. Raises as `evaluate_checkpoint`, DataError for questions without an id or with another's.
     """
+    if out.is_dir():
+        raise DataError(f"{out} is a folder: name a file for the predictions")
     asked = _ask(path, data_url, cache, batch_size, blind=False)
-    data = asked.evaluation.data
+    data, judge = asked.evaluation.data, asked.task.judge
     meta = {
-        "checkpoint": asked.generation.url,
-        "data": data.manifest.fingerprint,
-        "batch": str(batch_size),
+        # By what it holds: a run that was trained anew gives its checkpoints the same names.
+        "checkpoint": hashlib.sha256(objects.read_bytes(asked.generation.url)).hexdigest(),
+        "data set": data.manifest.fingerprint,
+        "batch size": str(batch_size),
     }
-    count = _counted(data, progress)
-    with _Journal(out.with_name(out.name + PARTIAL), meta).opened() as journal:
-        count(journal.done)
+    every = replace(asked.evaluation, every_sentence=judge is not None)
+    count = _counted(data, progress, every.every_sentence)
+    with Partial(out, meta).opened() as partial:
+        count(partial.done)
 
         def answered(found: list[Answered], pairs: int) -> None:
-            journal.add([(_key(a, asked.task), a) for a in found], pairs)
+            # Of a task's data set what has no id is no question: a caption beside them.
+            told = [a for a in found if a.id is not None or judge is None]
+            partial.add([(_key(a, judge), _row(a)) for a in told], pairs)
             count(pairs)
 
-        done = replace(asked.evaluation, answered=answered, done=journal.done)
-        answer_questions(asked.forward, done, asked.objective)
-        judge = asked.task.judge
+        task = replace(every, answered=answered, done=partial.done)
+        answer_questions(asked.forward, task, asked.objective)
+        answers = partial.answers
+        if judge and not answers:
+            raise QuestionsError(
+                f"no sentence of {data_url} has an id: build it from the task's own files"
+            )
         if judge:
-            judge.write(out, ((key, row["answer"]) for key, row in journal.rows()))
+            judge.write(out, ((key, row["answer"]) for key, row in partial.rows()))
         else:
-            _write_list(out, (row for _, row in journal.rows()))
-        answers = journal.answers
-    out.with_name(out.name + PARTIAL).unlink()
+            _write_list(out, (row for _, row in partial.rows()))
     return answers
 
 
@@ -165,9 +187,9 @@ def _ask(path: str, data_url: str, cache: str | None, batch_size: int, blind: bo
     return _Asked(task, generation, forward, evaluation)
 
 
-def _counted(data: Dataset, progress: Progress) -> Any:
+def _counted(data: Dataset, progress: Progress, every_sentence: bool = False) -> Any:
     """Tells the progress how many questions are answered, of how many."""
-    total, done = questions(data).streams[0].pairs, 0
+    total, done = questions(data, every_sentence=every_sentence).streams[0].pairs, 0
 
     def count(more: int) -> None:
         nonlocal done
@@ -177,64 +199,29 @@ def _counted(data: Dataset, progress: Progress) -> Any:
     return count
 
 
-# --- behaviour ----------------------------------------------------------------------------------
-
-
-class Behaviour:
-    """Mean scores by kind of question, by type of answer and by number of objects."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-
-    def add(self, found: Iterable[Answered]) -> None:
-        for a in found:
-            kind = kind_of(a.kind, a.question)
-            for name in (
-                f"kind/{kind}",
-                f"answer/{answer_type(a.answers) or 'none'}",
-                f"objects/{_binned(a.objects)}",
-            ):
-                self._sums[name][0] += a.score
-                self._sums[name][1] += 1
-
-    def metrics(self, most: int = 30) -> dict[str, float]:
-        """Of each of the three the groups with most questions."""
-        out: dict[str, float] = {}
-        for what in ("kind", "answer", "objects"):
-            groups = {n: v for n, v in self._sums.items() if n.partition("/")[0] == what}
-            if len(groups) < 2:
-                continue  # of one group it is the accuracy of all
-            kept = sorted(groups, key=lambda n: -groups[n][1])[:most]
-            ordered = [n for n in groups if n in kept]
-            ordered.sort(
-                key=lambda n: int(n.split("/")[1].split("-")[0]) if what == "objects" else 0
-            )
-            out |= {f"accuracy/{n}": groups[n][0] / groups[n][1] for n in ordered}
-        return out
-
-
-def _binned(objects: int) -> str:
-    """Numbers of objects: each up to 10, then tens."""
-    if objects <= 10:
-        return str(objects)
-    first = (objects - 1) // 10 * 10 + 1
-    return f"{first}-{first + 9}"
-
-
 # --- predictions --------------------------------------------------------------------------------
 
 
 def _id(found: Answered) -> str | int:
     if found.id is None:
-        raise DataError(
+        raise QuestionsError(
             f"the question {found.question!r:.60} of image {found.image!r:.60} has no id: build "
             "the data set from the task's own files"
         )
     return found.id
 
 
-def _key(found: Answered, task: Task) -> str | int | None:
-    return _id(found) if task.judge else None
+def _key(found: Answered, judge: Judge | None) -> Key:
+    """QuestionsError where the id is of a type that the task's files have not."""
+    if judge is None:
+        return None
+    key = _id(found)
+    if not isinstance(key, judge.ids):
+        raise QuestionsError(
+            f"the question id {key!r:.60} is no text, as the task's ids are: build the data set "
+            "from its own files"
+        )
+    return key
 
 
 def _write_list(out: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -244,71 +231,6 @@ def _write_list(out: Path, rows: Iterable[dict[str, Any]]) -> None:
             f.write(before + json.dumps({k: v for k, v in row.items() if v is not None}))
             before = ",\n"
         f.write("\n]\n" if before == ",\n" else "[]\n")
-
-
-class _Journal:
-    """What is answered, in an SQLite file: memory does not grow with it, and a call that is cut
-    loses a batch."""
-
-    def __init__(self, path: Path, meta: dict[str, str]) -> None:
-        self._path, self._meta = path, meta
-        self.done = 0
-        """Pairs that were asked."""
-
-    @contextmanager
-    def opened(self) -> Iterator[_Journal]:
-        """DataError where the file is another checkpoint's or data set's, or cannot be written."""
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with closing(sqlite3.connect(self._path, isolation_level=None)) as self._database:
-                self._begin()
-                yield self
-        except (sqlite3.Error, OSError) as error:
-            raise DataError(
-                f"cannot keep predictions in {self._path}: {error}; remove it where it is damaged, "
-                "or name another place for them"
-            ) from None
-
-    def _begin(self) -> None:
-        run = self._database.execute
-        run("create table if not exists meta (key text primary key, value text)")
-        run("create table if not exists answer (number integer primary key, id unique, row text)")
-        before = dict(run("select key, value from meta").fetchall())
-        self.done = int(before.pop("done", 0))
-        if before and before != self._meta:
-            other = next(key for key in self._meta if before.get(key) != self._meta[key])
-            raise DataError(
-                f"{self._path} has predictions of another {other} ({before.get(other)}, now "
-                f"{self._meta[other]}): remove it, or name another file"
-            )
-        for key, value in self._meta.items():
-            run("insert or replace into meta values (?, ?)", (key, value))
-
-    def add(self, found: Sequence[tuple[str | int | None, Answered]], pairs: int) -> None:
-        """A batch of so many pairs, whole or not at all."""
-        run = self._database.execute
-        run("begin")
-        for key, a in found:
-            try:
-                run("insert into answer (id, row) values (?, ?)", (key, json.dumps(_row(a))))
-            except sqlite3.IntegrityError:
-                run("rollback")
-                raise DataError(
-                    f"the question id {key!r:.60} comes twice in the data set: build it from files "
-                    "of one split"
-                ) from None
-        self.done += pairs
-        run("insert or replace into meta values ('done', ?)", (str(self.done),))
-        run("commit")
-
-    @property
-    def answers(self) -> int:
-        return int(self._database.execute("select count(*) from answer").fetchone()[0])
-
-    def rows(self) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """In the order of the ids; without ids, as they came."""
-        for key, row in self._database.execute("select id, row from answer order by id, number"):
-            yield key, json.loads(row)
 
 
 def _row(found: Answered) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 
+from shards.errors import NotFoundError
 from shards.format.build import ANSWERS, VOCAB
 from shards.store import objects
 from trainer.checkpoint.errors import CheckpointError
@@ -25,7 +26,13 @@ def run_answers(generation: Generation) -> list[str]:
 
 def _verified(generation: Generation, name: str, what: str, sha256: str) -> bytes:
     url = objects.join(generation.run_url, name)
-    data = objects.read_bytes(url)
+    try:
+        data = objects.read_bytes(url)
+    except NotFoundError:
+        raise CheckpointError(
+            f"{url} does not exist, which {generation.url} was trained with: copy the training "
+            f"set's {name} there"
+        ) from None
     if hashlib.sha256(data).hexdigest() != sha256:
         raise CheckpointError(
             f"{url} is not {what} that {generation.url} was trained with (their sha256 differ): "

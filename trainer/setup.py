@@ -120,6 +120,12 @@ def check_task(config: RunConfig, data: Dataset) -> None:
     """ConfigError unless a task can be trained on a data set."""
     check_records(config, data)
     task = TASKS[config.task]
+    if task.answers is not None and set(data.answers()) != task.answers:
+        raise ConfigError(
+            f"task {task.name} has the answers {' and '.join(sorted(task.answers))}, and "
+            f"{data.url} a table of {data.manifest.answers.count}: build it without --answers, or "
+            "with those of the task's training set"
+        )
     if task.fine_tunes and not data.manifest.question_sources:
         raise ConfigError(
             f"task {task.name} needs questions with answers, and {data.url} has none: build it "

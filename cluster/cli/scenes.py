@@ -67,12 +67,16 @@ def _lines(written: Written) -> list[str]:
 
 
 def _build_command(out: Path, name: str) -> str:
-    """What makes a data set of a folder, beside OUT: of words that all of them share."""
+    """What makes a data set of a folder, beside OUT: of words that all of them share, and answers
+    that those of questions share; those of statements are true and false alone."""
     files = (
         ["statements.json"] if name.startswith("pairs-") else ["captions.jsonl", "questions.jsonl"]
     )
     words = ["lxscale", "shards", "build", "--features", str(out / name / "features.tsv")]
     words += ["--sentences", *(str(out / name / file) for file in files)]
-    words += ["--answers", str(out / "answers.json"), "--vocab", str(out / "vocab.txt")]
+    shards = out.with_name(f"{out.name}-shards")
+    answers = shards / "pairs-train" if name.startswith("pairs-") else out / "answers.json"
+    words += [] if name == "pairs-train" else ["--answers", str(answers)]
+    words += ["--vocab", str(out / "vocab.txt")]
     words += ["--feature-dim", str(FEATURE_DIM), "--extractor", EXTRACTOR]
-    return shlex.join([*words, "--out", str(out.with_name(f"{out.name}-shards") / name)])
+    return shlex.join([*words, "--out", str(shards / name)])

@@ -97,7 +97,9 @@ def test_means_and_spreads_beside_the_paper(tmp_path: Path) -> None:
         ({"rows": [{"name": "a", "cells": {"x": {"config": "vqa.yaml"}}}]}, "no column x"),
         ({"rows": [{"name": "a", "cells": {"questions": {"config": "vqa.yaml", "from": "y"}}}]},
          "from: y is no run"),
-        ({"rows": [{"name": "a", "cells": {}}, {"name": "a", "cells": {}}]}, "two rows .* a"),
+        ({"rows": [{"name": n, "cells": {"questions": {"config": "vqa.yaml"}}}
+                   for n in ("lr+1", "lr-1")]}, "two runs would be in one folder, lr-1-questions"),
+        ({"seeds": [1, 1]}, "seeds: one is there twice"),
         ({"runs": {"a": {"config": "pre.yaml", "from": "a"}}}, "from: a is no run above it"),
         ({"runs": {"pretrain": {"config": "pre.txt"}}}, "pre.txt is no YAML file"),
     ],
@@ -141,7 +143,7 @@ def test_a_table_is_trained_measured_and_gone_on_with(
     command = [sys.executable, "-m", "cluster.cli", "compare", str(path), "--jobs", "2"]
     cut = subprocess.Popen(command, env=subprocess_environment(), stderr=subprocess.PIPE, text=True)
     assert cut.stderr is not None
-    assert "1 of 4 runs" in cut.stderr.readline()
+    assert any("1 of 4 runs" in line for line in cut.stderr)
     cut.send_signal(signal.SIGTERM)
     assert cut.wait(120) == 143
     deadline = time.monotonic() + 30
@@ -153,10 +155,26 @@ def test_a_table_is_trained_measured_and_gone_on_with(
     assert (tmp_path / "out.md").read_text() == shown
     found = json.loads((tmp_path / "runs" / RESULTS).read_bytes())
     assert f"{100 * found['scratch-questions/seed-1']['accuracy']:.1f}" in shown
+    # What the table says now is what was trained, or it is said.
+    rows = yaml.safe_load(path.read_text())["rows"]
+    cell = rows[0]["cells"]["questions"]
+    for change, message in (
+        ({"set": ["train.steps=5"]}, "was trained with another train.steps than the table has now"),
+        ({"config": "pre.yaml"}, "was trained with another"),
+    ):
+        rows[0]["cells"]["questions"] = cell | change
+        assert main(["compare", str(write(tmp_path, seeds=[1], rows=rows))]) == 2
+        assert message in capsys.readouterr().err
+    write(tmp_path, seeds=[1], columns={"questions": {"data": f"{tmp_path}/test", "metric": "f1"}})
+    assert main(["compare", str(path)]) == 2
+    assert "has no metric 'f1': it has loss, accuracy" in capsys.readouterr().err
+    write(tmp_path, seeds=[1])
     began = time.monotonic()
     assert main(["compare", str(path)]) == 0
     assert time.monotonic() - began < 10 and capsys.readouterr().out == shown
-    assert main(["compare", str(write(tmp_path, storage=f"{tmp_path}/set/manifest.json"))]) == 2
+    (tmp_path / "runs" / RESULTS).write_text("[1]")
+    assert main(["compare", str(path)]) == 2
+    assert "comparison.json is not what a comparison writes: remove it" in capsys.readouterr().err
 
 
 def _trainings(folder: Path) -> list[str]:

@@ -558,7 +558,7 @@ def test_submissions_come_back(tmp_path: Path) -> None:
     [
         (submission.write_vqa, [(5, "a"), (5, "b")], "of question 5 comes after that of 5: sort"),
         (submission.write_vqa, [(10, "a"), (9, "b")], "of question 9 comes after that of 10"),
-        (submission.write_vqa, [(5, "a"), ("6", "b")], "question_id '6' is no whole number"),
+        (submission.write_vqa, [("6", "a"), (5, "b")], "of question 5 comes after that of '6'"),
         (submission.write_vqa, [(5, "a"), (True, "b")], "question_id True is no whole number"),
         (submission.write_vqa, [(5, "a"), (6, None)], "of question 6 is None, no text"),
         (submission.write_gqa, [("02", "a"), ("02", "b")], "'02' comes after that of '02'"),

@@ -20,12 +20,15 @@ from model.config import ModelConfig
 from model.flops import training_flops
 from model.lxmert import Lxmert
 from shards.dataset import Dataset, open_dataset
+from shards.errors import DataError
 from shards.format.build import BuildSettings, build
+from shards.format.manifest import load_manifest
 from shards.format.record import ImageRecord, Picture, Sentence
 from shards.order.settings import SamplerSettings
 from tests.conftest import files_of, small_records
 from tests.ranks import config_tree, run_ranks
 from tests.trainer.test_resume import assert_bitwise, losses
+from trainer.behaviour import Behaviour
 from trainer.checkpoint.generations import find_generation, load_weights
 from trainer.config import parse_config
 from trainer.data.batch import make_batch, settings_of
@@ -33,7 +36,8 @@ from trainer.errors import ConfigError
 from trainer.evaluate import Answered
 from trainer.export import export_huggingface
 from trainer.model import build_model, load_checkpoint
-from trainer.predict import PARTIAL, Behaviour, evaluate_checkpoint, predict
+from trainer.partial import END, Partial
+from trainer.predict import evaluate_checkpoint, predict
 from trainer.tasks import TASKS
 
 OFF = {"dropout": 0.0, "attention_dropout": 0.0}
@@ -317,12 +321,13 @@ def test_predictions_go_on_where_they_were_cut(
     monkeypatch.setattr(Lxmert, "forward", dying)
     with pytest.raises(KeyboardInterrupt):
         predict(str(tuned), test, cut, batch_size=3)
-    assert not cut.exists() and (tmp_path / f"cut.json{PARTIAL}").exists()
-    with pytest.raises(Exception, match=r"predictions of another checkpoint"):
+    assert not cut.exists() and (tmp_path / f"cut.json{END}").exists()
+    with pytest.raises(DataError, match=r"predictions of another checkpoint"):
         predict(str(find_generation(str(root / "vqa-whole")).url), test, cut, batch_size=3)
     predict(str(tuned), test, cut, batch_size=3)
     assert cut.read_bytes() == out.read_bytes() and sorted(tmp_path.iterdir()) == [cut, out]
-    assert sum(asked) == 8 + 3, "the batch that was answered before is not asked again"
+    pairs = load_manifest(test).pairs
+    assert sum(asked) == pairs + 3, "the batch that was answered before is not asked again"
 
     # The metrics are those of the file.
     data = open_dataset(test, root / "cache")
@@ -379,6 +384,100 @@ def test_behaviour_by_kind_answer_and_objects() -> None:
     }
 
 
+def test_one_call_predicts_to_a_file(root: Path, tuned: Path, tmp_path: Path) -> None:
+    """Another one at the same time says so, and takes nothing away."""
+    out, test = tmp_path / "out.json", str(root / "vqa-test")
+    with Partial(out, {"checkpoint": "x"}).opened():
+        with pytest.raises(DataError, match=r"another call is predicting to .*out\.json\.partial"):
+            predict(str(tuned), test, out)
+        assert out.with_name(f"out.json{END}").exists()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(DataError, match="is a folder: name a file"):
+        predict(str(tuned), test, tmp_path)
+    predict(str(tuned), test, out)
+
+
+def test_partial_predictions_that_are_damaged(tmp_path: Path) -> None:
+    def opened(cut: bool = True) -> list[Any]:
+        with Partial(tmp_path / "out", {"checkpoint": "x"}).opened() as partial:
+            if cut:
+                partial.add([(1, {"answer": "red"}), (2, {"answer": "blue"})], 3)
+                raise KeyboardInterrupt
+            assert partial.done == 3
+            return list(partial.rows())
+
+    with pytest.raises(KeyboardInterrupt):
+        opened()
+    path = tmp_path / f"out{END}"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"blue", b"glue"))
+    with pytest.raises(DataError, match=r"out\.partial is damaged: remove it, and predict"):
+        opened(cut=False)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"out.partial .*remove it"):
+        opened(cut=False)
+    path.write_bytes(whole)
+    assert [row["answer"] for _, row in opened(cut=False)] == ["red", "blue"]
+    assert not path.exists()
+
+
+def test_questions_that_cannot_be_told_apart_or_measured(
+    root: Path, tuned: Path, tmp_path: Path, said: list[logging.LogRecord]
+) -> None:
+    table = json.loads((files_of(root / "vqa") / "answers.json").read_text())
+    settings = BuildSettings("x", "test", vocab=root / "pre", answers=table)
+    records = small_records(4)
+
+    def made(name: str, sentences: list[Sentence]) -> str:
+        given = [replace(r, sentences=(s,)) for r, s in zip(records, sentences, strict=False)]
+        build(given, tmp_path / name, settings)
+        return str(tmp_path / name)
+
+    def asked(i: str | int | None, source: str = "vqa", answers: Any = None) -> Sentence:
+        return Sentence("what color is it?", source, answers, i)
+
+    red, out = {"red": 1.0}, tmp_path / "out.json"
+    for name, ids, message in (
+        ("twice", (7, 7), "id 7 comes twice in the data set"),
+        ("beyond", (2**63, 1), "is beyond 64 bits"),
+    ):
+        data = made(name, [asked(i, answers=red) for i in ids])
+        with pytest.raises(DataError, match=message):
+            predict(str(tuned), data, out)
+        assert not list(tmp_path.glob("out*")), "nothing of no use stays"
+    # A test set beside captions: what has an id is answered, without any answer to learn from.
+    data = made("test", [asked(1), asked("b"), Sentence("a line", "coco_cap")])
+    assert predict(str(tuned), data, out) == 2
+    assert [row["question_id"] for row in json.loads(out.read_text())] == [1, "b"]
+    captions = made("captions", [Sentence("a line", "coco_cap")])
+    with pytest.raises(DataError, match=r"no sentence of .*captions has an id"):
+        predict(str(tuned), captions, out)
+    with pytest.raises(DataError, match="has no question with an answer: there is nothing"):
+        evaluate_checkpoint(str(tuned), captions)
+    # Those that nobody has answered are left out of the mean.
+    some = made("some", [asked(1, answers=red), asked(2, answers=red), asked(3), asked(4)])
+    half = made("half", [asked(1, answers=red), asked(2, answers=red)])
+    metrics = evaluate_checkpoint(str(tuned), some)
+    assert "2 questions have no answers, and are not measured" in said[-1].getMessage()
+    assert metrics["accuracy"] == evaluate_checkpoint(str(tuned), half)["accuracy"]
+    for files, message in (
+        ({"choices": [out]}, "--choices are GQA's"),
+        ({"annotations": [tmp_path / "absent"]}, "cannot read .*absent"),
+    ):
+        with pytest.raises((DataError, ConfigError), match=message):
+            evaluate_checkpoint(str(tuned), half, **files)
+
+
+def test_a_run_that_was_trained_anew_is_another_checkpoint(root: Path, tmp_path: Path) -> None:
+    """Though its checkpoints have the same names."""
+    model, out = str(root / "vqa-killed"), tmp_path / "out.json"
+    with pytest.raises(KeyboardInterrupt), Partial(out, {"checkpoint": "x", "data set": "y",
+                                                         "batch size": "2"}).opened():  # fmt: skip
+        raise KeyboardInterrupt
+    with pytest.raises(DataError, match="has predictions of another checkpoint: remove it"):
+        predict(model, str(root / "vqa-test"), out, batch_size=2)
+
+
 # --- bad input ----------------------------------------------------------------------------------
 
 
@@ -397,6 +496,12 @@ def test_what_does_not_fit_the_task_is_refused(root: Path, tuned: Path, tmp_path
     cases.append(
         (tree_of(root, "gqa", "d", data={"train": str(tmp_path / "captions")}),
          "task gqa needs questions with answers, and .*captions has none")
+    )  # fmt: skip
+    wide = BuildSettings("n", "test", vocab=root / "pre", answers=["true", "false", "maybe"])
+    build(pairs_of_images(3), tmp_path / "wide", wide)
+    cases.append(
+        (tree_of(root, "nlvr2", "f", data={"train": str(tmp_path / "wide")}),
+         "task nlvr2 has the answers false and true, and .*wide a table of 3")
     )  # fmt: skip
     build(small_records(5), tmp_path / "words", BuildSettings("w", "test", vocab_size=60))
     cases.append(

@@ -43,7 +43,8 @@ def check_predicted(
     if missing == "error" and (without := [q for q in due if q not in given]):
         raise DataError(
             f"{len(without):,} of {len(due):,} questions have no prediction (first: "
-            f"{without[0]!r:.60}): predict all, or let these count as wrong (missing zero)"
+            f"{without[0]!r:.60}): predict all, or let these count as wrong "
+            "(`lxscale score --missing zero`)"
         )
 
 

@@ -4,9 +4,9 @@ vqa     `[{"question_id": 262148000, "answer": "down"}, …]`
 gqa     `[{"questionId": "02930152", "prediction": "no"}, …]`
 nlvr2   a line for each statement: `dev-850-0-0,True`
 
-Writers take rows as they come, in the order of the ids (numbers for VQA, texts otherwise) and each
-id once, so that equal predictions are equal bytes; a file is there when it is whole. Readers go row
-by row, too. Both raise DataError for what such a file cannot hold.
+Writers take rows as they come, in the order of the ids (VQA's are numbers, the others' texts) and
+each id once, so that equal predictions are equal bytes; a file is there when it is whole. Readers
+go row by row, too. Both raise DataError for what such a file cannot hold.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from shards.errors import DataError, explained
 from shards.sources.json_stream import list_items
 from shards.store.atomic import written_whole
 from trainer.scores.nlvr2 import checked, truth
-from trainer.scores.predictions import Id, Value, answer_text
+from trainer.scores.predictions import Value, answer_text
 
 _LONGEST = 1 << 10  # characters of a line of NLVR2's, many more than it needs
 
 
-def write_vqa(path: Path, rows: Iterable[tuple[int, str]]) -> None:
-    """Write rows of question_id and answer."""
+def write_vqa(path: Path, rows: Iterable[tuple[int | str, str]]) -> None:
+    """Write rows of question_id and answer. Ids are numbers; data sets of others may have texts,
+    which come after."""
     _write(path, _json_list(_in_order(rows, _number, answer_text), ("question_id", "answer")))
 
 
@@ -103,14 +104,14 @@ def _answer(entry: dict[str, Any], key: str, where: str) -> str:
 
 
 def _in_order(
-    rows: Iterable[tuple[Id, Value]],
-    checked_id: Callable[[object], Id],
+    rows: Iterable[tuple[Any, Value]],
+    checked_id: Callable[[object], int | str],
     checked_value: Callable[[object, object], Value],
-) -> Iterator[tuple[Id, Value]]:
-    last: Id | None = None
+) -> Iterator[tuple[int | str, Value]]:
+    last: int | str | None = None
     for given, value in rows:
         question = checked_id(given)
-        if last is not None and question <= last:
+        if last is not None and _place(question) <= _place(last):
             raise DataError(
                 f"the prediction of question {question!r:.60} comes after that of {last!r:.60}: "
                 "sort them by their ids, each once"
@@ -119,7 +120,13 @@ def _in_order(
         yield question, checked_value(value, question)
 
 
-def _number(given: object) -> int:
+def _place(question: int | str) -> tuple[bool, int | str]:
+    return isinstance(question, str), question
+
+
+def _number(given: object) -> int | str:
+    if isinstance(given, str):
+        return given
     if not isinstance(given, Integral) or isinstance(given, bool):
         raise DataError(f"the question_id {given!r:.60} is no whole number")
     return int(given)

@@ -20,6 +20,10 @@ class Judge:
     of choices where one of the metrics needs them -> metrics by name."""
     write: Callable[[Path, Iterable[tuple[Any, Any]]], None]
     """Path, and rows of question id and answer in the order of the ids -> the submission file."""
+    ids: tuple[type, ...] = (str,)
+    """Types of question ids."""
+    takes_choices: bool = False
+    """Whether files of choices serve one of the metrics."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Task:
     """Those of its model, whose heads follow from them."""
     images: int = 1
     """That a record of its data sets is of."""
+    answers: frozenset[str] | None = None
+    """The only answer table that its data sets may have; None: any."""
     judge: Judge | None = None
     """None for pre-training, whose metrics are its objectives' losses and accuracies."""
 

@@ -10,5 +10,6 @@ NLVR2 = Task(
     "nlvr2",
     one_objective("statement"),
     images=2,
+    answers=frozenset({"true", "false"}),
     judge=Judge(lambda given, files, choices: score_nlvr2(given, read_labels(files)), write_nlvr2),
 )

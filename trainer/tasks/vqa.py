@@ -9,5 +9,6 @@ from trainer.tasks.base import Judge, Task, one_objective
 VQA = Task(
     "vqa",
     one_objective("answers"),
-    judge=Judge(lambda given, files, choices: score_vqa(given, files), write_vqa),
+    # Numbers in VQA itself; texts of data sets of other makers.
+    judge=Judge(lambda given, files, choices: score_vqa(given, files), write_vqa, (int, str)),
 )

@@ -29,6 +29,7 @@ def _detect(path: Path) -> bool:
 
 
 def _read(files: Sequence[Path], source: str, report: Report) -> Iterator[ImageText]:
+    seen: set[str] = set()
     for path in files:
         for number, entry in json_lines(path, "file of statements"):
             where = f"{path}, line {number}"
@@ -38,6 +39,9 @@ def _read(files: Sequence[Path], source: str, report: Report) -> Iterator[ImageT
                 raise DataError(
                     f"{where}: it has no identifier (split-set-pair-sentence) and sentence"
                 )
+            if name in seen:
+                raise DataError(f"{where}: {name!r:.60} comes twice: name each file once")
+            seen.add(str(name))
             if label is not None and str(label) not in _LABELS:
                 raise DataError(f"{where}: the label is {label!r:.40}, not True or False")
             if not text.strip():

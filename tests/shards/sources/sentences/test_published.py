@@ -222,6 +222,7 @@ BAD: list[tuple[str, str, str]] = [
     ("vg-qa", '[{"id": 1, "qas": [{"question": "x", "answer": "y", "qa_id": "z"}]}]', "qa_id 'z'"),
     ("gqa", '{"01": {"question": "x", "imageId": "1", "answer": 3}}', "question 01 is 3, no text"),
     ("nlvr2", '{"identifier": "---", "sentence": "x"}', "line 1: it has no identifier"),
+    ("nlvr2", '{"identifier": "a-b-c-d", "sentence": "x"}\n' * 2, "line 2: 'a-b-c-d' comes twice"),
 ]
 
 
