@@ -15,6 +15,8 @@ step/          what one optimizer step is made of
 checkpoint/    state onto the store, and back
 evaluate.py    metrics over a data set
 predict.py     a checkpoint's metrics and files of predictions
+partial.py     predictions under way
+behaviour.py   scores by kind of question, type of answer, number of objects
 kinds.py       the kind of a question, and the type of an answer
 scores/        the tasks' official metrics
 show/          a page of what a model does

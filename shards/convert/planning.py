@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shards.convert import couples
 from shards.convert.inputs import FeatureInput, Inputs, SentenceInput
 from shards.convert.plan import FeatureFile, Plan
 from shards.errors import DataError
@@ -39,21 +40,10 @@ create table image (
     split text, of_vg integer not null, second text,
     bytes integer not null default 0, part integer
 );
-create table couple (image text primary key, first text not null, second text not null);
 """
 _INDEXES = """
 create index text_of on text (image);
 create index image_of on image (id);
-"""
-# Two images that share their sentences become one, in the place of the first: `second` has what a
-# reader needs beside, [[name of the first], [name, file, position, place, objects, version]].
-_JOIN = """
-insert into image (name, id, file, position, place, version, objects, split, of_vg, second)
-select c.image, c.image, a.file, a.position, a.place, a.version, a.objects + b.objects,
-    coalesce(a.split, b.split), 0,
-    json_array(json_array(a.name),
-        json_array(b.name, b.file, b.position, b.place, b.objects, b.version))
-from couple c join image a on a.id = c.first join image b on b.id = c.second order by a.number
 """
 _OBJECTS = 36  # of an image whose file does not say how many: the size of its record is estimated
 _SHOWN = 5
@@ -84,7 +74,7 @@ def make_plan(
     path.unlink(missing_ok=True)
     with closing(sqlite3.connect(path, isolation_level=None)) as database:
         database.executescript("pragma journal_mode = off; pragma synchronous = off;")
-        database.executescript(_TABLES)
+        database.executescript(_TABLES + couples.TABLE)
         plan = Plan(database)
         try:
             database.execute("begin")
@@ -129,7 +119,7 @@ class _Making:
                     image = self.vg.resolve(text.image)
                     self._add_text(image, text.split or given.split, text.sentences)
                     if text.pictures:
-                        self._add_couple(image, *map(self.vg.resolve, text.pictures))
+                        couples.add(self.database, image, *map(self.vg.resolve, text.pictures))
                     count += len(text.sentences)
                     if count % 1000 < len(text.sentences):
                         self.progress("sentences read", count, None)
@@ -145,11 +135,6 @@ class _Making:
             raise DataError(
                 f"image {image!a:.120} has text that is not valid Unicode: correct its source"
             ) from None
-
-    def _add_couple(self, image: str, first: str, second: str) -> None:
-        self.database.execute(
-            "insert or ignore into couple values (?, ?, ?)", (image, first, second)
-        )
 
     def list_images(self) -> None:
         count = 0
@@ -210,49 +195,18 @@ class _Making:
         """Images that are excluded or have no sentences, and what is wrong as a whole."""
         for why, ids in self.inputs.exclude.items():
             self._exclude(why, {self.vg.resolve(image) for image in ids})
-        couples = self._couples()
-        if self.inputs.only is not None and not couples:
+        two = couples.are_there(self.database)
+        if self.inputs.only is not None and not two:
             self._only(self.inputs.only)
         self._twice()
-        if couples:
-            self._join()
-        if self.inputs.only is not None and couples:
+        if two:
+            single = couples.join(self.database, self.skip_bad)
+            self._drop("images without sentences", f"{single} and {couples.ALONE}")
+            self.database.execute(f"delete from image where {single}")
+        if self.inputs.only is not None and two:
             self._only(self.inputs.only)
         self._without_features()
         self._drop("images without sentences", "id not in (select image from text)")
-
-    def _couples(self) -> bool:
-        """Whether records are of two images each; DataError where some are and some are not."""
-        if not self.plan.one("select count(*) from couple"):
-            return False
-        single = "select image from text where image not in (select image from couple) limit 1"
-        if name := self.plan.one(single):
-            raise DataError(
-                f"some sentences are about two images, those of {name!r:.120} about one: build two "
-                "data sets of them"
-            )
-        return True
-
-    def _join(self) -> None:
-        """Put one image in the place of each two that share their sentences."""
-        last = self.plan.one("select max(number) from image") or 0
-        missing = self.plan.one(
-            "select i from (select first i from couple union select second from couple) "
-            "where i not in (select id from image) limit 1"
-        )
-        if missing and not self.skip_bad:
-            raise DataError(
-                f"image {missing!r:.120} of two has no features: name all feature files, or leave "
-                "such out with --skip-bad"
-            )
-        self.database.execute(_JOIN)
-        single = f"number <= {last}"
-        alone = (
-            f"{single} and id not in (select first from couple) and id not in (select second from "
-            "couple)"
-        )
-        self._drop("images without sentences", alone)
-        self.database.execute(f"delete from image where {single}")
 
     def _only(self, only: frozenset[str]) -> None:
         self.database.execute("create temp table only_ (id text primary key)")
@@ -290,11 +244,7 @@ class _Making:
         for image in ids:
             found = self.database.execute("delete from image where id = ?", (image,)).rowcount
             texts = self.database.execute("delete from text where image = ?", (image,)).rowcount
-            of = "(select image from couple where first = ? or second = ?)"
-            self.database.execute(f"delete from text where image in {of}", (image, image))
-            self.database.execute(
-                "delete from couple where first = ? or second = ?", (image, image)
-            )
+            couples.remove(self.database, image)
             if found or texts:
                 self.report.add(f"images left out: {why}", image)
 
