@@ -29,7 +29,12 @@ from tests.conftest import files_of, small_records
 from tests.ranks import config_tree, run_ranks
 from tests.trainer.test_resume import assert_bitwise, losses
 from trainer.behaviour import Behaviour
-from trainer.checkpoint.generations import find_generation, load_weights
+from trainer.checkpoint.generations import (
+    Generation,
+    find_generation,
+    generations,
+    load_weights,
+)
 from trainer.config import parse_config
 from trainer.data.batch import make_batch, settings_of
 from trainer.errors import ConfigError
@@ -218,6 +223,13 @@ def tuned(root: Path) -> Path:
     return root / "vqa-run"
 
 
+@pytest.fixture(scope="module")
+def judged(root: Path) -> Path:
+    """A run for NLVR2."""
+    assert not run_ranks(1, [(tree_of(root, "nlvr2", "judged", train={"steps": 2}), None, False)])
+    return root / "judged"
+
+
 def test_answers_begin_from_the_same_answers(root: Path, tuned: Path) -> None:
     """By their text: the tables have other orders, and one answer is new."""
     before, after = (load_weights(find_generation(str(p))) for p in (root / "pre-run", tuned))
@@ -323,7 +335,8 @@ def test_predictions_go_on_where_they_were_cut(
         predict(str(tuned), test, cut, batch_size=3)
     assert not cut.exists() and (tmp_path / f"cut.json{END}").exists()
     with pytest.raises(DataError, match=r"predictions of another checkpoint"):
-        predict(str(find_generation(str(root / "vqa-whole")).url), test, cut, batch_size=3)
+        older = [g for g in generations(str(tuned)) if isinstance(g, Generation)][-1]
+        predict(older.url, test, cut, batch_size=3)
     predict(str(tuned), test, cut, batch_size=3)
     assert cut.read_bytes() == out.read_bytes() and sorted(tmp_path.iterdir()) == [cut, out]
     pairs = load_manifest(test).pairs
@@ -345,8 +358,8 @@ def test_predictions_go_on_where_they_were_cut(
         assert metrics[f"accuracy/kind/{kind}"] == pytest.approx(due)
 
 
-def test_statements_are_judged_by_sentence(root: Path, tmp_path: Path) -> None:
-    run, out = str(root / "nlvr2-whole"), tmp_path / "out.csv"
+def test_statements_are_judged_by_sentence(root: Path, judged: Path, tmp_path: Path) -> None:
+    run, out = str(judged), tmp_path / "out.csv"
     predict(run, str(root / "nlvr2"), out)
     rows = dict(line.split(",") for line in out.read_text().split())
     truth = {s.id: s.answers for r in pairs_of_images(12) for s in r.sentences}
@@ -468,9 +481,11 @@ def test_questions_that_cannot_be_told_apart_or_measured(
             evaluate_checkpoint(str(tuned), half, **files)
 
 
-def test_a_run_that_was_trained_anew_is_another_checkpoint(root: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_trained_anew_is_another_checkpoint(
+    root: Path, tuned: Path, tmp_path: Path
+) -> None:
     """Though its checkpoints have the same names."""
-    model, out = str(root / "vqa-killed"), tmp_path / "out.json"
+    model, out = str(tuned), tmp_path / "out.json"
     with pytest.raises(KeyboardInterrupt), Partial(out, {"checkpoint": "x", "data set": "y",
                                                          "batch size": "2"}).opened():  # fmt: skip
         raise KeyboardInterrupt
@@ -481,14 +496,16 @@ def test_a_run_that_was_trained_anew_is_another_checkpoint(root: Path, tmp_path:
 # --- bad input ----------------------------------------------------------------------------------
 
 
-def test_what_does_not_fit_the_task_is_refused(root: Path, tuned: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit_the_task_is_refused(
+    root: Path, tuned: Path, judged: Path, tmp_path: Path
+) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         (tree_of(root, "nlvr2", "a", data={"train": str(root / "vqa")}),
          "task nlvr2 is about two images a record, and those of .*vqa are of one image"),
         (tree_of(root, "vqa", "b", data={"train": str(root / "nlvr2")}),
          "task vqa is about one image a record, and those of .*nlvr2 are of two images"),
-        ({**tree_of(root, "vqa", "nlvr2-whole"), "task": "vqa"},
-         "nlvr2-whole is a run of task nlvr2, not vqa: give this one another run.name"),
+        (tree_of(root, "vqa", "judged"),
+         "judged is a run of task nlvr2, not vqa: give this one another run.name"),
         (config_tree(root / "nlvr2", root, "c"), "task pretrain is about one image a record"),
     ]  # fmt: skip
     captions = [replace(r, sentences=(Sentence("a line", "coco_cap"),)) for r in small_records(3)]
