@@ -90,7 +90,13 @@ def _records(
             f = open_shared(local_file(shards[url], cache))
         with f:
             for sample in tars.samples(f, _SUFFIXES.__contains__):
-                decoded = _decoded(sample.members, schema)
+                try:
+                    decoded = _decoded(sample.members, schema)
+                except (KeyError, ValueError) as error:
+                    raise DataError(
+                        f"{url}: record {sample.key:.80} is not as the manifest says ({error}): "
+                        "`lxscale shards verify` says what is damaged"
+                    ) from None
                 yield {"__key__": sample.key, "__url__": url, **decoded}
 
 

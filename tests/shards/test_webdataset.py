@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import webdataset
 
 from shards.errors import DataError
 from shards.format.build import BuildSettings, build
+from shards.format.manifest import MANIFEST, load_manifest
 from shards.format.record import ImageRecord
 from shards.webdataset import as_webdataset
 from tests.conftest import files_of, small_records
@@ -113,3 +115,13 @@ def test_shuffling_and_the_methods_of_webdataset(data: Path) -> None:
 def test_no_data_set(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no data set at"):
         as_webdataset(str(tmp_path))
+
+
+def test_records_that_are_not_as_the_manifest_says(tmp_path: Path) -> None:
+    """A manifest that is right in itself, of other features than the tars have."""
+    build(small_records(3), tmp_path, SETTINGS)
+    manifest = load_manifest(str(tmp_path))
+    schema = replace(manifest.schema, feature_type="uint8")
+    (tmp_path / MANIFEST).write_bytes(replace(manifest, schema=schema).to_json())
+    with pytest.raises(DataError, match=r"shard-000000\.tar: record \S+ is not as the manifest"):
+        list(as_webdataset(str(tmp_path)))
