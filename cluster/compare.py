@@ -28,9 +28,9 @@ from cluster.comparison import (
     run_name,
     used_runs,
 )
-from cluster.errors import LaunchError
+from cluster.errors import USER_ERRORS, LaunchError
 from cluster.launch import absolute_paths
-from shards.errors import DataError, NotFoundError
+from shards.errors import NotFoundError
 from shards.format.manifest import load_manifest
 from shards.store import objects
 from trainer.checkpoint.generations import find_generation
@@ -38,6 +38,10 @@ from trainer.config import RunConfig
 from trainer.errors import ConfigError
 from trainer.run_status import run_config, run_status
 from trainer.setup import run_url
+
+# Sections that say what is learned, and keys of them that do not.
+_TRAINED = ("data", "sampler", "model", "objectives", "optimizer", "train")
+_FREE = ("log_every", "profile", "validate_every", "validation_batch", "init_from", "compile")
 
 RESULTS = "comparison.json"
 """What is measured, in the table's storage: run -> metrics."""
@@ -115,7 +119,7 @@ def compare(table: Comparison, at_once: int, say: Callable[[str], None]) -> dict
                 job = under_way.pop(future)
                 try:
                     metrics = future.result()
-                except (LaunchError, DataError, ConfigError) as error:
+                except USER_ERRORS as error:
                     problem = problem or error
                     continue
                 done.add(job.name)
@@ -180,21 +184,26 @@ def _identity(url: str) -> str:
 def _check_same(url: str, config: RunConfig, begins: str, before: dict[str, Any] | None) -> None:
     """ConfigError where a run that is done was trained with other settings than the table now has,
     or began from a run that was trained anew since."""
-    stored = run_config(url).model_dump(mode="json")
-    for section, given in absolute_paths(config).given().items():
-        was = stored[section]
-        keys = given if isinstance(given, dict) else {}
-        wrong = [f"{section}.{key}" for key in keys if was.get(key) != given[key]]
-        wrong += [section] if not isinstance(given, dict) and was != given else []
-        if wrong:
-            raise ConfigError(
-                f"{url} was trained with another {wrong[0]} than the table has now: remove the "
-                "run, or give the row another name"
-            )
+    stored, given = run_config(url).model_dump(mode="json"), absolute_paths(config)
+    now, named = given.model_dump(mode="json"), given.given()
+    if stored["task"] != now["task"]:
+        raise _another(url, "task")
+    for section in _TRAINED:
+        for key in named.get(section, {}):
+            told = key in ("train", "text") if section == "data" else key not in _FREE
+            if told and stored[section].get(key) != now[section][key]:
+                raise _another(url, f"{section}.{key}")
     if before and before.get("of", {}).get("begins from", begins) != begins:
         raise ConfigError(
             f"{url} began from a run that was trained anew since: remove it, to train it again"
         )
+
+
+def _another(url: str, key: str) -> ConfigError:
+    return ConfigError(
+        f"{url} was trained with another {key} than the table has now: remove the run, or give the "
+        "row another name"
+    )
 
 
 def _state(url: str) -> str:
@@ -209,9 +218,12 @@ class _Commands:
 
     def __init__(self) -> None:
         self._running: set[subprocess.Popen[str]] = set()
+        self._ended = False
 
     def run(self, job: Job, *arguments: str) -> str:
         """The output of a command; LaunchError where it fails."""
+        if self._ended:
+            raise LaunchError(f"{job.name}: the comparison is ending")
         command = [sys.executable, "-m", "cluster.cli", *arguments]
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -227,6 +239,7 @@ class _Commands:
         return out
 
     def end(self) -> None:
-        """Have them save and end."""
+        """Have them save and end; none begins after."""
+        self._ended = True
         for process in list(self._running):
             process.terminate()

@@ -21,10 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from trainer.config import RunConfig, load_config
+from trainer.config import RunConfig, load_config, parse_yaml
 from trainer.errors import ConfigError
 from trainer.sections import Place, Section
 
@@ -109,11 +108,11 @@ class Comparison(Section):
 def load_comparison(path: Path) -> Comparison:
     """The table in a YAML file. ConfigError naming what is wrong in it."""
     try:
-        tree = yaml.safe_load(path.read_bytes())
+        tree = parse_yaml(path.read_text("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read the table {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid YAML, {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected storage, seeds, columns, runs and rows")
     try:

@@ -51,7 +51,7 @@ _FIXED = {"hidden_act": "gelu", "position_embedding_type": "absolute"}
 # What the names in a trunk without heads begin with.
 _TRUNK = ("embeddings.", "encoder.", "pooler.")
 # One parameter under two names: files may have either.
-_EMBEDDING = "lxmert.embeddings.word_embeddings.weight"
+EMBEDDING = "lxmert.embeddings.word_embeddings.weight"
 _TIED = "cls.predictions.decoder.weight"
 # Under what training scripts, Lightning and DeepSpeed keep the state_dict in a checkpoint's file.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
@@ -88,7 +88,7 @@ def answers_of(tree: dict[str, Any]) -> list[str] | None:
     table = [labels.get(str(i)) for i in range(len(labels))]
     found = [a for a in table if isinstance(a, str)]
     # Hugging Face's own names of what has no name.
-    named = len(found) == len(table) and found[0] != "LABEL_0"
+    named = bool(found) and len(found) == len(table) and found[0] != "LABEL_0"
     return found if named else None
 
 
@@ -143,13 +143,13 @@ def read_lxmert(
         raise ModelError(f"{where}: {'; '.join(wrong)}: use its sizes, or another folder")
     weights = renamed(read_tensors(path), _our_name, path)
     tied = weights.pop(_TIED, None)
-    if tied is None or is_part(_TIED, fresh) or is_part(_EMBEDDING, fresh):
+    if tied is None or is_part(_TIED, fresh) or is_part(EMBEDDING, fresh):
         return weights
     # NaN, which is not even equal to itself, is for the caller to see.
-    embedding = weights.get(_EMBEDDING, tied)
+    embedding = weights.get(EMBEDDING, tied)
     if not torch.equal(tied.nan_to_num(), embedding.nan_to_num()):
         raise ModelError(
-            f"{path}: {_TIED} differs from {_EMBEDDING}; an LXMERT ties them: use another file"
+            f"{path}: {_TIED} differs from {EMBEDDING}; an LXMERT ties them: use another file"
         )
     return weights
 

@@ -47,8 +47,10 @@ def as_webdataset(url: str, cache: str | Path | None = None, *, shuffle: int = 0
         features                         f16 or f32 (n, feature_dim)
         object_id, attribute_id          i32 (n,) and
         object_conf, attribute_conf      f32 (n,): only in data sets with labels
-        sentences                        dicts of text, source, id (if any), answers (if any):
+        sentences                        dicts of text, source, id, kind and answers (if any):
                                          {answer: score}
+        sides, pictures                  only in records of two images: u8 (n,), which of them an
+                                         object is of; their ids and sizes
         split                            only where the source said it
 
     cache: folder of the node's cache for remote shards (default: as every command's).

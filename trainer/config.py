@@ -94,6 +94,8 @@ class RunConfig(Section):
             raise ValueError(f"sampler.mode={self.sampler.mode}: task {self.task} needs natural")
         if self.sampler.share_vision > 1 and task.images > 1:
             raise ValueError(f"sampler.share_vision: task {self.task} has two images a pair")
+        if self.objectives.label_scope != "masked":
+            raise ValueError(f"objectives.label_scope: task {self.task} has no labels to learn")
         if wrong := [name for name, weight in self.objectives.weights().items() if weight != 1]:
             raise ValueError(
                 f"objectives.{wrong[0]} is of pre-training, and task {self.task} trains "
@@ -165,7 +167,7 @@ def read_config(data: bytes, origin: str, overrides: Sequence[str] = ()) -> RunC
     """The configuration in a YAML file's bytes, with overrides applied. origin: names the file in
     errors."""
     try:
-        tree = _parse_yaml(data.decode("utf-8-sig")) or {}
+        tree = parse_yaml(data.decode("utf-8-sig")) or {}
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{origin} is not UTF-8 text (line {line}): save it as UTF-8") from None
@@ -184,7 +186,7 @@ def read_config(data: bytes, origin: str, overrides: Sequence[str] = ()) -> RunC
             if not isinstance(node, dict):
                 raise ConfigError(f"override {override!r}: {parent} is not a section")
         try:
-            node[last] = _parse_yaml(value)
+            node[last] = parse_yaml(value)
         except ValueError as error:
             raise ConfigError(f"override {override!r}: no valid YAML value, {error}") from None
     return parse_config(tree, origin)
@@ -204,7 +206,7 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
 
-def _parse_yaml(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
     """ValueError, one line that begins with line and column, where it is not YAML."""
     try:
         return yaml.load(text, _Loader)

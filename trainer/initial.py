@@ -14,7 +14,7 @@ from torch import Tensor
 from model.bert import PARTS, read_bert
 from model.config import ModelConfig
 from model.errors import ModelError
-from model.interchange import answers_of, is_part, read_config, read_lxmert
+from model.interchange import EMBEDDING, answers_of, is_part, read_config, read_lxmert
 from model.lxmert import HEADS, Lxmert
 from shards.dataset import Dataset
 from shards.format.answers import answer_index, load_answers, normalise_answer
@@ -28,6 +28,8 @@ from trainer.tasks import TASKS
 
 log = logging.getLogger("lxscale")
 
+# The layers that have a row an answer.
+_ANSWERS = ("answer_head.logit_fc.3.", "pair_head.logit_fc.3.")
 _FILES = (".pth", ".pt", ".bin", ".safetensors")
 # What a folder of Hugging Face's has, one of these at least.
 _MODEL = (
@@ -62,25 +64,35 @@ def begin_from(model: Lxmert, config: RunConfig, data: Dataset) -> None:
     train, fine_tunes = config.train, TASKS[config.task].fine_tunes
     assert train.init_from is not None
     source = read_source(train.init_from, model.config, train.init_fresh)
-    if source.vocab_sha256 not in (None, data.manifest.vocab.sha256):
+    known = not is_part(EMBEDDING, train.init_fresh)
+    if known and source.vocab_sha256 not in (None, data.manifest.vocab.sha256):
         raise ConfigError(
             f"train.init_from={source.path} was trained with another vocabulary than that of "
             f"{data.url}: build the data set with --vocab and that run's vocab.txt"
         )
     table = source.answers
     if train.init_answers is not None:
-        table = load_answers(train.init_answers)
+        place = objects.local_path(train.init_answers)
+        if place is None:
+            raise ConfigError(
+                f"train.init_answers={train.init_answers}: name a file of this machine"
+            )
+        table = load_answers(place)
     fresh = list(train.init_fresh)
     rows: dict[str, Tensor] = {}
-    last = [n for n in dict(model.named_parameters()) if n.startswith("answer_head.logit_fc.3.")]
-    if table and last and not is_part(last[0], fresh) and last[0] in source.weights:
+    last = [
+        name
+        for name in dict(model.named_parameters())
+        if name.startswith(_ANSWERS) and name in source.weights and not is_part(name, fresh)
+    ]
+    if table and last:
         if len(source.weights[last[0]]) != len(table):
             raise ConfigError(
                 f"train.init_from={source.path} has {len(source.weights[last[0]])} answers, and "
                 f"its answer table {len(table)}: give the right one with train.init_answers"
             )
         rows = dict.fromkeys(last, answer_rows(table, data.answers()))
-    elif fine_tunes and last and last[0] in source.weights and not is_part(last[0], fresh):
+    elif fine_tunes and last:
         log.warning(
             "answers begin at random, as it is not known which %s has: name its answer table in "
             "train.init_answers",

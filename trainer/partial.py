@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from shards.errors import DataError
+from shards.errors import DataError, explained
 
 END = ".partial"
 """Of the file's name, after that of the predictions."""
@@ -47,7 +47,7 @@ class Partial:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lock = self._lock()
         try:
-            with explained(self.path):
+            with _sqlite_explained(self.path):
                 with closing(sqlite3.connect(self.path, isolation_level=None)) as self._database:
                     try:
                         self._begin()
@@ -79,6 +79,7 @@ class Partial:
 
     def _begin(self) -> None:
         run = self._database.execute
+        run("begin")
         run("create table if not exists meta (key text primary key, value text)")
         run(
             "create table if not exists answer "
@@ -90,12 +91,14 @@ class Partial:
             raise self._damaged()
         self.done = int(done)
         if before and before != self._meta:
-            other = next(key for key in self._meta if before.get(key) != self._meta[key])
+            changed = [key for key in self._meta if before.get(key) != self._meta[key]]
+            other = changed[0] if changed else "version"
             raise DataError(
                 f"{self.path} has predictions of another {other}: remove it, or name another file"
             )
         for key, value in self._meta.items():
             run("insert or replace into meta values (?, ?)", (key, value))
+        run("commit")
 
     def add(self, found: Sequence[tuple[Key, dict[str, Any]]], pairs: int) -> None:
         """The answers of a batch of so many pairs, whole or not at all."""
@@ -139,20 +142,14 @@ def _crc(key: Key, text: str) -> int:
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Errors of SQLite and of the system as one of ours, with a remedy."""
+def _sqlite_explained(path: Path) -> Iterator[None]:
+    """Errors of SQLite as one of ours, with a remedy."""
     try:
         yield
+    except sqlite3.OperationalError as error:
+        raise DataError(
+            f"cannot keep predictions in {path}: {error}; make room or give rights, and the same "
+            "command goes on, or name another place with --out"
+        ) from None
     except sqlite3.DatabaseError as error:
-        if isinstance(error, sqlite3.OperationalError):
-            raise _unwritable(path, error) from None
         raise DataError(f"{path} is damaged ({error}): remove it, and predict again") from None
-    except OSError as error:
-        raise _unwritable(path, error.strerror or error) from None
-
-
-def _unwritable(path: Path, why: object) -> DataError:
-    return DataError(
-        f"cannot keep predictions in {path}: {why}; make room or give rights, and the same command "
-        "goes on, or name another place with --out"
-    )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from shards.dataset import Dataset, open_dataset
-from shards.errors import DataError
+from shards.errors import DataError, explained
 from shards.progress import Progress, no_progress
 from shards.store import objects
 from shards.store.atomic import written_whole
@@ -31,7 +31,6 @@ from trainer.evaluate import (
 )
 from trainer.model import load_checkpoint
 from trainer.partial import Key, Partial, QuestionsError
-from trainer.scores.nlvr2 import score_nlvr2
 from trainer.tasks import TASKS
 from trainer.tasks.base import Judge, Task
 
@@ -64,7 +63,9 @@ def evaluate_checkpoint(
 ) -> dict[str, float]:
     """The metrics of a checkpoint over a data set: of pre-training every objective's; of a task its
     accuracy, overall and by kind of question, type of answer and number of objects; and the
-    official ones beside where the task's own files are given (annotations, and GQA's choices).
+    official ones beside where the task's own files are given (annotations, and GQA's choices), over
+    those of their questions that the data set has. Memory does not grow with the data, but for the
+    answers by id that NLVR2's consistency and official metrics take.
 
     Raises ConfigError when the data set is another task's, or has another vocabulary or answer
     table than the model was trained with; DataError for files that are not the data set's.
@@ -73,11 +74,12 @@ def evaluate_checkpoint(
     _check_files(asked.task, annotations, choices)
     behaviour, given, labels = Behaviour(), dict[Any, str](), dict[Any, str]()
     count = _counted(asked.evaluation.data, progress)
-    by_id = asked.task.images == 2  # NLVR2's consistency is of all statements together
+    judge = asked.task.judge
+    together = judge.together if judge else None
 
     def answered(found: list[Answered], pairs: int) -> None:
         behaviour.add(found)
-        for a in found if annotations or by_id else []:
+        for a in found if annotations or together else []:
             key = _id(a)
             if key in given:
                 raise QuestionsError(
@@ -85,18 +87,18 @@ def evaluate_checkpoint(
                     "of one split"
                 )
             given[key] = a.answer
-            if a.answers:
+            if a.answers and together:
                 labels[key] = max(a.answers, key=lambda answer: (a.answers or {})[answer])
         count(pairs)
 
     metrics = evaluate(asked.forward, replace(asked.evaluation, answered=answered))
     if asked.task.fine_tunes:
-        metrics = {name.replace(f"/{asked.objective}", ""): v for name, v in metrics.items()}
+        metrics = {n.replace(f"/{asked.objective}", "", 1): v for n, v in metrics.items()}
     metrics |= behaviour.metrics()
-    if by_id:
-        metrics |= score_nlvr2({i: a for i, a in given.items() if i in labels}, labels)
-    if annotations and asked.task.judge:
-        metrics |= asked.task.judge.score(given, annotations, choices)
+    if together:
+        metrics |= together({i: a for i, a in given.items() if i in labels}, labels)
+    if annotations and judge:
+        metrics |= judge.score(given, annotations, choices)
     return metrics
 
 
@@ -123,8 +125,8 @@ def predict(
     progress: Progress = no_progress,
 ) -> int:
     """Write a checkpoint's answers to all questions of a data set: of a task the file that its
-    evaluation takes, in the order of the question ids; of pre-training a JSON list with question,
-    image and answer. Returns how many there are.
+    evaluation takes, in the order of the question ids; of pre-training, for the questions with an
+    answer in the table, a JSON list with question, image and answer. Returns how many there are.
 
     What is answered is kept in `out` with the end `.partial`, from which a call that was cut goes
     on. Raises as `evaluate_checkpoint`, DataError for questions without an id or with another's.
@@ -189,10 +191,12 @@ def _ask(path: str, data_url: str, cache: str | None, batch_size: int, blind: bo
 
 def _counted(data: Dataset, progress: Progress, every_sentence: bool = False) -> Any:
     """Tells the progress how many questions are answered, of how many."""
-    total, done = questions(data, every_sentence=every_sentence).streams[0].pairs, 0
+    total, done = 0, 0
 
     def count(more: int) -> None:
-        nonlocal done
+        nonlocal done, total
+        # A data set without questions has none to count, and objectives that need none.
+        total = total or questions(data, every_sentence=every_sentence).streams[0].pairs
         done += more
         progress("questions answered", done, total)
 
@@ -225,7 +229,7 @@ def _key(found: Answered, judge: Judge | None) -> Key:
 
 
 def _write_list(out: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with written_whole(out) as temporary, open(temporary, "w") as f:
+    with explained(out), written_whole(out) as temporary, open(temporary, "w") as f:
         before = "[\n"
         for row in rows:
             f.write(before + json.dumps({k: v for k, v in row.items() if v is not None}))

@@ -163,7 +163,7 @@ def step(
     values["loss"] = sum(active[name] * values[f"loss/{name}"] for name in active)
     values["lr"] = rate
     values["gradient_norm"] = done.norm
-    values["epoch"] = state.consumed / run.data.manifest.pairs
+    values["epoch"] = state.consumed / setup.epoch_pairs(run.config, [run.data.manifest])
     state = replace(state, not_finite=() if done.updated else (*state.not_finite, taken))
     if not done.updated:
         state = _without_update(run, state, values)

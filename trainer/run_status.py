@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shards.errors import DataError, NotFoundError
-from shards.format.manifest import load_manifest
+from shards.format.manifest import Manifest, load_manifest
 from shards.store import objects
 from trainer.checkpoint.chain import Traces, read_traces
 from trainer.checkpoint.errors import CheckpointError
@@ -27,7 +27,7 @@ from trainer.checkpoint.owner import is_owned, lease_name
 from trainer.config import RunConfig, read_config
 from trainer.errors import ConfigError
 from trainer.goodput import goodput_share
-from trainer.setup import CONFIG_FILE, run_length
+from trainer.setup import CONFIG_FILE, epoch_pairs, run_length
 
 State = Literal["new", "running", "done", "stopped", "dead", "unreadable"]
 
@@ -129,16 +129,16 @@ def _total(config: RunConfig, newest: Generation | None) -> int | None:
     if config.train.steps is not None:
         return max(config.train.steps, step)
     try:
-        pairs = sum(_pairs(spec.url) for spec in config.data.specs())
+        pairs = epoch_pairs(config, [_manifest(spec.url) for spec in config.data.specs()])
     except DataError:
         return None
     return run_length(config, pairs, step, consumed).steps
 
 
 @functools.cache
-def _pairs(data_url: str) -> int:
+def _manifest(data_url: str) -> Manifest:
     """Of a data set; read once, as what a data set consists of does not change under a run."""
-    return load_manifest(data_url).pairs
+    return load_manifest(data_url)
 
 
 def _state(

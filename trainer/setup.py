@@ -13,6 +13,7 @@ import yaml
 from model.config import ModelConfig
 from model.objectives import objectives_of
 from shards.dataset import Dataset, open_dataset
+from shards.format.manifest import Manifest
 from shards.order.keys import VERSION, VERSIONS
 from shards.order.modes import MODES
 from shards.order.settings import SamplerSettings
@@ -140,6 +141,15 @@ def sampler_settings(config: RunConfig, data: Dataset) -> SamplerSettings:
         return settings
     others = {s: 0.0 for s in manifest.sources if s not in manifest.question_sources}
     return settings.model_copy(update={"source_weights": others})
+
+
+def epoch_pairs(config: RunConfig, manifests: Sequence[Manifest]) -> int:
+    """Pairs of an epoch of the data: in fine-tuning those of questions."""
+    if not TASKS[config.task].fine_tunes:
+        return sum(m.pairs for m in manifests)
+    asked = [(m, s) for m in manifests for s in m.question_sources]
+    weights = config.sampler.source_weights
+    return sum(m.counts.sentences[s] for m, s in asked if weights.get(s, 1.0) > 0)
 
 
 def absent_objectives(config: RunConfig, data: Dataset) -> list[str]:

@@ -163,7 +163,8 @@ def _restore(made: _Prepared, all_found: list[Generation | str], attempt: int) -
 def _assemble(made: _Prepared, at: _Restored, attempt: int, owner: Owner | None) -> Run:
     """The run, with what writes of it. owner: rank 0's."""
     config, url, data, description = made.config, made.url, made.data, made.description
-    length = setup.run_length(config, data.manifest.pairs, at.state.step, at.state.consumed)
+    pairs = setup.epoch_pairs(config, [data.manifest])
+    length = setup.run_length(config, pairs, at.state.step, at.state.consumed)
     journal, progress = None, None
     if owner:
         world, step = dist.get_world_size(), at.state.step

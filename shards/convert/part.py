@@ -193,17 +193,18 @@ def read_records(
     """The records of planned images, in order, checked against the schema if there is one. Features
     are of the type fp16, or as the files have them where another one is asked for."""
     with ExitStack() as stack:
-        opened = -1
-        read: Reader = _unopened
+        opened: dict[int, tuple[ExitStack, Reader]] = {}
 
         def regions(number: int, entry: Entry) -> Regions:
-            nonlocal opened, read
             file = files[number]
-            if number != opened:
-                stack.close()
-                read = stack.enter_context(file.format.reader(file.url, file.options))
-                opened = number
-            return _regions(file, read, entry, feature_type)
+            if number not in opened:
+                # Two, as the images of a pair may each be in a file of their own.
+                if len(opened) == 2:
+                    opened.pop(next(iter(opened)))[0].close()
+                own = stack.enter_context(ExitStack())
+                reader = own.enter_context(file.format.reader(file.url, file.options))
+                opened[number] = own, reader
+            return _regions(file, opened[number][1], entry, feature_type)
 
         for image in images:
             try:
@@ -216,10 +217,6 @@ def read_records(
                 report.add("bad records", str(error))
                 continue
             yield record
-
-
-def _unopened(_entry: Entry) -> Regions:
-    raise AssertionError("no file is open")
 
 
 def _regions(file: FeatureFile, read: Reader, entry: Entry, feature_type: FeatureType) -> Regions:

@@ -154,7 +154,8 @@ def _ids(recipe: Recipe, given: _List, name: str) -> frozenset[str]:
     for file in given.sentences:
         path = recipe.path(file)
         form_of = sentence_format(path, given.format)
-        found.update(t.image for t in form_of.read([path], form_of.source, Report()))
+        for text in form_of.read([path], form_of.source, Report()):
+            found.update((text.image, *(text.pictures or ())))
     for file in given.ids:
         try:
             lines = recipe.path(file).read_text().splitlines()

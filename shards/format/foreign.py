@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from shards.errors import DataError
 from shards.format.check import check_record
 from shards.format.manifest import Schema
-from shards.format.members import BOXES, FEATURES, LABELS, RECORD, Member, members_of
+from shards.format.members import BOXES, FEATURES, LABELS, RECORD, SIDES, Member, members_of
 from shards.format.record import check_sentence, record_json, record_of
 from shards.format.sentences import Document
 from shards.format.table import member_columns
@@ -78,7 +78,7 @@ def guess(f: IO[bytes], schema: Schema, url: str) -> Schema:
     labels or none. DataError as `scan`."""
     member = next(m for m in members_of(schema) if m.name == FEATURES.name)
     value = np.dtype(member.columns[0].type).itemsize
-    for sample in _samples(f, replace(schema, labels=True), url):
+    for sample in _samples(f, replace(schema, labels=True, sides=True), url):
         try:
             boxes = _values(sample, BOXES, schema)
             features = _values(sample, member, schema)
@@ -91,6 +91,7 @@ def guess(f: IO[bytes], schema: Schema, url: str) -> Schema:
                 schema,
                 feature_dim=len(features.payload) // (objects * value),
                 labels=labels,
+                sides=SIDES.suffix in sample.members,
                 num_object_classes=schema.num_object_classes if labels else 0,
                 num_attribute_classes=schema.num_attribute_classes if labels else 0,
             )

@@ -31,7 +31,7 @@ class Sentence:
     id: str | int | None = None
     """Of the question, in its set."""
     kind: str | None = None
-    """Of the question or its answer, as its set has them: `yes/no`, `compare`, …"""
+    """Of the question or its answer, as its set has them: `what color`, `compare`, …"""
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class FeatureFormat:
     entries: Callable[[str, Options], Iterator[Entry]]
     """The images of a file, in its order. DataError where it is damaged as a whole."""
     reader: Callable[[str, Options], AbstractContextManager[Reader]]
-    """Opens a file for reading; within a process one at a time, entries in rising order mostly."""
+    """Opens a file for reading; within a process two at most, entries in rising order mostly."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """Name -> help of what `--feature-option NAME=VALUE` can say to it."""
 

@@ -38,7 +38,7 @@ def write(folder: Path, **changes: Any) -> Path:
     """A table with a pre-training, and rows with and without it, one of them blind."""
     common = {"model": SMALL, "train": {"steps": 4, "global_batch": 8}}
     (folder / "pre.yaml").write_text(yaml.safe_dump({"data": {"train": f"{folder}/set"}} | common))
-    tuned = {"task": "vqa", "data": {"train": f"{folder}/set"}} | common
+    tuned = {"task": "vqa", "data": {"train": [{"url": f"{folder}/set"}]}} | common
     (folder / "vqa.yaml").write_text(yaml.safe_dump(tuned))
     cell = {"config": "vqa.yaml", "from": "pretrain"}
     table = {

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-import trainer.run_status
 from cluster.cli.main import main
 from shards.errors import NotFoundError
 from shards.format.build import BuildSettings, build
+from shards.format.manifest import load_manifest
 from shards.store import objects
 from tests.conftest import small_records
 from tests.ranks import config_tree
@@ -66,7 +66,7 @@ def test_a_length_in_epochs_needs_the_data(tmp_path: Path) -> None:
     build(small_records(9), data, BuildSettings("set", "test", images_per_shard=9))
     config = tmp_path / "run" / "config.yaml"
     config.write_text(config.read_text().replace("/none", str(data), 1))
-    pairs = trainer.run_status._pairs(str(data))
+    pairs = load_manifest(str(data)).pairs
     assert run_status(url).total == -(-2 * pairs // 10)
 
 

@@ -40,9 +40,11 @@ from trainer.data.batch import make_batch, settings_of
 from trainer.errors import ConfigError
 from trainer.evaluate import Answered
 from trainer.export import export_huggingface
+from trainer.initial import begin_from
 from trainer.model import build_model, load_checkpoint
 from trainer.partial import END, Partial
 from trainer.predict import evaluate_checkpoint, predict
+from trainer.run_status import run_status
 from trainer.tasks import TASKS
 
 OFF = {"dropout": 0.0, "attention_dropout": 0.0}
@@ -283,6 +285,38 @@ def test_an_export_is_a_model_of_transformers(root: Path, tuned: Path, tmp_path:
     export_huggingface(str(root / "statements"), tmp_path / "pairs")
     tree = json.loads((tmp_path / "pairs" / "config.json").read_text())
     assert tree["id2label"] == {"0": "false", "1": "true"}
+
+
+def test_an_epoch_is_of_questions(tuned: Path) -> None:
+    """Though the data set has captions, too: 26 questions in batches of 8."""
+    assert find_generation(str(tuned)).step == 4
+    assert run_status(str(tuned)).total == 4
+
+
+def test_true_and_false_begin_as_themselves(root: Path, judged: Path, tmp_path: Path) -> None:
+    """Which is first in the table depends on what a data set has more of."""
+    theirs = json.loads((judged / "answers.json").read_text())
+    settings = BuildSettings("n", "test", vocab=root / "pre", answers=theirs[::-1])
+    build(pairs_of_images(3), tmp_path / "set", settings)
+    data = open_dataset(str(tmp_path / "set"), root / "cache")
+    tree = tree_of(root, "nlvr2", "x", train={"init_from": str(judged)})
+    before, _, _ = load_checkpoint(str(judged))
+    model = build_model(before.config, 1, TASKS["nlvr2"].objectives)
+    begin_from(model, parse_config(tree, "test"), data)
+    ours, other = (m.pair_head.logit_fc[3] for m in (model, before))
+    assert torch.equal(ours.weight, other.weight.flip(0))
+    assert torch.equal(ours.bias, other.bias.flip(0))
+    assert torch.equal(model.pair_head.logit_fc[0].weight, before.pair_head.logit_fc[0].weight)
+
+
+def test_a_pre_training_is_measured_without_questions(root: Path, tmp_path: Path) -> None:
+    captions = [replace(r, sentences=(Sentence("a line", "coco_cap"),)) for r in small_records(3)]
+    table = json.loads((root / "pre-run" / "answers.json").read_text())
+    settings = BuildSettings("c", "test", vocab=root / "pre", answers=table)
+    build(captions, tmp_path / "captions", settings)
+    metrics = evaluate_checkpoint(str(root / "pre-run"), str(tmp_path / "captions"))
+    assert {"loss/masked_lm", "loss/matching"} <= set(metrics)
+    assert "loss/qa" not in metrics
 
 
 # --- exact resume -------------------------------------------------------------------------------
@@ -565,8 +599,6 @@ def test_a_file_whose_answers_are_not_known(
     root: Path, tmp_path: Path, said: list[logging.LogRecord]
 ) -> None:
     """They begin at random, and it is said; with the table they do not."""
-    from trainer.initial import begin_from
-
     model, _, _ = load_checkpoint(str(root / "pre-run"))
     torch.save(model.state_dict(), tmp_path / "released.pth")
     data = open_dataset(str(root / "vqa"), root / "cache")

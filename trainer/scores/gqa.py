@@ -89,6 +89,8 @@ def score_gqa(
         for number, entry in pairs(path, "file of questions"):
             if number in right:
                 raise DataError(f"{path}: question {number:.40} comes twice: name each file once")
+            if missing == "skip" and number not in given:
+                continue
             question = _question(number, entry, path)
             answer = answer_text(given[number], number) if number in given else None
             right[number] = answer == question.answer

@@ -32,6 +32,8 @@ def score_nlvr2(
     """
     given, known = by_question(predictions), by_question(labels, "label")
     check_predicted(given, known, known, missing)
+    if missing == "skip":
+        known = {identifier: label for identifier, label in known.items() if identifier in given}
     correct, true, sentences = 0, 0, dict[str, bool]()
     for identifier, value in known.items():
         label = truth(value, f"the label of {identifier!r:.60}")
@@ -41,9 +43,9 @@ def score_nlvr2(
         sentences[sentence] = right and sentences.get(sentence, True)
         correct, true = correct + right, true + label
     return {
-        "accuracy": correct / len(known),
-        "consistency": sum(sentences.values()) / len(sentences),
-        "majority": max(true, len(known) - true) / len(known),
+        "accuracy": correct / max(len(known), 1),
+        "consistency": sum(sentences.values()) / max(len(sentences), 1),
+        "majority": max(true, len(known) - true) / max(len(known), 1),
     }
 
 

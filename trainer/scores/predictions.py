@@ -7,8 +7,8 @@ from typing import Literal, TypeVar
 
 from shards.errors import DataError
 
-Missing = Literal["error", "zero"]
-"""What a question without a prediction is: an error, or answered wrong."""
+Missing = Literal["error", "zero", "skip"]
+"""What a question without a prediction is: an error, answered wrong, or left out."""
 
 Id = TypeVar("Id", int, str)
 Value = TypeVar("Value")

@@ -55,6 +55,8 @@ def score_vqa(
             if number in asked:
                 raise DataError(f"{path}: question_id {number} comes twice: name each file once")
             asked[number] = None
+            if missing == "skip" and number not in given:
+                continue
             value = 0.0
             if number in given:
                 value = soft_accuracy(answer_text(given[number], number), answers)

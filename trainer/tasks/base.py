@@ -17,11 +17,14 @@ class Judge:
 
     score: Callable[[Mapping[Any, str], Sequence[Path], Sequence[Path]], dict[str, float]]
     """Predicted answers by question id, the set's own files of questions or annotations, and files
-    of choices where one of the metrics needs them -> metrics by name."""
+    of choices where one of the metrics needs them -> metrics by name, over what was predicted."""
     write: Callable[[Path, Iterable[tuple[Any, Any]]], None]
     """Path, and rows of question id and answer in the order of the ids -> the submission file."""
     ids: tuple[type, ...] = (str,)
     """Types of question ids."""
+    together: Callable[[Mapping[Any, str], Mapping[Any, str]], dict[str, float]] | None = None
+    """Metrics of all answers together: predicted and right ones by question id -> metrics by
+    name."""
     takes_choices: bool = False
     """Whether files of choices serve one of the metrics."""
 

@@ -11,5 +11,9 @@ NLVR2 = Task(
     one_objective("statement"),
     images=2,
     answers=frozenset({"true", "false"}),
-    judge=Judge(lambda given, files, choices: score_nlvr2(given, read_labels(files)), write_nlvr2),
+    judge=Judge(
+        lambda given, files, choices: score_nlvr2(given, read_labels(files), missing="skip"),
+        write_nlvr2,
+        together=score_nlvr2,
+    ),
 )

@@ -10,5 +10,9 @@ VQA = Task(
     "vqa",
     one_objective("answers"),
     # Numbers in VQA itself; texts of data sets of other makers.
-    judge=Judge(lambda given, files, choices: score_vqa(given, files), write_vqa, (int, str)),
+    judge=Judge(
+        lambda given, files, choices: score_vqa(given, files, missing="skip"),
+        write_vqa,
+        (int, str),
+    ),
 )

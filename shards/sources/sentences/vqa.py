@@ -2,7 +2,7 @@
 
     {"questions":   [{"question_id": 1, "image_id": 318556, "question": "What is …?"}, …]}
     {"annotations": [{"question_id": 1, "answers": [{"answer": "red"}, …],
-                      "answer_type": "other"}, …]}                       (its kind, if it is there)
+                      "question_type": "what is"}, …]}                 (its kind, if it is there)
 
 They belong together by question id, wherever each is. Questions without annotations (test sets)
 have no answers. Scores are the official soft ones (`shards.sources.vqa_rules`).
@@ -69,7 +69,7 @@ def _answers(files: Sequence[Path]) -> dict[int, bytes]:
     out: dict[int, bytes] = {}
     for path in files:
         for i, entry in list_items(path, "file of annotations", "annotations"):
-            number, given, kind = _fields(entry, ("question_id", "answers", "answer_type"))
+            number, given, kind = _fields(entry, ("question_id", "answers", "question_type"))
             texts = [_fields(a, ("answer",))[0] for a in given] if isinstance(given, list) else []
             if type(number) is not int or not texts or not all(isinstance(t, str) for t in texts):
                 raise DataError(f"{path}: annotation {i} has no question_id and answers")
