@@ -390,7 +390,8 @@ def test_many_tars_cost_no_descriptors(tmp_path: Path) -> None:
     for i, record in enumerate(records(inputs, options=OPTIONS)):
         assert_good(record, str(i))
         opened.append(len(os.listdir("/proc/self/fd")))
-    assert len(opened) == 200 and max(opened) == opened[0]
+    # Two at most, as the images of a pair may each be in one of their own.
+    assert len(opened) == 200 and max(opened) == opened[1]
 
 
 # --- our own ------------------------------------------------------------------------------------
