@@ -200,7 +200,7 @@ def test_an_export_without_its_vocabulary_writes_nothing(trained: Path, tmp_path
     with pytest.raises(CheckpointError, match=r"vocab\.txt is not the vocabulary"):
         export_huggingface(str(run), tmp_path / "out")
     (run / "vocab.txt").unlink()
-    with pytest.raises(CheckpointError, match=r"vocab\.txt does not exist.*copy the training set's"):
+    with pytest.raises(CheckpointError, match=r"vocab\.txt does not exist.*copy the training"):
         export_huggingface(str(run), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
