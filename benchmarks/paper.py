@@ -1,4 +1,4 @@
-"""The paper's relations at a size that two cores do in about an hour: python benchmarks/paper.py [--help]
+"""The paper's relations, small: an hour on two cores. python benchmarks/paper.py [--help]
 
 Draws scenes, writes easy-VQA, builds their data sets under data/ where they are not there yet, then
 trains and measures the tables configs/paper/scenes.yaml and configs/paper/easy-vqa.yaml. What is
