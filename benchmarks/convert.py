@@ -196,6 +196,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=12_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--alone", action="store_true", help="without others' writers")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -208,9 +209,10 @@ def main() -> None:
         folder = Path(temporary)
         write_inputs(folder, args.images)
         size = (folder / "features.tsv").stat().st_size
-        rates: dict[str, list[float]] = {name: [] for name in ARMS}
+        names = [n for n in ARMS if not args.alone or n.startswith(("bare", "lxscale"))]
+        rates: dict[str, list[float]] = {name: [] for name in names}
         for number in range(args.rounds + 1):  # the first warms up
-            for name in ARMS:
+            for name in names:
                 seconds = _run(folder, name)
                 if number:
                     rates[name].append(args.images / seconds)
