@@ -53,7 +53,17 @@ def asked(images: int) -> Iterator[ImageRecord]:
 
 
 def make_run(folder: Path, model: dict[str, Any]) -> Path:
-    """A run of one step, which has a checkpoint."""
+    """A run of one step, which has a checkpoint, made in a process of its own: DeepSpeed keeps
+    groups that another engine in the same one would trip over."""
+    process = multiprocessing.get_context("spawn").Process(target=_run, args=(folder, model))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit("the run cannot be made")
+    return folder / "run"
+
+
+def _run(folder: Path, model: dict[str, Any]) -> None:
     tree = {
         "task": "vqa",
         "run": {"name": "run", "storage": str(folder)},
@@ -69,7 +79,6 @@ def make_run(folder: Path, model: dict[str, Any]) -> Path:
     dist.init_process_group("gloo", rank=0, world_size=1)
     train(parse_config(tree, "benchmark"), Control())
     dist.destroy_process_group()
-    return folder / "run"
 
 
 def bare(run: Path, data_url: Path, batch: int) -> float:
