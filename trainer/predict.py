@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,9 @@ from typing import Any
 import torch
 
 from shards.dataset import Dataset, open_dataset
-from shards.errors import DataError, explained
+from shards.errors import DataError
 from shards.progress import Progress, no_progress
 from shards.store import objects
-from shards.store.atomic import written_whole
 from trainer import setup
 from trainer.behaviour import Behaviour
 from trainer.checkpoint.generations import Generation
@@ -31,6 +29,7 @@ from trainer.evaluate import (
 )
 from trainer.model import load_checkpoint
 from trainer.partial import Key, Partial, QuestionsError
+from trainer.scores.submission import write_list
 from trainer.tasks import TASKS
 from trainer.tasks.base import Judge, Task
 
@@ -162,7 +161,7 @@ def predict(
         if judge:
             judge.write(out, ((key, row["answer"]) for key, row in partial.rows()))
         else:
-            _write_list(out, (row for _, row in partial.rows()))
+            write_list(out, (row for _, row in partial.rows()))
     return answers
 
 
@@ -228,19 +227,11 @@ def _key(found: Answered, judge: Judge | None) -> Key:
     return key
 
 
-def _write_list(out: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with explained(out), written_whole(out) as temporary, open(temporary, "w") as f:
-        before = "[\n"
-        for row in rows:
-            f.write(before + json.dumps({k: v for k, v in row.items() if v is not None}))
-            before = ",\n"
-        f.write("\n]\n" if before == ",\n" else "[]\n")
-
-
 def _row(found: Answered) -> dict[str, Any]:
-    return {
+    row = {
         "question_id": found.id,
         "image": found.image,
         "question": found.question,
         "answer": found.answer,
     }
+    return {name: value for name, value in row.items() if value is not None}

@@ -29,12 +29,14 @@ _LONGEST = 1 << 10  # characters of a line of NLVR2's, many more than it needs
 def write_vqa(path: Path, rows: Iterable[tuple[int | str, str]]) -> None:
     """Write rows of question_id and answer. Ids are numbers; data sets of others may have texts,
     which come after."""
-    _write(path, _json_list(_in_order(rows, _number, answer_text), ("question_id", "answer")))
+    ordered = _in_order(rows, _number, answer_text)
+    write_list(path, ({"question_id": number, "answer": answer} for number, answer in ordered))
 
 
 def write_gqa(path: Path, rows: Iterable[tuple[str, str]]) -> None:
     """Write rows of question id, a text with its leading zeros, and answer."""
-    _write(path, _json_list(_in_order(rows, _text, answer_text), ("questionId", "prediction")))
+    ordered = _in_order(rows, _text, answer_text)
+    write_list(path, ({"questionId": number, "prediction": answer} for number, answer in ordered))
 
 
 def write_nlvr2(path: Path, rows: Iterable[tuple[str, bool]]) -> None:
@@ -138,11 +140,15 @@ def _text(given: object) -> str:
     return given
 
 
-def _json_list(rows: Iterable[tuple[object, object]], keys: tuple[str, str]) -> Iterator[str]:
-    """A list in JSON, a row a line."""
+def write_list(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a list of objects in JSON, one a line."""
+    _write(path, _json_list(rows))
+
+
+def _json_list(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
     before = "[\n"
     for row in rows:
-        yield before + json.dumps(dict(zip(keys, row, strict=True)))
+        yield before + json.dumps(row)
         before = ",\n"
     yield "\n]\n" if before == ",\n" else "[]\n"
 
