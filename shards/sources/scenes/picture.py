@@ -2,8 +2,9 @@
 
 objects     one a thing, boxes off by a pixel or so, and background: always REGIONS of them
 object id   the shape; attribute id: the colour; those of background come last
-feature     the crop at 6 × 6 pixels in RGB, 0..1, row by row, then the width and the height of
-            the box in cells of the grid of scenes, all with a little noise: FEATURE_DIM values
+feature     the crop at 6 × 6 pixels in RGB, row by row, then the width and the height of the box,
+            each less its mean over scenes and by its deviation, as features of a detector are
+            about 1 in size, with a little noise: FEATURE_DIM values
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ _RGB = {
 _SHADE = 12  # by which a thing's colour is off, of 255
 _NOISE = 6  # of a pixel, of 255
 _OFF = 1.5  # pixels, of an edge of a box
-_FEATURE_NOISE = 0.02  # standard deviation
+_PIXEL = (0.66, 0.21)  # mean and standard deviation over scenes, pixels from 0 to 1
+_EDGE = (0.58, 0.15)  # the same of a box's width and height, in cells of the grid
+_FEATURE_NOISE = 0.1  # standard deviation
 _STAR = [(math.sin(k * math.pi / 5), -math.cos(k * math.pi / 5)) for k in range(10)]
 _ARM = 0.36  # half of the width of a cross's arms
 _CROSS: list[tuple[float, float]] = [
@@ -161,5 +164,10 @@ def _features(
         for x1, y1, x2, y2 in boxes.tolist()
     ]
     pixels = np.frombuffer(b"".join(crops), np.uint8).reshape(len(boxes), -1) / 255
-    features = np.hstack([pixels, (boxes[:, 2:] - boxes[:, :2]) / CELL])
+    edges = (boxes[:, 2:] - boxes[:, :2]) / CELL
+    features = np.hstack([_standard(pixels, *_PIXEL), _standard(edges, *_EDGE)])
     return (features + _FEATURE_NOISE * noise.standard_normal(features.shape)).astype(np.float32)
+
+
+def _standard(values: NDArray, mean: float, deviation: float) -> NDArray:
+    return (values - mean) / deviation
