@@ -75,7 +75,7 @@ def whole(given: argparse.Namespace, config: Any) -> dict[str, float]:
     """Seconds of a run's steps after the first, by what they went to."""
     at: list[tuple[str, float]] = []
     train(config, Control(enter=lambda phase: at.append((phase, time.perf_counter()))))
-    first = [i for i, (phase, _) in enumerate(at) if phase == "data"][WARM_UP]
+    first = [i for i, (phase, _) in enumerate(at) if phase == "agreement"][WARM_UP]
     at = at[first:]
     end = next(i for i, (phase, _) in enumerate(at) if phase == "end")
     spent: dict[str, float] = {}
@@ -108,7 +108,7 @@ def bare(given: argparse.Namespace, config: Any) -> dict[str, float]:
         for batch in loaded.batches:
             for name, count in target_counts(batch, losses).items():
                 counts[name] = counts.get(name, 0.0) + count
-        train_step(run.engine, loaded.batches, active, counts, losses, i, Laps())
+        train_step(run.engine, loaded.batches, active, counts, losses, i, (), Laps())
     took = time.perf_counter() - began
     steps.close()
     leave(run.owner)

@@ -51,11 +51,11 @@ def watch(out: Path, kill_at: int, rank: int) -> None:
                 print(*fields, file=f, flush=True)
 
     def step(run: Any, *arguments: Any) -> Any:
-        state, values = real_step(run, *arguments)
-        say("step", state.step, time.time(), time.process_time())
-        if state.step == kill_at:
+        made = real_step(run, *arguments)
+        say("step", made[0].step, time.time(), time.process_time())
+        if made[0].step == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        return state, values
+        return made
 
     def save(run: Any, *arguments: Any) -> None:
         began = time.monotonic()

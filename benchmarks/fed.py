@@ -43,7 +43,7 @@ _SMALL: dict[str, Any] = {
 
 @dataclass
 class Phases:
-    """Seconds of each step: until its batch was there, and then until its losses were."""
+    """Seconds of each step: until the next one's batch was there, and its own work."""
 
     steps: int
     """At which a run is asked to stop."""
@@ -63,7 +63,7 @@ class Phases:
 
     def should_stop(self) -> bool:
         self._asked += 1
-        return self._asked > self.steps
+        return self._asked >= self.steps
 
 
 def tree(folder: Path, name: str, small: bool, workers: int, steps: int) -> dict[str, Any]:
@@ -89,7 +89,8 @@ def measure(run: Callable[[Phases], None], steps: int) -> tuple[float, float, fl
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()  # of earlier runs of this process
     run(phases)
-    waits, works = phases.waits[WARM_UP:steps], phases.works[WARM_UP:steps]
+    # The first wait is for the first step's.
+    waits, works = phases.waits[1 + WARM_UP : 1 + steps], phases.works[WARM_UP:steps]
     spent = sum(waits) + sum(works)
     memory = torch.cuda.max_memory_allocated() - before if torch.cuda.is_available() else 0
     return len(works) * BATCH / spent, sum(waits) / spent, memory / 2**30

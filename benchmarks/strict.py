@@ -69,7 +69,7 @@ def _rank(rank: int, world: int, port: int, runs: list[dict[str, Any]], pipe: An
         at: list[float] = []
 
         def enter(phase: str, at: list[float] = at) -> None:
-            if phase in ("data", "end"):
+            if phase in ("agreement", "end"):
                 at.append(time.perf_counter())
 
         train(parse_config(config, "benchmark"), Control(enter=enter))

@@ -61,7 +61,7 @@ def _rank(rank: int, port: int, runs: list[dict[str, Any]], pipe: Any) -> None:
         at: list[int] = []
 
         def enter(phase: str, at: list[int] = at) -> None:
-            if phase in ("data", "end"):
+            if phase in ("agreement", "end"):
                 at.append(_sent())
 
         train(parse_config(config, "benchmark"), Control(enter=enter))

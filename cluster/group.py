@@ -285,7 +285,7 @@ def hang(reports: Sequence[Report], cluster: ClusterSection) -> str:
 
 def phase_limit(report: Report, cluster: ClusterSection) -> float:
     """Seconds that what a worker is at may take."""
-    if report.phase == "step" and report.median is not None:
+    if report.phase in ("agreement", "step") and report.median is not None:
         return max(cluster.hang_timeout_s, _HANG_FACTOR * report.median)
     if report.phase == "data":
         return Retry().deadline + cluster.hang_timeout_s

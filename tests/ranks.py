@@ -59,15 +59,15 @@ def _rank(
         prepare(rank)
     try:
         for tree, end, kill in jobs:
-            asked = 0
+            made = 0
 
             def should_stop(end: int | None = end, kill: bool = kill) -> bool:
-                nonlocal asked
-                asked += 1
-                over = end is not None and asked > end
-                if over and kill and rank == world - 1:
+                """Asked before each step, of which it is the last if the answer is yes."""
+                nonlocal made
+                if kill and made == end and rank == world - 1:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return over and not kill
+                made += 1
+                return end is not None and made >= end and not kill
 
             train(parse_config(tree, "test"), Control(should_stop))
     except Exception as error:

@@ -262,7 +262,7 @@ def _part(
     own = [lines.get(s) for s in range(since + 1, bound + 1)]
     kept = sum(s for s in own if s is not None)
     is_open = last and group.gone is None
-    steps_spent = made.spent.get("data", 0.0) + made.spent.get("step", 0.0)
+    steps_spent = sum(made.spent.get(phase, 0.0) for phase in ("data", "agreement", "step"))
     undone = step > bound or is_open or group.kind not in ("done", "stopped")
     rest = "other" if None in own or not undone else "unsaved" if is_open else "lost"
     placed = group.placed or ended

@@ -1,4 +1,5 @@
-"""Training, told once: start, then load, sync, step, save and validate until the run's end.
+"""Training, told once: start, then load, sync, step, save and validate until the run's end. A step
+is loaded, and its sync begun, before the step that precedes it is made.
 
 Runs in every worker; torch.distributed must be up. Nothing here knows who placed the workers. What
 each verb does: trainer/run.py.
@@ -6,7 +7,7 @@ each verb does: trainer/run.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
@@ -14,12 +15,14 @@ import torch.distributed as dist
 from trainer.checkpoint.lease import Made
 from trainer.checkpoint.owner import Claimant
 from trainer.config import RunConfig
+from trainer.data.loader import Loaded
 from trainer.logs import setup_logging
 from trainer.phases import Phases
 from trainer.run import (
+    Ahead,
     Run,
     TrainState,
-    active_objectives,
+    ahead,
     finish,
     flops,
     leave,
@@ -32,7 +35,6 @@ from trainer.run import (
 )
 from trainer.start import start
 from trainer.step.laps import Laps
-from trainer.step.sync import sync_step
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,11 @@ class Control:
     """What the placement gives to the loop."""
 
     should_stop: Callable[[], bool] = lambda: False
-    """Polled each step on every rank, never blocks; all ranks then stop at one step, save and
+    """Polled before each step on every rank, never blocks; all ranks then stop after it, save and
     return."""
     enter: Callable[[str], None] = lambda phase: None
-    """Told what the rank is at: "start", "restore", "data", "step", "save", "validation", "end".
-    Who watches it knows by this how long that may take."""
+    """Told what the rank is at: "start", "restore", "data", "agreement", "step", "save",
+    "validation", "end". Who watches it knows by this how long that may take."""
     claimant: Claimant = field(default_factory=Claimant)
     """Who wants to own the run; rank 0's counts."""
     made: Callable[[Made], None] = lambda made: None
@@ -84,45 +86,44 @@ def train(config: RunConfig, control: Control) -> TrainResult:
 
 
 def _train(run: Run, state: TrainState, control: Control, phases: Phases) -> TrainResult:
-    config = run.config
     steps, stopped = load(run, state), False
-    validate_every = config.train.validate_every
+    following: Ahead | None = None
+    validate_every = run.config.train.validate_every
     try:
-        while state.consumed < run.length.total:
-            phases.enter("data")
+        while state.consumed < run.length.total and not stopped:
             if run.progress:
                 run.progress.begin()
             laps = Laps()
-            loaded = next(steps)
-            laps("data")
-            phases.enter("step")
-            active = active_objectives(run, loaded.step)
-            wanted = wants(run, state, control.should_stop())
-            sync = sync_step(loaded, [*active], config.objectives.losses(), run.mixture, wanted)
+            # There is none at the start, and after a skip.
+            now = following or _ahead(run, steps, phases, laps)
+            assert now, "the loader has all steps up to the run's end"
+            phases.enter("agreement")
+            sync = now.sync()
             laps("agreement")
             if sync.missing:
                 state = skip(run, state, sync.missing)
                 steps.close()
-                steps = load(run, state)
+                steps, following = load(run, state), None
                 continue
-            if sync.stop:
-                stopped = True
-                break
-            count = loaded.step.count
-            state, values = step(run, state, loaded, active, sync, laps)
+            # The sync of the next runs behind this step.
+            following = _ahead(run, steps, phases, laps)
+            phases.enter("step")
+            wanted = wants(run, state, control.should_stop())
+            state, values, told = step(run, state, now.loaded, now.active, sync, wanted, laps)
             state = replace(state, seconds=state.seconds + laps.total)
             phases.done(state.step)
             if run.progress:
-                own = flops(run, loaded, active)
+                count, own = now.loaded.step.count, flops(run, now.loaded, now.active)
                 run.progress.mixture(run.mixture.planned, sync.mixture, count)
                 run.progress.step(state.step, values, count, laps, own)
-            del loaded  # the next is made in its memory
-            if sync.save or sync.snapshot:
+            del now  # a later one is made in its memory
+            if told.save or told.snapshot:
                 phases.enter("save")
-                save(run, state, sync)
+                save(run, state, told)
             if validate_every and state.step % validate_every == 0:
                 phases.enter("validation")
                 state = validate(run, state)
+            stopped = told.stop and state.consumed < run.length.total
         phases.enter("end")
     finally:
         steps.close()
@@ -130,3 +131,10 @@ def _train(run: Run, state: TrainState, control: Control, phases: Phases) -> Tra
     return TrainResult(
         state.step, state.consumed, stopped, state.metrics, state.pairs, state.seconds
     )
+
+
+def _ahead(run: Run, steps: Iterator[Loaded], phases: Phases, laps: Laps) -> Ahead | None:
+    phases.enter("data")
+    found = ahead(run, steps)
+    laps("data")
+    return found

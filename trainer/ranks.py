@@ -40,9 +40,22 @@ def ranks_of_node() -> int:
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     """Sum over the ranks, in place."""
+    return begin_all_reduce_sum(values)()
+
+
+def begin_all_reduce_sum(values: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Begin to sum over the ranks, in place; what is returned waits for the sums. All ranks begin
+    their collectives in one order."""
+    work: dist.Work | None = None
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
-    return values
+        work = dist.all_reduce(values, async_op=True)
+
+    def sums() -> torch.Tensor:
+        if work:
+            work.wait()
+        return values
+
+    return sums
 
 
 def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:

@@ -1,4 +1,4 @@
-"""A run and its verbs: load, wants, step, save, validate, skip, finish and leave.
+"""A run and its verbs: load, ahead, wants, step, save, validate, skip, finish and leave.
 
 trainer/loop.py says in which order, trainer/start.py how it begins. Every rank calls each verb at
 the same steps.
@@ -7,7 +7,7 @@ the same steps.
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ from trainer.step.laps import Laps
 from trainer.step.mixture import Mixture
 from trainer.step.optimizer import learning_rate
 from trainer.step.strict import strict_step
-from trainer.step.sync import StepSync, Wants
+from trainer.step.sync import StepSync, Verdict, Wants, begin_sync, verdict
 from trainer.step.train_step import Updated, dropout_seed, train_step
 from trainer.tasks import TASKS
 
@@ -108,8 +108,29 @@ def load(run: Run, state: TrainState) -> Generator[Loaded, None, None]:
     )
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """A step that is loaded, and not yet made."""
+
+    loaded: Loaded
+    active: dict[str, float]
+    """Weights of its objectives."""
+    sync: Callable[[], StepSync]
+    """Waits for what all ranks bring to it."""
+
+
+def ahead(run: Run, steps: Iterator[Loaded]) -> Ahead | None:
+    """Load the next step and begin its sync; None at the end of the run."""
+    loaded = next(steps, None)
+    if loaded is None:
+        return None
+    active = active_objectives(run, loaded.step)
+    sync = begin_sync(loaded, [*active], run.config.objectives.losses(), run.mixture)
+    return Ahead(loaded, active, sync)
+
+
 def wants(run: Run, state: TrainState, stop: bool) -> Wants:
-    """What this rank brings to the sync of the next step beside its data."""
+    """What this rank wants after the step that is about to be made."""
     error = run.saver.problem(state.step)
     if run.owner and (other := run.owner.lost()):
         error = StaleAttemptError(other)
@@ -140,16 +161,17 @@ def step(
     loaded: Loaded,
     active: dict[str, float],
     sync: StepSync,
+    wanted: Wants,
     laps: Laps,
-) -> tuple[TrainState, dict[str, float]]:
-    """Make one optimizer step of what was loaded; the state after it, and what to show of it.
-    laps: since it began, with the wait for its data.
+) -> tuple[TrainState, dict[str, float], Verdict]:
+    """Make one optimizer step of what was loaded; the state after it, what to show of it, and what
+    all ranks do next. laps: since it began, with the wait for data.
 
     Raises DivergedError on every rank after too many steps in a row that are not finite."""
     taken = loaded.step
     rate = learning_rate(run.config.optimizer, state.consumed, taken.count, run.length.total)
     set_learning_rate(run.engine, rate)
-    done = _updated(run, state, loaded, active, sync, laps)
+    done = _updated(run, state, loaded, active, sync, wanted.flags(), laps)
     # The loader cannot know how many pairs earlier steps lacked.
     passed_over = state.sampler.skipped_pairs + taken.count - sync.pairs
     after = replace(taken.after, skipped_pairs=passed_over)
@@ -168,7 +190,7 @@ def step(
     if not done.updated:
         state = _without_update(run, state, values)
     values["skipped_updates"] = state.skipped_updates
-    return state, values
+    return state, values, verdict(wanted, done.riders)
 
 
 def _updated(
@@ -177,13 +199,16 @@ def _updated(
     loaded: Loaded,
     active: dict[str, float],
     sync: StepSync,
+    riders: list[float],
     laps: Laps,
 ) -> Updated:
     config, part = run.config, run.part
     losses, seed = config.objectives.losses(), config.run.seed
     if not part.strict:
         seed = dropout_seed(seed, state.step, part.rank)
-        return train_step(run.engine, loaded.batches, active, sync.counts, losses, seed, laps)
+        return train_step(
+            run.engine, loaded.batches, active, sync.counts, losses, seed, riders, laps
+        )
     return strict_step(
         run.engine,
         loaded.batches,
@@ -194,6 +219,7 @@ def _updated(
         losses,
         dropout_seed(seed, state.step),
         config.optimizer.clip_norm,
+        riders,
         laps,
     )
 
@@ -241,18 +267,18 @@ def skipped_report(state: SamplerState) -> str:
 # --- saving, validation, the end ----------------------------------------------------------------
 
 
-def save(run: Run, state: TrainState, sync: StepSync) -> None:
+def save(run: Run, state: TrainState, told: Verdict) -> None:
     """Write a generation of this step behind the training, to the store, to the nodes' memory, or
     to both: the ranks have agreed which are due and can be. None while updates are skipped: the
     newest one stays one before these steps."""
     if state.not_finite:
-        if sync.save:
+        if told.save:
             run.saver.withhold()
         return
     snap = own_snapshot(run.engine)
-    if sync.save:
+    if told.save:
         run.saver.save(snap, state.step, state.sampler, state.skipped_updates)
-    if sync.snapshot:
+    if told.snapshot:
         run.memory.make(snap, state.step, state.sampler, state.skipped_updates)
 
 

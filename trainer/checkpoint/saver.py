@@ -1,7 +1,7 @@
 """Saving in the background: training stalls for the copy to host memory and nothing else.
 
 Copies wait in a bounded spool, and one thread a rank uploads and commits them in order. Which saves
-are made is rank 0's to say and agreed in the step's sync (trainer/step/sync.py), so all ranks spool
+are made is rank 0's to say and agreed in each step (trainer/step/sync.py), so all ranks spool
 the same ones, however fast each is.
 """
 

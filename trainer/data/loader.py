@@ -201,8 +201,8 @@ def load_steps(
     need = working_set(sampler, sizes, in_flight + global_batch, *part.on_node())
     check_limit(data.shards, need + beside)
 
-    # Ready, being made, and in the reader's hands: of each worker, for each micro-batch.
-    ready = (prefetch if workers else 0) + 2
+    # Ready, being made, and two in the reader's hands: of each worker, for each micro-batch.
+    ready = (prefetch if workers else 0) + 3
     shared = SharedBatches(
         max(workers, 1),
         ready * part.accumulation,

@@ -12,8 +12,9 @@ class Laps:
     def __init__(self) -> None:
         self.began = self._since = time.monotonic()
         self.seconds: dict[str, float] = {}
-        """By what was done: data (the wait for it), agreement (among ranks, before the step), copy
-        (of batches to the device), forward, backward, reduce (of losses, over ranks), update."""
+        """By what was done: data (the wait for the next step's), agreement (the wait for what all
+        ranks bring to this one), copy (of batches to the device), forward, backward, reduce (of
+        losses, over ranks), update."""
 
     def __call__(self, what: str) -> None:
         now = time.monotonic()

@@ -44,10 +44,11 @@ def strict_step(
     losses: LossSettings,
     seed: int,
     clip_norm: float,
+    riders: Sequence[float],
     laps: Laps,
 ) -> Updated:
     """Train on this rank's micro-batches, [first, first + len(batches)) of the step's `parts`, as
-    train_step does. seed: of dropout, the same on every rank.
+    train_step does. seed: of dropout, the same on every rank. riders: as there.
     """
     engine.train()
     parameters = dict(engine.module.named_parameters())
@@ -71,10 +72,11 @@ def strict_step(
         bad += not _add(total, found, own, parts)
         slots[number] = sums.detach().double().cpu()
         laps("backward")
-    told = all_reduce_sum(torch.cat([slots.flatten(), bad]))
-    sums_of_all = told[:-1].view(parts, -1).sum(dim=0).tolist()
+    told = torch.cat([slots.flatten(), bad, torch.tensor(riders, dtype=torch.float64)])
+    by_slot, any_bad, rode = all_reduce_sum(told).split([slots.numel(), 1, len(riders)])
+    sums_of_all = by_slot.view(parts, -1).sum(dim=0).tolist()
     # Within bounds, a sum of gradients is finite, and so is its square.
-    finite = not told[-1] and all(map(math.isfinite, sums_of_all))
+    finite = not any_bad and all(map(math.isfinite, sums_of_all))
     norm = math.nan
     if finite:
         for piece in total.split(_AT_ONCE):
@@ -88,7 +90,7 @@ def strict_step(
         clipping = min(1.0, clip_norm / (norm + 1e-6)) if clip_norm else 1.0
         _update(engine, units, _UNIT * clipping)
     laps("update")
-    return Updated(dict(zip(weights, sums_of_all, strict=True)), finite, norm)
+    return Updated(dict(zip(weights, sums_of_all, strict=True)), finite, norm, rode.tolist())
 
 
 def _add(

@@ -1,12 +1,17 @@
-"""Step sync: what all ranks agree on before a step, in one all-reduce of a few numbers.
+"""What all ranks agree on about a step.
 
-These are the targets of each objective and the mixture of the global batch, what is really in it,
-who wants to stop, whether and where to save, which shards cannot be had, and what the run must end
-with.
+Of its data, before it: the targets of each objective and the mixture of the global batch, what is
+really in it, and which shards cannot be had. All of it is known once the step is loaded, so it is
+summed while the step before is made. Over n ranks that takes gloo's ring 2 (n - 1) messages in a
+row, which a step need not wait for.
+
+Of what follows it: who wants to stop, whether and where to save, and what the run must end with.
+These flags ride with the sums of the step's losses, and so are never older than the step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,26 +21,8 @@ from model.objectives.base import LossSettings
 from trainer.checkpoint.journal import from_limbs, to_limbs
 from trainer.data.digest import digest
 from trainer.data.loader import Loaded, MissingShard
-from trainer.ranks import all_reduce_sum, gather_objects, raise_from_rank_0
+from trainer.ranks import begin_all_reduce_sum, gather_objects, raise_from_rank_0
 from trainer.step.mixture import Mixture
-
-
-@dataclass(frozen=True)
-class Wants:
-    """What a rank brings to a step beside its data."""
-
-    stop: bool = False
-    """It wants all to stop before this step."""
-    save: bool = False
-    """Rank 0's: a save is due after this step."""
-    full: bool = False
-    """It has no room for one."""
-    error: Exception | None = None
-    """Rank 0's: what all must end with, before this step."""
-    snapshot: bool = False
-    """One in the nodes' memory is due after this step; all ranks say the same."""
-    busy: bool = False
-    """It cannot make one, as it is at the one before."""
 
 
 @dataclass(frozen=True)
@@ -50,21 +37,15 @@ class StepSync:
     """Pairs that are really there: fewer than the step's where shards are skipped."""
     digest: int
     """Of these pairs, for the journal."""
-    stop: bool
-    """A rank wants to."""
-    save: bool
-    """A save is due after the step, and every rank has room for it."""
-    snapshot: bool
-    """One in the nodes' memory is, and no rank is at the one before."""
     missing: list[MissingShard]
     """Shards that a rank cannot have. Nothing else here means anything if there are any."""
 
 
-def sync_step(
-    loaded: Loaded, objectives: list[str], losses: LossSettings, mixture: Mixture, wants: Wants
-) -> StepSync:
-    """Sum what the ranks bring, before the forward; raises rank 0's error on every rank.
-    objectives: the active ones."""
+def begin_sync(
+    loaded: Loaded, objectives: list[str], losses: LossSettings, mixture: Mixture
+) -> Callable[[], StepSync]:
+    """Begin to sum what the ranks bring; what is returned waits for it. Every rank begins a step's,
+    and waits, at the same place. objectives: the active ones."""
     width = len(objectives) + len(mixture.planned)
     numbers = [0.0] * (width + 5)
     if not loaded.missing:
@@ -75,30 +56,63 @@ def sync_step(
             float(sum(batch.pairs for batch in loaded.batches)),
             *to_limbs(_digest(loaded)),
         ]
-    flags = (
-        bool(loaded.missing),
-        wants.stop,
-        wants.save,
-        wants.full,
-        wants.error is not None,
-        wants.busy,
-    )
-    numbers += map(float, flags)
-    out = all_reduce_sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
-    some_missing, stop, save, full, error, busy = map(bool, out[-len(flags) :])
+    numbers.append(float(loaded.missing is not None))
+    sums = begin_all_reduce_sum(torch.tensor(numbers, dtype=torch.float64))
+    own = loaded.missing
+
+    def synced() -> StepSync:
+        out = sums().tolist()
+        return StepSync(
+            counts=dict(zip(objectives, out, strict=False)),
+            mixture=out[len(objectives) : width],
+            pairs=int(out[width]),
+            digest=from_limbs(out[width + 1 : width + 5]),
+            missing=[m for m in gather_objects(own) if m] if out[-1] else [],
+        )
+
+    return synced
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What a rank wants after a step."""
+
+    stop: bool = False
+    """It wants all to stop."""
+    save: bool = False
+    """Rank 0's: a save is due."""
+    full: bool = False
+    """It has no room for one."""
+    error: Exception | None = None
+    """Rank 0's: what all must end with."""
+    snapshot: bool = False
+    """One in the nodes' memory is due; all ranks say the same."""
+    busy: bool = False
+    """It cannot make one, as it is at the one before."""
+
+    def flags(self) -> list[float]:
+        """What is summed over the ranks, for `verdict`."""
+        return [*map(float, (self.stop, self.save, self.full, bool(self.error), self.busy))]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all ranks do after a step, the same on every rank."""
+
+    stop: bool
+    """A rank wants to."""
+    save: bool
+    """A save is due, and every rank has room for it."""
+    snapshot: bool
+    """One in the nodes' memory is, and no rank is at the one before."""
+
+
+def verdict(wants: Wants, sums: Sequence[float]) -> Verdict:
+    """What follows from the sums of the ranks' flags; raises rank 0's error on every rank."""
+    stop, save, full, error, busy = map(bool, sums)
     if error:
         raise_from_rank_0(wants.error)
-    missing = [m for m in gather_objects(loaded.missing) if m] if some_missing else []
-    return StepSync(
-        counts=dict(zip(objectives, out, strict=False)),
-        mixture=out[len(objectives) : width],
-        pairs=int(out[width]),
-        digest=from_limbs(out[width + 1 : width + 5]),
-        stop=stop,
-        save=save and not full,
-        snapshot=wants.snapshot and not busy,
-        missing=missing,
-    )
+    return Verdict(stop, save and not full, wants.snapshot and not busy)
 
 
 def _digest(loaded: Loaded) -> int:

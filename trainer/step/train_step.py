@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,8 @@ class Updated:
     """Whether weights and moments were."""
     norm: float
     """Of the gradients before clipping; not finite where that says why they were not."""
+    riders: list[float]
+    """Sums over all ranks of the numbers that went along."""
 
 
 def train_step(
@@ -38,13 +41,15 @@ def train_step(
     counts: dict[str, float],
     losses: LossSettings,
     seed: int,
+    riders: Sequence[float],
     laps: Laps,
 ) -> Updated:
     """Train on this rank's micro-batches. There is no update, on no rank, where a loss or the norm
     of the gradients is not finite on any.
 
     The loss of an objective is its sum over the global batch / max(global count, 1), so it does
-    not depend on how pairs are spread over ranks and micro-batches. seed: of dropout.
+    not depend on how pairs are spread over ranks and micro-batches. seed: of dropout. riders:
+    numbers that are summed over the ranks with the losses.
     """
     device = engine.device
     world = dist.get_world_size()
@@ -67,8 +72,10 @@ def train_step(
             engine.step()
         laps("backward")
     # Before the update, so that all ranks know whether there is to be one.
-    told = torch.cat([total, _unchecked_square(engine)]).double()
-    *sums_of_all, square = all_reduce_sum(told).tolist()
+    along = torch.tensor(riders, dtype=torch.float64, device=device)
+    sums = torch.cat([total.double(), _unchecked_square(engine).double(), along])
+    told = all_reduce_sum(sums).tolist()
+    sums_of_all, square, rode = told[: len(weights)], told[len(weights)], told[len(weights) + 1 :]
     laps("reduce")
     finite = square <= _LARGEST and all(map(math.isfinite, sums_of_all))
     # DeepSpeed goes through its step all the same, which clears the gradients.
@@ -78,7 +85,7 @@ def train_step(
     norm = engine.get_global_grad_norm()
     norm = math.sqrt(square) if norm is None else float(norm)
     laps("update")
-    return Updated(dict(zip(weights, sums_of_all, strict=True)), updated, norm)
+    return Updated(dict(zip(weights, sums_of_all, strict=True)), updated, norm, rode)
 
 
 def _unchecked_square(engine: Any) -> torch.Tensor:
