@@ -98,9 +98,9 @@ def after_step(action: Callable[[Run, int], None]) -> None:
     real = loop.step
 
     def step(run: Run, *arguments: Any) -> Any:
-        state, values = real(run, *arguments)
-        action(run, state.step)
-        return state, values
+        made = real(run, *arguments)
+        action(run, made[0].step)
+        return made
 
     loop.step = step  # type: ignore[assignment]
 
