@@ -1,8 +1,8 @@
 """What it costs that all ranks agree on a step's data: python benchmarks/agreement.py [--help]
 
 So many processes of this machine sum some 30 numbers over gloo, as trainer/step/sync.py does: when
-the step needs them, and begun a step before. The step itself is a pause of `--step` ms, as of a host
-that waits for its GPU. What is shown is how long the sums are waited for, on the slowest rank.
+the step needs them, and begun a step before. The step is a pause of `--step` ms, as of a host that
+waits for its GPU. What is shown is how long the sums are waited for, on the slowest rank.
 """
 
 from __future__ import annotations

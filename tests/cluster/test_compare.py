@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,6 +174,13 @@ def test_a_table_is_trained_measured_and_gone_on_with(
     began = time.monotonic()
     assert main(["compare", str(path)]) == 0
     assert time.monotonic() - began < 10 and capsys.readouterr().out == shown
+    # A run of another beginning is told of; once it is removed, so is what was measured of it.
+    shutil.rmtree(tmp_path / "runs" / "pretrain")
+    assert main(["compare", str(path)]) == 2
+    told = "pre-trained-questions/seed-1 began from a run that was trained anew since: remove it"
+    assert told in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "runs" / "pre-trained-questions")
+    assert main(["compare", str(path)]) == 0
     (tmp_path / "runs" / RESULTS).write_text("[1]")
     assert main(["compare", str(path)]) == 2
     assert "comparison.json is not what a comparison writes: remove it" in capsys.readouterr().err
