@@ -94,19 +94,12 @@ def main() -> None:
         found = measure(given, world)
         needed, ahead = (statistics.median(found[key]) for key in (False, True))
         spread = [f"{min(found[k]):.2f} to {max(found[k]):.2f}" for k in (False, True)]
-        a_hop = 1000 * needed / (2 * (world - 1))
+        a_message = 1000 * needed / (2 * (world - 1))
         rows.append([f"{world}", f"{needed:.2f}", spread[0], f"{ahead:.2f}", spread[1]])
-        rows[-1] += [f"{needed / ahead:.1f}", f"{a_hop:.0f}"]
+        rows[-1] += [f"{needed / ahead:.1f}", f"{a_message:.0f}"]
         print(rows[-1], flush=True)
-    head = [
-        "ranks",
-        "when needed, ms",
-        "rounds",
-        "a step before, ms",
-        "rounds",
-        "ratio",
-        "µs a hop",
-    ]
+    head = ["ranks", "when needed, ms", "rounds", "a step before, ms", "rounds", "ratio"]
+    head += ["µs a message"]
     text = markdown(head, rows)
     text = f"# The agreement on a step's data, {date.today()}, {machine()}\n\n{text}\n"
     print(text)

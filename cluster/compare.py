@@ -113,8 +113,7 @@ def compare(table: Comparison, at_once: int, say: Callable[[str], None]) -> dict
                     break
                 todo.remove(job)
                 say(f"begins: {job.name}")
-                known = found.get(job.name), found.get(job.run)
-                under_way[pool.submit(_do, table, job, *known, commands)] = job
+                under_way[pool.submit(_do, table, job, found.get(job.name), commands)] = job
             finished, _ = wait(under_way, return_when=FIRST_COMPLETED)
             for future in finished:
                 job = under_way.pop(future)
@@ -149,20 +148,15 @@ def _read(results: str) -> dict[str, Any]:
 
 
 def _do(
-    table: Comparison,
-    job: Job,
-    before: dict[str, Any] | None,
-    trained: dict[str, Any] | None,
-    commands: _Commands,
+    table: Comparison, job: Job, before: dict[str, Any] | None, commands: _Commands
 ) -> dict[str, Any]:
-    """Train and measure a run; its metrics with what they are of. before, trained: what is known of
-    the job, and of the one that trains its run."""
+    """Train and measure a run; its metrics with what they are of."""
     config = configuration(table, job.run, job.trained, job.seed)
     url, begins = run_url(config), ""
     if job.trained.from_ is not None:
         begins = _identity(f"{table.storage}/{run_name(job.trained.from_, job.seed)}")
     if _state(url) == "done":
-        _check_same(url, config, begins, trained)
+        _check_same(url, config, begins, before)
     else:
         given = [str(table.folder / job.trained.config)]
         commands.run(job, "train", *given, *overrides(table, job.run, job.trained, job.seed))
@@ -187,7 +181,7 @@ def _identity(url: str) -> str:
     return hashlib.sha256(objects.read_bytes(find_generation(url).url)).hexdigest()
 
 
-def _check_same(url: str, config: RunConfig, begins: str, trained: dict[str, Any] | None) -> None:
+def _check_same(url: str, config: RunConfig, begins: str, before: dict[str, Any] | None) -> None:
     """ConfigError where a run that is done was trained with other settings than the table now has,
     or began from a run that was trained anew since."""
     stored, given = run_config(url).model_dump(mode="json"), absolute_paths(config)
@@ -199,7 +193,9 @@ def _check_same(url: str, config: RunConfig, begins: str, trained: dict[str, Any
             told = key in ("train", "text") if section == "data" else key not in _FREE
             if told and stored[section].get(key) != now[section][key]:
                 raise _another(url, f"{section}.{key}")
-    if trained and trained.get("of", {}).get("begins from", begins) != begins:
+    known = (before or {}).get("of", {})
+    # What is known may be of a run that was here before this one.
+    if known.get("checkpoint") == _identity(url) and known.get("begins from") != begins:
         raise ConfigError(
             f"{url} began from a run that was trained anew since: remove it, to train it again"
         )

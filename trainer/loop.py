@@ -109,11 +109,11 @@ def _train(run: Run, state: TrainState, control: Control, phases: Phases) -> Tra
             following = _ahead(run, steps, phases, laps)
             phases.enter("step")
             wanted = wants(run, state, control.should_stop())
-            state, values, told = step(run, state, now.loaded, now.active, sync, wanted, laps)
+            state, values, told = step(run, state, now, sync, wanted, laps)
             state = replace(state, seconds=state.seconds + laps.total)
             phases.done(state.step)
             if run.progress:
-                count, own = now.loaded.step.count, flops(run, now.loaded, now.active)
+                count, own = now.loaded.step.count, flops(run, now)
                 run.progress.mixture(run.mixture.planned, sync.mixture, count)
                 run.progress.step(state.step, values, count, laps, own)
             del now  # a later one is made in its memory

@@ -149,17 +149,16 @@ def active_objectives(run: Run, step: Step) -> dict[str, float]:
     }
 
 
-def flops(run: Run, loaded: Loaded, active: dict[str, float]) -> int:
+def flops(run: Run, now: Ahead) -> int:
     """Operations that this rank's part of a step takes."""
-    losses, names = run.config.objectives.losses(), frozenset(active)
-    return sum(training_flops(run.config.model, b, names, losses) for b in loaded.batches)
+    losses, names = run.config.objectives.losses(), frozenset(now.active)
+    return sum(training_flops(run.config.model, b, names, losses) for b in now.loaded.batches)
 
 
 def step(
     run: Run,
     state: TrainState,
-    loaded: Loaded,
-    active: dict[str, float],
+    now: Ahead,
     sync: StepSync,
     wanted: Wants,
     laps: Laps,
@@ -168,10 +167,10 @@ def step(
     all ranks do next. laps: since it began, with the wait for data.
 
     Raises DivergedError on every rank after too many steps in a row that are not finite."""
-    taken = loaded.step
+    taken, active = now.loaded.step, now.active
     rate = learning_rate(run.config.optimizer, state.consumed, taken.count, run.length.total)
     set_learning_rate(run.engine, rate)
-    done = _updated(run, state, loaded, active, sync, wanted.flags(), laps)
+    done = _updated(run, state, now, sync, wanted.flags(), laps)
     # The loader cannot know how many pairs earlier steps lacked.
     passed_over = state.sampler.skipped_pairs + taken.count - sync.pairs
     after = replace(taken.after, skipped_pairs=passed_over)
@@ -196,22 +195,20 @@ def step(
 def _updated(
     run: Run,
     state: TrainState,
-    loaded: Loaded,
-    active: dict[str, float],
+    now: Ahead,
     sync: StepSync,
     riders: list[float],
     laps: Laps,
 ) -> Updated:
     config, part = run.config, run.part
+    batches, active = now.loaded.batches, now.active
     losses, seed = config.objectives.losses(), config.run.seed
     if not part.strict:
         seed = dropout_seed(seed, state.step, part.rank)
-        return train_step(
-            run.engine, loaded.batches, active, sync.counts, losses, seed, riders, laps
-        )
+        return train_step(run.engine, batches, active, sync.counts, losses, seed, riders, laps)
     return strict_step(
         run.engine,
-        loaded.batches,
+        batches,
         part.rank * part.accumulation,
         config.train.strict,
         active,

@@ -101,15 +101,7 @@ def merge(
                     copy(old.table_at(data.place), table)
                 else:
                     _write_table(table, shard, documents, encoder)
-                infos.append(
-                    replace(
-                        old,
-                        name=tar.name,
-                        table=table.name,
-                        table_size=table.stat().st_size,
-                        table_sha256=hash_file(table),
-                    )
-                )
+                infos.append(_renamed(old, tar, table))
                 bring(build, tar)
                 bring(build, table)
                 progress("shards merged", len(infos), joined.shards)
@@ -131,6 +123,12 @@ def merge(
         for file in (*words, *manifest.pages):
             bring(build, folder / file.file)
         return build.commit(manifest)
+
+
+def _renamed(old: ShardInfo, tar: Path, table: Path) -> ShardInfo:
+    """What a manifest says of a shard whose tar is as it was, and whose table may be another."""
+    size, digest = table.stat().st_size, hash_file(table)
+    return replace(old, name=tar.name, table=table.name, table_size=size, table_sha256=digest)
 
 
 def merge_plan(
