@@ -5,8 +5,9 @@ A Ceph gateway on loopback holds the shards. A round runs each reader once, in a
 an empty folder for its cache: plain concurrent reads of whole objects by s3fs into memory and
 nothing else (the bound for Python), the same by curl (the gateway's own bound), ours until every
 shard is in the cache, ours until every batch of an epoch is made, and the peers that read object
-storage without a configuration of their own. The clocks of plain reads and of ours start when the
-client is connected and what to read is known: the names of the tars, and the open data set.
+storage without a configuration of their own; webdataset until every record is there, and until
+every batch is. The clocks of plain reads and of ours start when the client is connected and what to
+read is known: the names of the tars, and the open data set.
 
 Left out, not tried: litdata and megatron-energon, whose storage clients take an endpoint other than
 AWS's by settings of their own.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import multiprocessing
 import os
 import shutil
@@ -41,6 +43,8 @@ import peers
 from protocol import THREADS, machine, markdown
 from shards.dataset import open_dataset
 from shards.format.build import BuildSettings, build
+from shards.format.manifest import given_file
+from shards.format.tokenizer import load_tokenizer
 from shards.order.draws import I64
 from shards.store import objects
 from synthetic import records
@@ -157,13 +161,31 @@ def epoch(url: str, cache: Path, batches: Callable[..., Iterator[int]]) -> float
 def webdataset(url: str, _: Path) -> float:
     """Our tars through curl, as webdataset reads them; it has no way to S3 of its own
     but the AWS command line."""
-    from webdataset import WebDataset
-
     urls = _signed(url)
     began = time.monotonic()
-    for sample in WebDataset(urls, shardshuffle=100).shuffle(1000):
+    for sample in _records(urls):
         sample["features.f16"]
     return time.monotonic() - began
+
+
+def webdataset_batches(url: str, _: Path, vocab: Path, every: bool) -> float:
+    """The same, until every batch is made as the model needs it. every: of every sentence, as ours;
+    else of one for each image."""
+    urls, tokenizer = _signed(url), load_tokenizer(vocab)
+    began = time.monotonic()
+    samples: Iterator[peers.Sample] = map(peers.of_tar, _records(urls))
+    if every:
+        samples = (s for s in samples for _ in json.loads(s.document)["sentences"])
+    made = sum(peers.ready(samples, 256, tokenizer))
+    seconds = time.monotonic() - began
+    assert made
+    return seconds
+
+
+def _records(urls: list[str]) -> Iterator[dict[str, Any]]:
+    from webdataset import WebDataset
+
+    yield from WebDataset(urls, shardshuffle=100).shuffle(1000)
 
 
 def mosaicml(url: str, cache: Path) -> float:
@@ -190,6 +212,7 @@ def report(
     """The table. root: folder with `shards`, and `mds` for mosaicml-streaming, in it; gateway: the
     script that starts one; batches: ours, see loader.py."""
     with _gateway(gateway, root / "gateway"):
+        vocab = given_file(root / "shards", "vocab")
         sizes = {n: _upload(root / n) for n in ("shards", "mds") if (root / n).exists()}
         shards, mds = (f"s3://{BUCKET}/{name}" for name in ("shards", "mds"))
         megabytes = sizes["shards"] / 1e6
@@ -209,6 +232,9 @@ def report(
                 found[f"lxscale, shards fetched, {n} at once"].append(run(fetch, shards, n))
             found["lxscale, an epoch of batches"].append(run(epoch, shards, batches))
             found["webdataset, an epoch of records"].append(run(webdataset, shards))
+            for name, every in ("a sentence an image", False), ("every sentence, as ours", True):
+                made = run(webdataset_batches, shards, vocab, every)
+                found[f"webdataset, an epoch of batches, {name}"].append(made)
             if "mds" in sizes:
                 found["mosaicml-streaming, an epoch of records"].append(run(mosaicml, mds))
             say(f"cold round {i + 1} of {rounds}")

@@ -37,6 +37,7 @@ from trainer.curves import curves_url
 from trainer.loop import Control, train
 from trainer.run import active_objectives, leave, load
 from trainer.start import start
+from trainer.step.copying import copied
 from trainer.step.laps import Laps
 from trainer.step.train_step import train_step
 
@@ -108,7 +109,8 @@ def bare(given: argparse.Namespace, config: Any) -> dict[str, float]:
         for batch in loaded.batches:
             for name, count in target_counts(batch, losses).items():
                 counts[name] = counts.get(name, 0.0) + count
-        train_step(run.engine, loaded.batches, active, counts, losses, i, (), Laps())
+        batches = copied(loaded.batches, run.engine.device)
+        train_step(run.engine, batches, active, counts, losses, i, (), Laps())
     took = time.perf_counter() - began
     steps.close()
     leave(run.owner)
@@ -124,7 +126,8 @@ def _run(given: argparse.Namespace, folder: Path, name: str, pipe: Any) -> None:
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(1)
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", rank=0, world_size=1)
+    kind = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(kind, rank=0, world_size=1)
     config = parse_config(tree(given, folder, name), "benchmark")
     pipe.send((bare if name.startswith("bare") else whole)(given, config))
 

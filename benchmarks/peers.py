@@ -61,7 +61,7 @@ def _sample(features: Any, document: Any, boxes: Any, labels: Any) -> Sample:
     return Sample(array, document, boxes, labels)
 
 
-def _of_tar(members: dict[str, Any]) -> Sample:
+def of_tar(members: dict[str, Any]) -> Sample:
     names = ("features.f16", "json", "boxes.f32", "labels.bin")
     return _sample(*(members[name] for name in names))
 
@@ -92,8 +92,7 @@ def ready(samples: Iterator[Sample], batch: int, vocab: Tokenizer) -> Iterator[i
 
 
 def _collated(pairs: Iterator[dict[str, NDArray]], batch: int) -> Iterator[int]:
-    while True:
-        rows = list(islice(pairs, batch))
+    while rows := list(islice(pairs, batch)):
         made = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         yield len(made["tokens"])
 
@@ -142,7 +141,7 @@ def _webdataset(folder: Path) -> Iterator[Sample]:
     urls = sorted(str(p) for p in folder.glob("*.tar"))
     data = webdataset.WebDataset(urls, shardshuffle=100, seed=1).repeat().shuffle(1000)
     for s in data:
-        yield _of_tar(s)
+        yield of_tar(s)
 
 
 # --- megatron-energon ---------------------------------------------------------------------------
@@ -175,7 +174,7 @@ def _energon(folder: Path) -> Iterator[Sample]:
         sample: Sample
 
     def cook(crude: dict[str, Any]) -> Any:
-        return Record(**energon.basic_sample_keys(crude), sample=_of_tar(crude))
+        return Record(**energon.basic_sample_keys(crude), sample=of_tar(crude))
 
     class Encoder(energon.DefaultTaskEncoder):
         """Raw bytes to records, records to lists."""

@@ -155,6 +155,12 @@ class Batch:
     def pin_memory(self) -> Batch:
         return self._map(lambda t: t.pin_memory())
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Let go of it, its memory is not used anew before what the stream does with it is done."""
+        for field in fields(self):
+            if (tensor := getattr(self, field.name)) is not None:
+                tensor.record_stream(stream)
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         found: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         changed: dict[str, Any] = {k: v if v is None else change(v) for k, v in found.items()}

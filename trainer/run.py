@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from model.batch import Batch
 from model.flops import training_flops
 from model.objectives import objectives_of
 from shards.dataset import Dataset
@@ -27,6 +28,7 @@ from trainer.data.batch import BatchSettings
 from trainer.data.loader import Loaded, MissingShard, RankSlice, load_steps
 from trainer.evaluate import Evaluation, evaluate, evaluation_bytes, without_gradient
 from trainer.progress import Progress
+from trainer.step.copying import copied
 from trainer.step.engine import set_learning_rate
 from trainer.step.guard import diverged, skip_report
 from trainer.step.laps import Laps
@@ -113,6 +115,8 @@ class Ahead:
     """A step that is loaded, and not yet made."""
 
     loaded: Loaded
+    batches: Iterator[Batch]
+    """Its batches on the device."""
     active: dict[str, float]
     """Weights of its objectives."""
     sync: Callable[[], StepSync]
@@ -120,13 +124,13 @@ class Ahead:
 
 
 def ahead(run: Run, steps: Iterator[Loaded]) -> Ahead | None:
-    """Load the next step and begin its sync; None at the end of the run."""
+    """Load the next step, begin its sync and its way to the device; None at the end of the run."""
     loaded = next(steps, None)
     if loaded is None:
         return None
     active = active_objectives(run, loaded.step)
     sync = begin_sync(loaded, [*active], run.config.objectives.losses(), run.mixture)
-    return Ahead(loaded, active, sync)
+    return Ahead(loaded, copied(loaded.batches, run.engine.device), active, sync)
 
 
 def wants(run: Run, state: TrainState, stop: bool) -> Wants:
@@ -201,17 +205,18 @@ def _updated(
     laps: Laps,
 ) -> Updated:
     config, part = run.config, run.part
-    batches, active = now.loaded.batches, now.active
     losses, seed = config.objectives.losses(), config.run.seed
     if not part.strict:
         seed = dropout_seed(seed, state.step, part.rank)
-        return train_step(run.engine, batches, active, sync.counts, losses, seed, riders, laps)
+        return train_step(
+            run.engine, now.batches, now.active, sync.counts, losses, seed, riders, laps
+        )
     return strict_step(
         run.engine,
-        batches,
+        now.batches,
         part.rank * part.accumulation,
         config.train.strict,
-        active,
+        now.active,
         sync.counts,
         losses,
         dropout_seed(seed, state.step),

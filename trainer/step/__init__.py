@@ -2,6 +2,7 @@
 
 sync.py        what all ranks agree on before it
 mixture.py     which sets and objectives its pairs serve, planned and counted
+copying.py     what goes to the device, behind the step before
 train_step.py  forward, backward, update
 laps.py        how long each of these takes
 guard.py       what is said where a loss or a gradient is not finite

@@ -13,8 +13,8 @@ class Laps:
         self.began = self._since = time.monotonic()
         self.seconds: dict[str, float] = {}
         """By what was done: data (the wait for the next step's), agreement (the wait for what all
-        ranks bring to this one), copy (of batches to the device), forward, backward, reduce (of
-        losses, over ranks), update."""
+        ranks bring to this one), copy (beginning those of batches to the device), forward,
+        backward, reduce (of losses, over ranks), update."""
 
     def __call__(self, what: str) -> None:
         now = time.monotonic()

@@ -12,7 +12,7 @@ round otherwise with other processors, libraries or numbers of threads.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ _AT_ONCE = 1 << 24
 
 def strict_step(
     engine: Any,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     first: int,
     parts: int,
     weights: dict[str, float],
@@ -47,8 +47,9 @@ def strict_step(
     riders: Sequence[float],
     laps: Laps,
 ) -> Updated:
-    """Train on this rank's micro-batches, [first, first + len(batches)) of the step's `parts`, as
-    train_step does. seed: of dropout, the same on every rank. riders: as there.
+    """Train on this rank's micro-batches, on the device, of which `first` is the first one's number
+    among the step's `parts`, as train_step does. seed: of dropout, the same on every rank. riders:
+    as there.
     """
     engine.train()
     parameters = dict(engine.module.named_parameters())
@@ -59,9 +60,8 @@ def strict_step(
     slots = torch.zeros(parts, len(weights), dtype=torch.float64)
     bad = torch.zeros(1, dtype=torch.float64)
     for number, batch in enumerate(batches, start=first):
-        torch.manual_seed(fold(seed, number) >> 1)
-        batch = batch.to(engine.device)
         laps("copy")
+        torch.manual_seed(fold(seed, number) >> 1)
         out = engine.module(batch, objectives=frozenset(weights), settings=losses)
         sums = torch.stack([out.loss_sum[name] for name in weights])
         scale = sums.new_tensor([w / max(counts[name], 1.0) for name, w in weights.items()])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from model.objectives.base import LossSettings
 from shards.order.draws import fold
 from shards.order.keys import Purpose
 from trainer.ranks import all_reduce_sum
+from trainer.step.copying import to_device
 from trainer.step.laps import Laps
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -36,7 +37,7 @@ class Updated:
 
 def train_step(
     engine: Any,
-    batches: list[Batch],
+    batches: Iterable[Batch],
     weights: dict[str, float],
     counts: dict[str, float],
     losses: LossSettings,
@@ -44,35 +45,32 @@ def train_step(
     riders: Sequence[float],
     laps: Laps,
 ) -> Updated:
-    """Train on this rank's micro-batches. There is no update, on no rank, where a loss or the norm
-    of the gradients is not finite on any.
+    """Train on this rank's micro-batches, which are on the device. There is no update, on no rank,
+    where a loss or the norm of the gradients is not finite on any.
 
     The loss of an objective is its sum over the global batch / max(global count, 1), so it does
     not depend on how pairs are spread over ranks and micro-batches. seed: of dropout. riders:
     numbers that are summed over the ranks with the losses.
     """
-    device = engine.device
     world = dist.get_world_size()
     engine.train()
-    total = torch.zeros(len(weights), device=device)
+    total = torch.zeros(len(weights), device=engine.device)
     # DeepSpeed averages gradients over the ranks: undo it, the counts are global already.
-    scale = torch.tensor(
-        [w * world / max(counts[name], 1.0) for name, w in weights.items()], device=device
-    )
+    scales = [w * world / max(counts[name], 1.0) for name, w in weights.items()]
+    given = to_device([*scales, *riders], engine.device)
+    scale, along = given[: len(scales)].float(), given[len(scales) :]
     for i, batch in enumerate(batches):
-        torch.manual_seed(fold(seed, i) >> 1)
-        batch = batch.to(device)
         laps("copy")
+        if i:
+            engine.step()  # DeepSpeed counts the micro-batches by it
+        torch.manual_seed(fold(seed, i) >> 1)
         out = engine(batch, objectives=frozenset(weights), settings=losses)
         sums = torch.stack([out.loss_sum[name] for name in weights])
         laps("forward")
         engine.backward((scale * sums).sum(), scale_wrt_gas=False)
         total += sums.detach()
-        if i + 1 < len(batches):
-            engine.step()
         laps("backward")
     # Before the update, so that all ranks know whether there is to be one.
-    along = torch.tensor(riders, dtype=torch.float64, device=device)
     sums = torch.cat([total.double(), _unchecked_square(engine).double(), along])
     told = all_reduce_sum(sums).tolist()
     sums_of_all, square, rode = told[: len(weights)], told[len(weights)], told[len(weights) + 1 :]
