@@ -95,8 +95,12 @@ class Receipt:
                 report.add(reason, example)
 
 
+def receipt_name(settings: PartSettings, part: int) -> str:
+    return f"{settings.name(part)}.part.json"
+
+
 def receipt_url(settings: PartSettings, part: int) -> str:
-    return objects.join(settings.place, f"{settings.name(part)}.part.json")
+    return objects.join(settings.place, receipt_name(settings, part))
 
 
 def make_part(settings: PartSettings, part: Part) -> Receipt:
@@ -108,11 +112,11 @@ def make_part(settings: PartSettings, part: Part) -> Receipt:
     if receipt := _earlier(settings, part.number):
         return receipt
     with _workspace(settings) as folder:
-        receipt = _make(settings, part, folder)
-        if receipt.shard:
-            for name in (receipt.shard.name, receipt.shard.table):
-                bring(folder / name, objects.join(settings.place, name))
-        objects.write_bytes(receipt_url(settings, part.number), _receipt_bytes(receipt))
+        receipt, name = _make(settings, part, folder), receipt_name(settings, part.number)
+        (folder / name).write_bytes(_receipt_bytes(receipt))
+        of_shard = [receipt.shard.name, receipt.shard.table] if receipt.shard else []
+        for made in (*of_shard, name):
+            bring(folder / made, objects.join(settings.place, made))
     return receipt
 
 

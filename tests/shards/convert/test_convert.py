@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -10,7 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -115,6 +118,54 @@ def test_a_killed_build_goes_on_with_what_is_whole(tmp_path: Path) -> None:
     )
     assert contents(tmp_path / "out") == contents(tmp_path / "again")
     assert verify(str(tmp_path / "out")) == []
+
+
+def test_a_build_that_is_killed_anywhere_leaves_nothing_to_the_next(tmp_path: Path) -> None:
+    """At each flush and each renaming of a build, before it is done. Past the manifest's the set is
+    there; what else is left then, and of a manifest's own writing, can be cleaned away."""
+    inputs, settings = write_inputs(tmp_path / "in"), replace(SETTINGS, images_per_shard=10)
+
+    def made(name: str) -> dict[str, str]:
+        convert(inputs, tmp_path / name, settings, options=OPTIONS, workers=HERE)
+        return contents(tmp_path / name)
+
+    expected = made("alone")
+    for place in itertools.count():
+        out = tmp_path / f"at {place}"
+        if not killed_at(place, partial(made, out.name)):
+            break
+        if not (out / MANIFEST).exists():
+            assert made(out.name) == expected, place
+        if (found := leftovers(str(out))).objects:
+            clean(str(out), found)
+        assert contents(out) == expected, place
+        files = {p.name for p in out.iterdir()} - {files_of(out).name}
+        assert files - {f".{MANIFEST}.lock"} == {MANIFEST}, place
+    assert place > 10
+
+
+def killed_at(place: int, act: Callable[[], object]) -> bool:
+    """Whether a process that is to be killed at its flush or renaming of that number was."""
+    if (child := os.fork()) == 0:
+        left = itertools.count(place, -1)
+
+        def or_die(do: Callable[..., None]) -> Callable[..., None]:
+            def doing(*given: object, **named: object) -> None:
+                if next(left) == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                do(*given, **named)
+
+            return doing
+
+        os.fsync, os.replace = or_die(os.fsync), or_die(os.replace)
+        try:
+            act()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL)
+    return status != 0
 
 
 def test_a_cleaned_place_gets_a_folder_of_another_name(
