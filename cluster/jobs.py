@@ -146,11 +146,9 @@ def _label(url: str, name: str) -> str:
 def entrypoint(config: RunConfig, how: How) -> str:
     """The job's command: a configuration without a file, all of whose keys are overrides. It takes
     the place of its shell, so that a stop's signal comes to it once."""
-    keys = [
-        f"{section}.{key}={_flow(value)}"
-        for section, values in config.given().items()
-        for key, value in values.items()
-    ]
+    keys = []
+    for name, given in config.given().items():
+        keys += _keys(name, given) if isinstance(given, dict) else [f"{name}={_flow(given)}"]
     command = [how.python, "-m", "cluster.cli", "train", os.devnull, "--ray-address", "auto"]
     command += ["--take-over"] * how.take_over
     text = f"exec {shlex.join([*command, *keys])}"
@@ -160,6 +158,10 @@ def entrypoint(config: RunConfig, how: How) -> str:
             "not fit on a command line"
         )
     return text
+
+
+def _keys(section: str, values: dict[str, Any]) -> list[str]:
+    return [f"{section}.{key}={_flow(value)}" for key, value in values.items()]
 
 
 def _flow(value: Any) -> str:

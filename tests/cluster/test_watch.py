@@ -235,7 +235,8 @@ def test_an_id_is_of_the_run_and_not_only_of_its_name() -> None:
 # --- what a job is given --------------------------------------------------------------------------
 
 
-def test_a_configuration_travels_whole_on_the_command_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", ["pretrain", "vqa"])
+def test_a_configuration_travels_whole_on_the_command_line(tmp_path: Path, task: str) -> None:
     odd = 'it\'s "so": {x}, [y] #1\nand $HOME `z` é'
     tree = config_tree(
         tmp_path / "set",
@@ -243,9 +244,12 @@ def test_a_configuration_travels_whole_on_the_command_line(tmp_path: Path) -> No
         "a name/with parts",
         optimizer={"lr": 1e-5, "no_decay": ["bias", odd]},
         data={"train": [{"url": "s3://b/one", "weight": 3}, {"url": "s3://b/two", "weight": 1}]},
-        sampler={"mode": "alternating", "families": {"masked": 2, "matching": 1, "qa": 1}},
         cluster={"workers": "1..4"},
     )
+    tree["task"] = task
+    if task == "pretrain":
+        families = {"masked": 2, "matching": 1, "qa": 1}
+        tree["sampler"] = {"mode": "alternating", "families": families}
     config = portable(parse_config(tree, "test"))
     words = shlex.split(entrypoint(config, How(python="/x y/python")))
     assert words[:5] == ["exec", "/x y/python", "-m", "cluster.cli", "train"]
