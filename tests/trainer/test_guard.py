@@ -213,6 +213,7 @@ def test_a_bad_step_is_left_out(
         assert counts == [1, 1, 2, 3, 3, 4, 4, 4]
 
 
+@pytest.mark.faults
 def test_a_run_goes_on_across_bad_steps_bitwise(data: Path, tmp_path: Path) -> None:
     """Killed after two, stopped at one; Adam's bias correction counts updates, not steps."""
     bad = partial(spoil, {2: "nan", 5: "norm"})

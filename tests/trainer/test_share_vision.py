@@ -136,6 +136,7 @@ def test_the_model_computes_the_same_in_fewer_operations(data: Dataset) -> None:
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-7, atol=1e-7, msg=name)
 
 
+@pytest.mark.faults
 def test_a_run_is_exact_over_faults_and_sizes(url: Path, tmp_path: Path) -> None:
     sampler = {"sentences_per_visit": 4, "share_vision": 2}
     off = {"dropout": 0.0, "attention_dropout": 0.0}
