@@ -244,13 +244,15 @@ class Owner:
                 raise StaleAttemptError(self._lost)
             self._add(found)
             self._tried[data] = manifest
+        # The name may have been free again: of an earlier try without an answer, which a successor
+        # went on from and removed at last. Then there is its claim. A commit of which that cannot
+        # be told is as one without an answer.
+        after = Link(self.attempt, self._next.index + 1)
+        if _read_claim(self.run_url, after):
+            self._lost = self._who(after)
+            raise StaleAttemptError(self._lost)
         generation = self._add(manifest)
         try:
-            # The name may have been free again: of an earlier try without an answer, which a
-            # successor went on from and removed at last. Then there is its claim.
-            if _read_claim(self.run_url, self._next):
-                self._lost = self._who()
-                raise StaleAttemptError(self._lost)
             # What the run has left to go on from an earlier one goes before what that came from.
             self._known = line_first(self._known)
             self._drop(self._known[keep:], manifest.step, swept)
@@ -317,9 +319,9 @@ class Owner:
         attempt = int(m["attempt"])
         return attempt < self.attempt or (attempt == self.attempt and int(m["step"]) <= step)
 
-    def _who(self) -> str:
-        """What to say when the next link is somebody else's."""
-        other = _read_claim(self.run_url, self._next)
+    def _who(self, link: Link | None = None) -> str:
+        """What to say when a link, the next one by default, is somebody else's."""
+        other = _read_claim(self.run_url, link or self._next)
         text = f"attempt {other.attempt} ({other.who})" if other else "another attempt"
         return (
             f"attempt {self.attempt} of {self.run_url} is stale: {text} has started since; this "

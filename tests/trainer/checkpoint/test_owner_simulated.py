@@ -480,6 +480,8 @@ def draw(seed: int) -> int:
 def test_drawn_schedules() -> None:
     for seed in range(2_000):
         draw(seed)
+    # The name was free again, and the store away as the claim behind it was asked for.
+    draw(176317129968)
 
 
 @pytest.mark.faults
