@@ -95,12 +95,12 @@ class Receipt:
                 report.add(reason, example)
 
 
-def receipt_name(settings: PartSettings, part: int) -> str:
+def _receipt_name(settings: PartSettings, part: int) -> str:
     return f"{settings.name(part)}.part.json"
 
 
 def receipt_url(settings: PartSettings, part: int) -> str:
-    return objects.join(settings.place, receipt_name(settings, part))
+    return objects.join(settings.place, _receipt_name(settings, part))
 
 
 def make_part(settings: PartSettings, part: Part) -> Receipt:
@@ -112,7 +112,7 @@ def make_part(settings: PartSettings, part: Part) -> Receipt:
     if receipt := _earlier(settings, part.number):
         return receipt
     with _workspace(settings) as folder:
-        receipt, name = _make(settings, part, folder), receipt_name(settings, part.number)
+        receipt, name = _make(settings, part, folder), _receipt_name(settings, part.number)
         (folder / name).write_bytes(_receipt_bytes(receipt))
         of_shard = [receipt.shard.name, receipt.shard.table] if receipt.shard else []
         for made in (*of_shard, name):

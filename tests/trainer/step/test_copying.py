@@ -15,20 +15,15 @@ from model.config import ModelConfig
 from step_batches import make_batch
 from trainer.step.copying import copied, to_device
 
-DEVICES = [
-    "cpu",
-    "meta",
-    pytest.param(
-        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-    ),
-]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+REAL = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 
 
 def batches(count: int) -> list[Batch]:
     return [make_batch(ModelConfig(), 2 + i, i) for i in range(count)]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", [*REAL, "meta"])
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_all_arrive_in_their_order(count: int, device: str) -> None:
     given = batches(count)
@@ -58,7 +53,7 @@ def test_each_is_begun_before_the_one_before_it_is_used(monkeypatch: pytest.Monk
     assert told == ["begin 2", "begin 3", "use 2", "begin 4", "use 3", "use 4"]
 
 
-@pytest.mark.parametrize("device", DEVICES[::2])
+@pytest.mark.parametrize("device", REAL)
 def test_numbers_arrive_exactly(device: str) -> None:
     numbers = [1 / 3, 1e-300, 2.0**53 + 1]
     found = to_device(numbers, torch.device(device))
@@ -66,7 +61,7 @@ def test_numbers_arrive_exactly(device: str) -> None:
     assert to_device([], torch.device(device)).shape == (0,)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 def test_the_host_does_not_wait_for_a_gpu() -> None:
     """A batch's memory is used anew only when what was to be done with it is."""
     device = torch.device("cuda")
